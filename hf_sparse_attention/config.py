@@ -1,0 +1,149 @@
+"""What a sparse model is, as kept under `sparse_attention` in its config.json: enters as keywords or a dict, leaves as
+a frozen dataclass whose every field was checked. How the model runs (device, kernels) is not part of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from math import isfinite
+from typing import Any
+
+# The installed package's version, written into every config so that a reader knows what wrote it.
+VERSION = "0.1.0"
+# Version of the layout of this block: raised when an older package could misread what a newer one wrote.
+FORMAT = 1
+
+POSITIONS = {
+    "rope": "the dense model's own rotary positions",
+    "nape": "half of the heads without positions, half with ALiBi slopes 1, 1/2, 1/3, ... (no rotary positions)",
+    "nope": "no positions in attention at all",
+}
+LAYERS = {
+    "all": "every attention layer",
+    "full_attention": "layers without a sliding window; the others keep the dense model's softmax",
+}
+
+
+@dataclass(frozen=True)
+class MapSpecification:
+    """The numbers of an attention map that a config must respect.
+
+    Args:
+        alpha: the alpha the map is trained towards, and the default of a new config.
+        lowest, highest: the range of alpha allowed in a config. Below its target a map is still being annealed.
+    """
+
+    alpha: float
+    lowest: float
+    highest: float
+
+
+# The names a config may hold. maps.py adds to each what it computes, and refuses to load if a row is missing there.
+SPECIFICATIONS = {
+    "entmax": MapSpecification(alpha=1.5, lowest=1.0, highest=4.0),
+    "sparsemax": MapSpecification(alpha=2.0, lowest=1.0, highest=2.0),
+    "asentmax": MapSpecification(alpha=1.5, lowest=1.0, highest=4.0),
+    "ssmax": MapSpecification(alpha=1.0, lowest=1.0, highest=1.0),
+    "adaptive_entmax": MapSpecification(alpha=1.5, lowest=1.0, highest=2.0),
+}
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """What the attention of a sparse model computes.
+
+    Raises:
+        ValueError: for an unknown map, position scheme or layer choice, or an alpha outside the map's range.
+        TypeError: for a field of the wrong type.
+    """
+
+    map: str = field(
+        default="asentmax",
+        metadata=_help(f"attention map that turns scores into weights: {', '.join(SPECIFICATIONS)}"),
+    )
+    alpha: float | None = field(
+        default=None, metadata=_help("alpha of entmax, 1 is softmax; default: the map's own (entmax 1.5, sparsemax 2)")
+    )
+    position: str = field(default="rope", metadata=_help(f"position scheme: {', '.join(POSITIONS)}"))
+    layers: str | tuple[int, ...] = field(
+        default="all", metadata=_help("layers with sparse attention: all, full_attention, or a list of layer numbers")
+    )
+    train_length: int | None = field(
+        default=None,
+        metadata=_help(
+            "tokens in a training context; SSMax starts with a mean factor of 1 over it "
+            "(default: the dense model's max_position_embeddings)"
+        ),
+    )
+    version: str = VERSION
+    format: int = FORMAT
+
+    def __post_init__(self):
+        if self.map not in SPECIFICATIONS:
+            raise ValueError(f"sparse_attention.map is {self.map!r}; choose one of {', '.join(SPECIFICATIONS)}")
+        specification = SPECIFICATIONS[self.map]
+        alpha = specification.alpha if self.alpha is None else self.alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise TypeError(f"sparse_attention.alpha is {alpha!r}; it must be a number")
+        if not isfinite(alpha) or not specification.lowest <= alpha <= specification.highest:
+            raise ValueError(
+                f"sparse_attention.alpha is {alpha}; {self.map} takes {specification.lowest:g} <= alpha <= "
+                f"{specification.highest:g}"
+            )
+        object.__setattr__(self, "alpha", float(alpha))
+        if self.position not in POSITIONS:
+            raise ValueError(f"sparse_attention.position is {self.position!r}; choose one of {', '.join(POSITIONS)}")
+        if isinstance(self.layers, str):
+            if self.layers not in LAYERS:
+                raise ValueError(
+                    f"sparse_attention.layers is {self.layers!r}; choose {', '.join(LAYERS)} or a list of numbers"
+                )
+        else:
+            if not isinstance(self.layers, (list, tuple)) or not self.layers:
+                raise TypeError(f"sparse_attention.layers is {self.layers!r}; it must be a name or a list of numbers")
+            if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in self.layers):
+                raise ValueError(f"sparse_attention.layers is {self.layers!r}; layer numbers are integers from 0")
+            object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        if self.train_length is not None and (not isinstance(self.train_length, int) or self.train_length < 1):
+            raise ValueError(f"sparse_attention.train_length is {self.train_length!r}; it must be an integer from 1")
+        if not isinstance(self.format, int) or self.format > FORMAT:
+            raise ValueError(
+                f"sparse_attention.format is {self.format!r}, written by hf-sparse-attention {self.version}; this is "
+                f"{VERSION}, which reads formats up to {FORMAT}: pip install --upgrade hf-sparse-attention"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SparseAttentionConfig:
+        """Checks and freezes a dict; an unknown key raises, it is never dropped."""
+        if not isinstance(values, dict):
+            raise TypeError(f"sparse_attention is {values!r}; it must be a dict such as {{'map': 'asentmax'}}")
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"sparse_attention has unknown fields {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_model_config(cls, config) -> SparseAttentionConfig:
+        """Reads the block of a Transformers config.
+
+        Raises:
+            ValueError: if the config has no `sparse_attention`, i.e. belongs to a dense model or was tampered with.
+        """
+        values = getattr(config, "sparse_attention", None)
+        if values is None:
+            raise ValueError(
+                f"{type(config).__name__} has no `sparse_attention`: nothing says which attention map this model "
+                "computes. Convert a dense model with `hf-sparse-attention convert`"
+            )
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain dict that goes into config.json."""
+        values = asdict(self)
+        if isinstance(self.layers, tuple):
+            values["layers"] = list(self.layers)
+        return values

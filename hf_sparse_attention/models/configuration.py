@@ -1,0 +1,98 @@
+"""Sparse configs: a dense config and a `SparseAttentionConfig` enter, the family's sparse config leaves, checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from ..config import SparseAttentionConfig
+from .families import FAMILIES, REFUSED, Family, sparse_class
+
+
+class SparseConfig:
+    """Mixin before a family's config: `sparse_attention` is checked whenever a config is made."""
+
+    def __post_init__(self, **kwargs):
+        sparse_attention = kwargs.pop("sparse_attention", None)
+        super().__post_init__(**kwargs)
+        if sparse_attention is not None:
+            sparse_attention = SparseAttentionConfig.from_dict(sparse_attention).to_dict()
+        self.sparse_attention = sparse_attention
+
+
+def check_convertible(config: PreTrainedConfig) -> Family:
+    """The family of a dense config.
+
+    Raises:
+        ValueError: for an already sparse model, an encoder, an unknown family, or a feature we do not compute.
+    """
+    name = config.model_type
+    if name in (f"sparse_{family}" for family in FAMILIES):
+        saved = SparseAttentionConfig.from_model_config(config)
+        raise ValueError(f"the model is already sparse ({name}, map {saved.map}); load it with from_pretrained")
+    if name in REFUSED:
+        raise ValueError(f"{name} needs {REFUSED[name]}, which sparse attention does not compute")
+    if name not in FAMILIES:
+        kind = (
+            "an encoder-decoder model" if getattr(config, "is_encoder_decoder", False) else "not a supported decoder"
+        )
+        raise ValueError(f"model_type {name!r} is {kind}; supported: {', '.join(FAMILIES)}")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"attn_logit_softcapping is {config.attn_logit_softcapping}: sparse attention computes no soft-capping"
+        )
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        raise ValueError("the model attends in both directions; sparse attention converts causal decoders")
+    return FAMILIES[name]
+
+
+def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConfig) -> PreTrainedConfig:
+    """The sparse config of a dense one: every dense field kept, `sparse_attention` added.
+
+    Raises:
+        ValueError: see `check_convertible`; also for layer numbers the model does not have.
+    """
+    family = check_convertible(dense)
+    if sparse_attention.train_length is None:
+        length = getattr(dense, "max_position_embeddings", None) or 2048
+        sparse_attention = replace(sparse_attention, train_length=length)
+    values = dense.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        values.pop(key, None)
+    config = sparse_class(family, "Config")(**values, sparse_attention=sparse_attention.to_dict())
+    config.name_or_path = dense.name_or_path
+    sparse_layers(config)
+    return config
+
+
+def layer_window(config: PreTrainedConfig, layer: int) -> int | None:
+    """The sliding window of a layer in tokens, or None for full attention."""
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def sparse_layers(config: PreTrainedConfig) -> list[int]:
+    """Numbers of the layers whose attention is sparse.
+
+    Raises:
+        ValueError: if there is none, or a listed layer does not exist.
+    """
+    choice = SparseAttentionConfig.from_model_config(config).layers
+    count = config.num_hidden_layers
+    if choice == "all":
+        return list(range(count))
+    if choice == "full_attention":
+        chosen = [layer for layer in range(count) if layer_window(config, layer) is None]
+        if not chosen:
+            raise ValueError(
+                f"sparse_attention.layers is 'full_attention', but all {count} layers have a sliding window of "
+                f"{config.sliding_window} tokens; use 'all'"
+            )
+        return chosen
+    beyond = [layer for layer in choice if layer >= count]
+    if beyond:
+        raise ValueError(f"sparse_attention.layers names {beyond}, but the model has layers 0 to {count - 1}")
+    return list(choice)

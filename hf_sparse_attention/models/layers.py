@@ -1,0 +1,136 @@
+"""The attention layer of a sparse model: hidden states and mask enter, alpha, query factor and slopes are added, and
+the family's own forward is called."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ..attention import is_range, visible_entries
+from ..config import SparseAttentionConfig
+from ..maps import MAPS, AdaptiveAlpha, alibi_slopes, scaled_heads
+from .configuration import layer_window
+
+# Shapes: B batch, N queries.
+
+
+class SparseAttention:
+    """Mixin before a family's attention: computes alpha, query factor and slopes, then calls the family's forward."""
+
+    def become_sparse(self, config: PreTrainedConfig, rotates: bool, is_sparse: bool) -> None:
+        """Gives an attention layer its map's parameters. A layer that stays dense computes softmax, as before."""
+        settings = SparseAttentionConfig.from_model_config(config)
+        row = MAPS[settings.map]
+        heads = config.num_attention_heads
+        self.is_sparse = is_sparse
+        self.rotates = rotates and not (is_sparse and settings.position != "rope")
+        self.alpha = settings.alpha if is_sparse else 1.0
+        self.sparse_scale = self.sparse_alpha = None
+        # A layer that its family runs without positions keeps that.
+        self.has_alibi = is_sparse and rotates and settings.position == "nape"
+        if not is_sparse:
+            return
+        if settings.position == "nape" and heads < 2:
+            raise ValueError(f"position 'nape' needs at least 2 heads, the model has {heads}")
+        self.scaled_heads = scaled_heads(settings.position if rotates else "nope", heads)
+        if row.scale is not None:
+            window = layer_window(config, self.layer_idx)
+            length = min(settings.train_length or 2048, window or 2**62)
+            self.sparse_scale = row.scale(self.scaled_heads, config.hidden_size, length)
+        if row.learned_alpha:
+            self.sparse_alpha = AdaptiveAlpha(heads)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        expected = self.config.sparse_attention["map"]
+        if self.config._attn_implementation != expected:
+            raise ValueError(wrong_implementation(self.config._attn_implementation, expected))
+        # The model counts once for all layers; the decoder layers of some families drop what it hands on.
+        known = "document_starts" in kwargs
+        starts = kwargs.pop("document_starts") if known else document_starts(kwargs.get("position_ids"))
+        if starts is not None:
+            attention_mask = within_documents(attention_mask, starts)
+        if not self.rotates and position_embeddings is not None:
+            cosine, sine = position_embeddings
+            position_embeddings = torch.ones_like(cosine), torch.zeros_like(sine)
+        return super().forward(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            alpha=self.alpha if self.sparse_alpha is None or self.alpha == 1.0 else self.sparse_alpha(self.alpha),
+            query_scale=self._query_scale(hidden_states, attention_mask),
+            slopes=alibi_slopes(self.config.num_attention_heads, hidden_states.device) if self.has_alibi else None,
+            **kwargs,
+        )
+
+    def _query_scale(self, hidden_states, attention_mask):
+        if self.sparse_scale is None:
+            return None
+        scale = self.sparse_scale(hidden_states, visible_lengths(attention_mask, hidden_states))
+        unscaled = self.config.num_attention_heads - self.scaled_heads
+        if unscaled:
+            ones = scale.new_ones(scale.shape[0], unscaled, *scale.shape[2:])
+            scale = torch.cat([scale, ones], dim=1)
+        return scale
+
+
+def visible_lengths(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+    """n_i of the scales: one more than the keys query i sees, at least 2. Shape (B or 1, N).
+
+    It follows from the mask alone, so prefill and token-by-token decoding give the same number.
+    """
+    if attention_mask is None:
+        return torch.arange(2, hidden_states.shape[1] + 2, device=hidden_states.device)[None]
+    if is_range(attention_mask):
+        start_BN, end_BN = attention_mask[:, 0].unbind(-1)
+        return (end_BN - start_BN + 1).clamp(min=2)
+    if attention_mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: a mask that differs between heads leaves the "
+            "context length of a query undefined"
+        )
+    return (visible_entries(attention_mask)[:, 0].sum(-1) + 1).clamp(min=2)
+
+
+def document_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Where the document of each token starts, (B or 1, N), as an index into these tokens; None for one document.
+
+    As in Transformers, a document starts wherever a position is not the previous one plus 1. 0 also stands for a
+    document that started before these tokens.
+    """
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[-1] == 1:
+        return None
+    restarts_BN = torch.diff(position_ids, dim=-1) != 1
+    if not torch.compiler.is_compiling() and not bool(restarts_BN.any()):
+        return None
+    index_N = torch.arange(1, position_ids.shape[-1], device=position_ids.device)
+    starts_BN = torch.where(restarts_BN, index_N, 0).cummax(dim=-1).values
+    return nn.functional.pad(starts_BN, (1, 0))
+
+
+def within_documents(attention_mask: torch.Tensor | None, starts_BN: torch.Tensor) -> torch.Tensor:
+    """Keeps every query inside its document. A matrix given by the caller is taken as it is, as in Transformers."""
+    if attention_mask is None:
+        own_N = torch.arange(starts_BN.shape[-1], device=starts_BN.device)
+        first_BN, end_BN = torch.zeros_like(starts_BN), (own_N + 1).expand_as(starts_BN)
+        offset_B1 = 0
+    elif is_range(attention_mask):
+        first_BN, end_BN = attention_mask[:, 0].unbind(-1)
+        offset_B1 = end_BN[:, :1] - 1
+    else:
+        return attention_mask
+    start_BN = torch.where(starts_BN > 0, torch.maximum(first_BN, starts_BN + offset_B1), first_BN)
+    return torch.stack(torch.broadcast_tensors(start_BN, end_BN), dim=-1).to(torch.int32)[:, None]
+
+
+def wrong_implementation(requested: str, expected: str) -> str:
+    return (
+        f"this model computes {expected} and cannot run as {requested!r}, which is another function. Load it "
+        f"without attn_implementation (or {expected!r}); to change what it computes, convert the dense model again"
+    )

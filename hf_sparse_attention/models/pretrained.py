@@ -1,0 +1,173 @@
+"""What every sparse model class adds to its dense one: it starts new parameters at zero, refuses any other attention,
+converts a dense checkpoint on loading, and keeps packed documents apart."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from ..attention import return_weights
+from ..config import SparseAttentionConfig
+from ..maps import NEW_MODULES
+from .configuration import sparse_config, sparse_layers
+from .families import Family, family_of, sparse_class
+from .layers import document_starts, wrong_implementation
+
+logger = logging.getLogger(__name__)
+
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def new_parameter_names(model: nn.Module) -> list[str]:
+    """Names of the parameters the dense model does not have."""
+    names = []
+    for prefix, module in model.named_modules():
+        if isinstance(module, NEW_MODULES):
+            names += [f"{prefix}.{name}" for name, _ in module.named_parameters()]
+    return names
+
+
+class SparsePreTrainedModel:
+    """Mixin before every model class of a family: refuses other attention, starts new parameters at zero."""
+
+    # Each of these would replace the attention by a softmax of its own; vLLM looks at the last one.
+    _supports_flash_attn = False
+    _supports_sdpa = False
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+
+    def __init__(self, config, *args, **kwargs):
+        SparseAttentionConfig.from_model_config(config)
+        super().__init__(config, *args, **kwargs)
+        if getattr(config, "_from_dense", False):
+            # from_pretrained says in one line what Transformers would list: that these start at zero.
+            self._keys_to_ignore_on_load_missing = [r"\.sparse_(scale|alpha)\."]
+        self._adopt()
+        # The classes of Transformers end their constructor with this; parameters were added since.
+        self.post_init()
+
+    def _adopt(self) -> None:
+        """Makes the inner model sparse, where this class has one."""
+        inner = getattr(self, self.base_model_prefix, None)
+        if inner is not None and not isinstance(inner, SparseModel):
+            # The family's constructor made its dense inner model. Changing the class of that one in place would lose
+            # what Transformers keeps by class (outputs to record), so the sparse one is made anew.
+            setattr(self, self.base_model_prefix, sparse_class(family_of(self.config), "Model")(self.config))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, NEW_MODULES):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+        else:
+            super()._init_weights(module)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
+        return self.get_correct_attn_implementation(attn_implementation)
+
+    def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
+        expected = self.config.sparse_attention["map"]
+        if requested_attention not in (None, expected):
+            raise ValueError(wrong_implementation(requested_attention, expected))
+        return expected
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in Transformers; a dense checkpoint of the family is converted on the way.
+
+        Args:
+            sparse_attention (dict): fields of `SparseAttentionConfig`. For a model that is already sparse only alpha
+                can differ from what it was saved with.
+
+        Raises:
+            ValueError: if a sparse checkpoint lacks parameters of its map, or is asked to compute another map.
+        """
+        options = kwargs.pop("sparse_attention", None)
+        with_info = kwargs.pop("output_loading_info", False)
+        hub = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
+        saved = {}
+        if pretrained_model_name_or_path is not None:
+            saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        is_dense = bool(saved) and not str(saved.get("model_type", "")).startswith("sparse_")
+        if config is None:
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        if not hasattr(config, "sparse_attention"):
+            options = dict(options or {})
+            options.setdefault("map", kwargs.pop("attn_implementation", None) or "asentmax")
+            config = sparse_config(config, SparseAttentionConfig.from_dict(options))
+        elif not is_dense and saved:
+            config.sparse_attention = _merged(saved.get("sparse_attention"), config.sparse_attention, options)
+        config._from_dense = is_dense
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        del model.config._from_dense
+        lost = sorted(set(info["missing_keys"]) & set(new_parameter_names(model)))
+        if lost and not is_dense and kwargs.get("state_dict") is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} says it computes {config.sparse_attention['map']}, but lacks "
+                f"{len(lost)} of its parameters, first {lost[0]}: the checkpoint is incomplete"
+            )
+        if is_dense:
+            logger.warning(
+                "%s was trained with softmax and now runs %s (alpha %g, position %s), with which it was not trained. "
+                "Train it: hf-sparse-attention train --model %s --map %s",
+                pretrained_model_name_or_path, *(config.sparse_attention[key] for key in ("map", "alpha", "position")),
+                pretrained_model_name_or_path, config.sparse_attention["map"],
+            )  # fmt: skip
+        return (model, info) if with_info else model
+
+
+def _merged(saved: dict | None, current: dict, options: dict | None) -> dict:
+    """The block of a saved sparse model with a caller's changes, of which only alpha is one that its weights allow."""
+    asked = {**(current if current != saved else {}), **(options or {})}
+    merged = SparseAttentionConfig.from_dict({**(saved or {}), **asked}).to_dict()
+    changed = [key for key in merged if saved is not None and key in saved and merged[key] != saved[key]]
+    if set(changed) - {"alpha"}:
+        raise ValueError(
+            f"the model was saved with {', '.join(f'{key}={saved[key]!r}' for key in changed)}; asked for "
+            f"{', '.join(f'{key}={merged[key]!r}' for key in changed)}: convert the dense model again"
+        )
+    return merged
+
+
+class SparseModel(SparsePreTrainedModel):
+    """Mixin before a family's inner model: its attention layers become sparse, packed documents stay apart."""
+
+    def _adopt(self) -> None:
+        family = family_of(self.config)
+        attention_class, sparse = sparse_class(family, "Attention"), set(sparse_layers(self.config))
+        for module in list(self.modules()):
+            if type(module) is family.dense("Attention"):
+                module.__class__ = attention_class
+                module.become_sparse(self.config, family.rotates(module), module.layer_idx in sparse)
+        _register_weight_conversion(family)
+
+    def forward(self, *args, **kwargs):
+        position_ids = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
+        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "cu_seq_lens_q without position_ids: documents would see each other. Pass position_ids that restart "
+                "at 0 in every document, as DataCollatorWithFlattening does"
+            )
+        kwargs["document_starts"] = document_starts(position_ids)
+        with return_weights(bool(kwargs.get("output_attentions"))):
+            return super().forward(*args, **kwargs)
+
+
+def _register_weight_conversion(family: Family) -> None:
+    """Checkpoints whose tensors Transformers renames or regroups on loading are treated alike for the sparse classes.
+
+    It looks for these rules by model_type or by class name, neither of which is the dense one's here.
+    """
+    names = {family.name: f"sparse_{family.name}"}
+    for kind in ("Model", "ForCausalLM", "ForSequenceClassification"):
+        if sparse_class(family, kind) is not None:
+            names[family.dense(kind).__name__] = sparse_class(family, kind).__name__
+    for dense, sparse in names.items():
+        conversion = get_checkpoint_conversion_mapping(dense)
+        if conversion is not None and get_checkpoint_conversion_mapping(sparse) is None:
+            register_checkpoint_conversion_mapping(sparse, conversion)

@@ -1,0 +1,19 @@
+import os
+
+# Before anything imports huggingface_hub: no test reaches for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+# The tensors of the tests are small: a second thread costs more in waiting than it computes.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("-m") or ""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("slow") and "slow" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
