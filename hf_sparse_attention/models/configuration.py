@@ -34,10 +34,7 @@ def check_convertible(config: PreTrainedConfig) -> Family:
     if name in REFUSED:
         raise ValueError(f"{name} needs {REFUSED[name]}, which sparse attention does not compute")
     if name not in FAMILIES:
-        kind = (
-            "an encoder-decoder model" if getattr(config, "is_encoder_decoder", False) else "not a supported decoder"
-        )
-        raise ValueError(f"model_type {name!r} is {kind}; supported: {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type {name!r} is not a supported decoder; supported: {', '.join(FAMILIES)}")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ValueError(
             f"attn_logit_softcapping is {config.attn_logit_softcapping}: sparse attention computes no soft-capping"

@@ -48,9 +48,6 @@ class SparseAttention:
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ):
-        expected = self.config.sparse_attention["map"]
-        if self.config._attn_implementation != expected:
-            raise ValueError(wrong_implementation(self.config._attn_implementation, expected))
         # The model counts once for all layers; the decoder layers of some families drop what it hands on.
         known = "document_starts" in kwargs
         starts = kwargs.pop("document_starts") if known else document_starts(kwargs.get("position_ids"))
@@ -127,10 +124,3 @@ def within_documents(attention_mask: torch.Tensor | None, starts_BN: torch.Tenso
         return attention_mask
     start_BN = torch.where(starts_BN > 0, torch.maximum(first_BN, starts_BN + offset_B1), first_BN)
     return torch.stack(torch.broadcast_tensors(start_BN, end_BN), dim=-1).to(torch.int32)[:, None]
-
-
-def wrong_implementation(requested: str, expected: str) -> str:
-    return (
-        f"this model computes {expected} and cannot run as {requested!r}, which is another function. Load it "
-        f"without attn_implementation (or {expected!r}); to change what it computes, convert the dense model again"
-    )

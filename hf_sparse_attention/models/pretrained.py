@@ -15,11 +15,26 @@ from ..config import SparseAttentionConfig
 from ..maps import NEW_MODULES
 from .configuration import sparse_config, sparse_layers
 from .families import Family, family_of, sparse_class
-from .layers import document_starts, wrong_implementation
+from .layers import document_starts
 
 logger = logging.getLogger(__name__)
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def check_implementation(requested: str | None, config: PreTrainedConfig) -> str:
+    """The one attn_implementation that computes what a sparse config says.
+
+    Raises:
+        ValueError: if another one is requested.
+    """
+    expected = config.sparse_attention["map"]
+    if requested not in (None, expected):
+        raise ValueError(
+            f"this model computes {expected} and cannot run as {requested!r}, which is another function. Load it "
+            f"without attn_implementation (or with {expected!r}), or convert the dense model again"
+        )
+    return expected
 
 
 def new_parameter_names(model: nn.Module) -> list[str]:
@@ -69,10 +84,7 @@ class SparsePreTrainedModel:
         return self.get_correct_attn_implementation(attn_implementation)
 
     def get_correct_attn_implementation(self, requested_attention, is_init_check: bool = False) -> str:
-        expected = self.config.sparse_attention["map"]
-        if requested_attention not in (None, expected):
-            raise ValueError(wrong_implementation(requested_attention, expected))
-        return expected
+        return check_implementation(requested_attention, self.config)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -99,7 +111,8 @@ class SparsePreTrainedModel:
             options.setdefault("map", kwargs.pop("attn_implementation", None) or "asentmax")
             config = sparse_config(config, SparseAttentionConfig.from_dict(options))
         elif not is_dense and saved:
-            config.sparse_attention = _merged(saved.get("sparse_attention"), config.sparse_attention, options)
+            SparseAttentionConfig.from_model_config(config)
+            config.sparse_attention = _merged(saved["sparse_attention"], config.sparse_attention, options)
         config._from_dense = is_dense
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
@@ -121,11 +134,11 @@ class SparsePreTrainedModel:
         return (model, info) if with_info else model
 
 
-def _merged(saved: dict | None, current: dict, options: dict | None) -> dict:
+def _merged(saved: dict, current: dict, options: dict | None) -> dict:
     """The block of a saved sparse model with a caller's changes, of which only alpha is one that its weights allow."""
     asked = {**(current if current != saved else {}), **(options or {})}
-    merged = SparseAttentionConfig.from_dict({**(saved or {}), **asked}).to_dict()
-    changed = [key for key in merged if saved is not None and key in saved and merged[key] != saved[key]]
+    merged = SparseAttentionConfig.from_dict({**saved, **asked}).to_dict()
+    changed = [key for key in merged if key in saved and merged[key] != saved[key]]
     if set(changed) - {"alpha"}:
         raise ValueError(
             f"the model was saved with {', '.join(f'{key}={saved[key]!r}' for key in changed)}; asked for "
@@ -147,6 +160,7 @@ class SparseModel(SparsePreTrainedModel):
         _register_weight_conversion(family)
 
     def forward(self, *args, **kwargs):
+        check_implementation(self.config._attn_implementation, self.config)
         position_ids = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(

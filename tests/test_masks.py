@@ -1,0 +1,143 @@
+"""The mask function: whatever Transformers asks for, the range or matrix it returns shows the same keys as SDPA's."""
+
+import families
+import pytest
+import torch
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
+
+from hf_sparse_attention.attention import is_range, sparse_attention_mask, split_mask, visible_entries
+from hf_sparse_attention.models.layers import document_starts, visible_lengths, within_documents
+
+
+def matrix(mask, queries, keys, batch):
+    """What a mask of ours shows, (batch, queries, keys)."""
+    key = torch.arange(keys)
+    if mask is None:
+        return (key <= torch.arange(queries)[:, None]).expand(batch, queries, keys)
+    if is_range(mask):
+        start, end = mask[:, 0].unbind(-1)
+        return ((key >= start[..., None]) & (key < end[..., None])).expand(batch, queries, keys)
+    return mask[:, 0].expand(batch, queries, keys)
+
+
+CASES = {
+    "plain": {},
+    "left padding": {"padding": [[0, 0, 1, 1, 1, 1, 1], [1] * 7]},
+    "right padding": {"padding": [[1, 1, 1, 1, 0, 0, 0], [1] * 7]},
+    "both sides": {"padding": [[0, 1, 1, 1, 0, 0, 0], [1] * 7]},
+    "a hole": {"padding": [[1, 1, 0, 1, 1, 1, 1], [1] * 7]},
+    "nothing visible": {"padding": [[0] * 7, [1] * 7]},
+    "all ones": {"padding": [[1] * 7, [1] * 7]},
+    "one query": {"q_length": 1, "q_offset": 6},
+    "one query, padded": {"q_length": 1, "q_offset": 6, "padding": [[0, 0, 1, 1, 1, 1, 1], [1] * 7]},
+    "chunk after a cache": {"q_length": 3, "q_offset": 4},
+    "chunk after a padded cache": {"q_length": 3, "q_offset": 4, "padding": [[0, 1, 1, 1, 1, 1, 1], [1] * 7]},
+    "static cache, prefill": {"q_length": 4, "q_offset": 0, "padding": [[1] * 4, [1] * 4]},
+    "static cache, padded prefill": {"q_length": 4, "q_offset": 0, "padding": [[0, 1, 1, 1], [1] * 4]},
+    "static cache, a step": {"q_length": 1, "q_offset": torch.tensor(4), "padding": [[1] * 5, [0] + [1] * 4]},
+    "window": {"window": 3},
+    "window, padded": {"window": 3, "padding": [[0, 0, 0, 1, 1, 1, 1], [1] * 7]},
+    "window longer than the text": {"window": 50},
+    "sliding cache": {"window": 4, "q_length": 2, "q_offset": 9, "kv_length": 5, "kv_offset": 6},
+    "sliding cache, padded": {
+        "window": 4, "q_length": 2, "q_offset": 9, "kv_length": 5, "kv_offset": 6,
+        "padding": [[0] * 8 + [1] * 3, [1] * 11],
+    },
+    "custom overlay": {"overlay": lambda batch, head, q, k: k != 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_same_keys_as_sdpa(case):
+    settings = dict(CASES[case])
+    q_length, kv_length = settings.pop("q_length", 7), settings.pop("kv_length", 7)
+    padding = settings.pop("padding", None)
+    window, overlay = settings.pop("window", None), settings.pop("overlay", None)
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    if overlay is not None:
+        function = and_masks(function, overlay)
+    arguments = {
+        "batch_size": 2, "q_length": q_length, "kv_length": kv_length, "mask_function": function,
+        "attention_mask": None if padding is None else torch.tensor(padding).bool(), "local_size": window,
+        "use_vmap": overlay is not None, **settings,
+    }  # fmt: skip
+    expected = sdpa_mask(allow_is_causal_skip=False, **arguments)[:, 0].expand(2, q_length, kv_length)
+    found = sparse_attention_mask(config=None, dtype=torch.float32, **arguments)
+    assert torch.equal(matrix(found, q_length, kv_length, 2), expected)
+    # A matrix is for what a range cannot say: it costs queries x keys.
+    assert (found is None or is_range(found)) == (case not in ("a hole", "custom overlay"))
+
+
+@pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
+def test_through_the_functions_of_transformers(create):
+    config = families.dense_config("mistral")
+    config._attn_implementation = "entmax"
+    embeddings = torch.zeros(2, 9, 32)
+    padding = torch.ones(2, 9, dtype=torch.long)
+    padding[0, :4] = 0
+    arguments = {"inputs_embeds": embeddings, "past_key_values": None}
+    found = create(config=config, attention_mask=padding, **arguments)
+    config._attn_implementation = "sdpa"
+    expected = create(config=config, attention_mask=padding, **arguments)
+    assert is_range(found)
+    assert torch.equal(matrix(found, 9, 9, 2), expected[:, 0])
+
+
+def test_lengths_count_visible_keys():
+    hidden = torch.zeros(2, 4, 8)
+    assert visible_lengths(None, hidden).tolist() == [[2, 3, 4, 5]]
+    window = torch.tensor([[[0, 1], [0, 2], [1, 3], [2, 4]]], dtype=torch.int32)[None]
+    assert visible_lengths(window, hidden).tolist() == [[2, 3, 3, 3]]
+    holes = torch.ones(4, 4).tril().bool()
+    holes[:, 1] = False
+    assert visible_lengths(holes[None, None], hidden).tolist() == [[2, 2, 3, 4]]
+    nothing = torch.zeros(1, 1, 4, 2, dtype=torch.int32)
+    assert visible_lengths(nothing, hidden).tolist() == [[2, 2, 2, 2]]
+    with pytest.raises(ValueError, match="differs between heads"):
+        visible_lengths(torch.ones(2, 3, 4, 4).bool(), hidden)
+
+
+def test_documents_start_where_positions_restart():
+    assert document_starts(torch.arange(5)[None]) is None
+    assert document_starts(torch.tensor([[7]])) is None
+    assert document_starts(None) is None
+    assert document_starts(torch.tensor([[0, 1, 0, 1, 2, 0]])).tolist() == [[0, 0, 2, 2, 2, 5]]
+    range_ = within_documents(None, torch.tensor([[0, 0, 2, 2]]))[:, 0]
+    assert range_.tolist() == [[[0, 1], [0, 2], [2, 3], [2, 4]]]
+    # After 3 cached keys, the second document of these tokens does not reach into the cache.
+    cached = torch.tensor([[[0, 4], [0, 5], [0, 6], [0, 7]]], dtype=torch.int32)[None]
+    range_ = within_documents(cached, torch.tensor([[0, 0, 2, 2]]))[:, 0]
+    assert range_.tolist() == [[[0, 4], [0, 5], [5, 6], [5, 7]]]
+
+
+def test_masks_that_would_lose_something_are_refused():
+    with pytest.raises(ValueError, match="no other bias"):
+        visible_entries(torch.tensor([0.0, -1.5])[None, None, None])
+    with pytest.raises(ValueError, match="int64"):
+        visible_entries(torch.ones(1, 1, 2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="4-D"):
+        split_mask(torch.ones(2, 7).bool(), 7)
+    lowest = torch.finfo(torch.float16).min
+    assert visible_entries(torch.tensor([0.0, lowest, float("-inf")]).half()).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("position", ["rope", "nape"])
+@pytest.mark.parametrize("map_name", ["asentmax", "ssmax"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_matrix_of_the_caller_equals_the_range(map_name, position, kind):
+    model = families.stir(families.sparse_model(families.dense_model("llama"), map_name, position=position))
+    ids = families.tokens(2, 9)
+    matrix_ = torch.ones(9, 9).tril().bool()[None, None].expand(2, 1, 9, 9)
+    if kind == "float":
+        matrix_ = torch.where(matrix_, 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        found = model(ids, attention_mask=matrix_, use_cache=False).logits
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
