@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -26,10 +26,29 @@ from .visible import visible_range
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
-_implementation: ContextVar[str] = ContextVar("implementation", default="auto")
-_recorder: ContextVar[Callable | None] = ContextVar("recorder", default=None)
-_weights_wanted: ContextVar[bool] = ContextVar("weights_wanted", default=False)
 _announced: set[str] = set()
+
+
+@dataclass
+class _Switches:
+    """What the context managers below set. Not context variables: torch.compile cannot trace those, but guards these."""
+
+    implementation: str = "auto"
+    recorder: Callable | None = None
+    weights_wanted: bool = False
+
+
+_switches = _Switches()
+
+
+@contextmanager
+def _switched(name: str, value) -> Iterator[None]:
+    before = getattr(_switches, name)
+    setattr(_switches, name, value)
+    try:
+        yield
+    finally:
+        setattr(_switches, name, before)
 
 
 @contextmanager
@@ -40,11 +59,8 @@ def implementation(name: str) -> Iterator[None]:
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {name!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
-    token = _implementation.set(name)
-    try:
+    with _switched("implementation", name):
         yield
-    finally:
-        _implementation.reset(token)
 
 
 @contextmanager
@@ -54,25 +70,19 @@ def record(callback: Callable) -> Iterator[None]:
     `query` is already multiplied by the map's factor, `arguments` are those of `reference.attention` (alpha, scaling,
     causal, visible, slopes, mask), and `query_scale` (B or 1, H, N, 1) or None. All tensors are detached.
     """
-    token = _recorder.set(callback)
-    try:
+    with _switched("recorder", callback):
         yield
-    finally:
-        _recorder.reset(token)
 
 
 @contextmanager
-def return_weights(wanted: bool) -> Iterator[None]:
+def return_weights() -> Iterator[None]:
     """Makes the layers inside the block return their weights: some decoder layers drop `output_attentions`."""
-    token = _weights_wanted.set(wanted)
-    try:
+    with _switched("weights_wanted", True):
         yield
-    finally:
-        _weights_wanted.reset(token)
 
 
 def _announce(message: str) -> None:
-    if message not in _announced:
+    if not torch.compiler.is_compiling() and message not in _announced:
         _announced.add(message)
         logger.info(message)
 
@@ -90,7 +100,7 @@ def _kernels_refuse(*arguments, **keywords) -> str | None:
 
 def sparse_attention(query, key, value, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `reference.attention`, computed by what `implementation` chooses."""
-    chosen = _implementation.get()
+    chosen = _switches.implementation
     refusal = None if chosen == "reference" else _kernels_refuse(query, key, value, **arguments)
     if chosen == "triton" and refusal is not None:
         raise ValueError(f"implementation('triton'): {refusal}")
@@ -176,16 +186,16 @@ def sparse_attention_forward(
     arguments = {"scaling": scaling, "causal": mask is None, "visible": visible, "slopes": slopes, "mask": mask}
     if query_scale is not None:
         query = (query * query_scale).to(query.dtype)
-    if isinstance(alpha, float) and alpha == 1.0 and _implementation.get() != "reference":
+    if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
         output, tau = _softmax_attention(query, key, value, **arguments), None
     else:
         output, tau = sparse_attention(query, key, value, alpha=alpha, **arguments)
     arguments["alpha"] = alpha
-    if (callback := _recorder.get()) is not None:
+    if (callback := _switches.recorder) is not None:
         scale = None if query_scale is None else query_scale.detach()
         with torch.no_grad():
             callback(module, query.detach(), key.detach(), tau, query_scale=scale, **arguments)
-    wanted = kwargs.get("output_attentions") or _weights_wanted.get()
+    wanted = kwargs.get("output_attentions") or _switches.weights_wanted
     weights = reference.attention_weights(query, key, **arguments) if wanted else None
     return output.transpose(1, 2).contiguous(), weights
 

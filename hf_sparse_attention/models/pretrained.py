@@ -168,7 +168,9 @@ class SparseModel(SparsePreTrainedModel):
                 "at 0 in every document, as DataCollatorWithFlattening does"
             )
         kwargs["document_starts"] = document_starts(position_ids)
-        with return_weights(bool(kwargs.get("output_attentions"))):
+        if not kwargs.get("output_attentions"):
+            return super().forward(*args, **kwargs)
+        with return_weights():
             return super().forward(*args, **kwargs)
 
 

@@ -106,7 +106,11 @@ def register() -> None:
     """Makes the classes of every family the installed Transformers has, and tells the Auto classes."""
     for family in ROWS:
         try:
-            family.dense("Config"), family.dense("Attention")
+            family.dense("Config")
+            module = sys.modules[family.dense("Attention").__module__]
         except ModuleNotFoundError:
+            continue
+        # Older releases run some families with attention of their own, past the AttentionInterface.
+        if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
             continue
         _build(family)
