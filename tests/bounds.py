@@ -1,0 +1,100 @@
+"""How far an implementation may be from float64: a factor times the reference's own error in the same dtype."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from hf_sparse_attention import reference
+
+OUTPUT_FACTOR = 2.0
+GRADIENT_FACTOR = 3.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What one call gives: out, tau, and the gradients of query, key, value and, where it requires one, alpha."""
+
+    out: torch.Tensor
+    tau: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def run(attention: Callable, query, key, value, out_gradient=None, **arguments) -> Results:
+    """One call of the contract; with out_gradient also its backward. The tensors given are not touched."""
+    tensors = {"query": query, "key": key, "value": value}
+    alpha = arguments.get("alpha")
+    if isinstance(alpha, torch.Tensor) and alpha.requires_grad:
+        tensors["alpha"] = alpha
+    tensors = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    if "alpha" in tensors:
+        arguments["alpha"] = tensors["alpha"]
+    out, tau = attention(tensors["query"], tensors["key"], tensors["value"], **arguments)
+    gradients = {}
+    if out_gradient is not None:
+        gradients = dict(zip(tensors, torch.autograd.grad(out, list(tensors.values()), out_gradient), strict=True))
+    return Results(out.detach(), tau.detach(), gradients)
+
+
+def check_against_reference(
+    attention: Callable, query, key, value, out_gradient=None, **arguments
+) -> dict[str, float]:
+    """Asserts that `attention` is as near to float64 as the factors demand; returns its error over the reference's."""
+    actual = run(attention, query, key, value, out_gradient, **arguments)
+    expected = run(reference.attention, query, key, value, out_gradient, **arguments)
+    exact_arguments = {
+        name: argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
+        for name, argument in arguments.items()
+    }
+    if "alpha" in expected.gradients:
+        exact_arguments["alpha"] = exact_arguments["alpha"].detach().requires_grad_()
+    exact_gradient = None if out_gradient is None else out_gradient.double()
+    exact = run(reference.attention, query.double(), key.double(), value.double(), exact_gradient, **exact_arguments)
+    seen = torch.isfinite(exact.tau)
+    assert torch.equal(torch.isposinf(actual.tau), ~seen), "tau is inf exactly where a query sees no key"
+    # tau's rounding is that of the scores, in float32 whatever the input.
+    ratios = {"tau": ratio("tau", actual.tau[seen], expected.tau[seen], exact.tau[seen], OUTPUT_FACTOR, scale=1.0)}
+    ratios["out"] = ratio("out", actual.out, expected.out, exact.out, OUTPUT_FACTOR)
+    if out_gradient is not None:
+        scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
+        weight_gradient = _rms(out_gradient) * _rms(value) * value.shape[-1] ** 0.5
+        # The size of the terms of each gradient, for where they cancel: with one key dquery is zero up to rounding.
+        scales = {
+            "query": scaling * weight_gradient * _rms(key),
+            "key": scaling * weight_gradient * _rms(query),
+            "value": _rms(out_gradient),
+            "alpha": weight_gradient * (query.shape[0] * query.shape[2]) ** 0.5,
+        }
+        for name, gradient in actual.gradients.items():
+            ratios[f"d{name}"] = ratio(
+                f"d{name}",
+                gradient,
+                expected.gradients[name],
+                exact.gradients[name],
+                GRADIENT_FACTOR,
+                scale=scales[name],
+            )
+    return ratios
+
+
+def ratio(name: str, actual, expected, exact, factor: float, *, scale: float = 0.0) -> float:
+    """The root mean square error of actual over that of expected, both against exact; asserts that it is <= factor.
+
+    An error of a quarter of the dtype's rounding counts as rounding, wherever the reference happens to be exact.
+    """
+    assert actual.shape == exact.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, not {expected.dtype}"
+    assert torch.isfinite(actual).all(), f"{name} has entries that are not finite"
+    if actual.numel() == 0:
+        return 0.0
+    rounding = 0.25 * torch.finfo(actual.dtype).eps * max(_rms(exact), scale)
+    own, allowed = _rms(actual.double() - exact), max(_rms(expected.double() - exact), rounding)
+    result = own / allowed if allowed else float(own > 0)
+    assert result <= factor, (
+        f"{name}: error {own:.3g} is {result:.2f} times the reference's {allowed:.3g}, not <= {factor}"
+    )
+    return result
+
+
+def _rms(tensor: torch.Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
