@@ -1,0 +1,63 @@
+"""What a training run looks at on its way: the loss on blocks held out, and how sparse the attention is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..attention import record
+from ..reference import support_size
+from .packing import IGNORED_LABEL
+
+
+def held_out_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], accelerator) -> float:
+    """Mean loss in nats over the labels of all processes' batches, all processes having equally many."""
+    model.eval()
+    # Apple's GPUs know no float64.
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    sums = torch.zeros(2, dtype=dtype, device=accelerator.device)
+    one = torch.ones((), device=accelerator.device)
+    with torch.no_grad():
+        for batch in batches:
+            # Divided by one the loss is the sum over the labels.
+            loss = model(**batch, num_items_in_batch=one, use_cache=False).loss
+            sums += torch.stack([loss.to(dtype), (batch["labels"] != IGNORED_LABEL).sum().to(dtype)])
+    total, labels = accelerator.reduce(sums, "sum").tolist()
+    return total / labels
+
+
+def attention_statistics(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means over every sparse layer, head and query of a batch.
+
+    Returns:
+        support: number of keys with a weight; visible: number of keys that could have one; zeros: share of these whose
+        weight is exactly zero; scale: the map's factor on the query, 1 without one; head_alpha: mean alpha, where the
+        heads learn it.
+    """
+    model.eval()
+    sums: dict[str, list[torch.Tensor]] = {"support": [], "visible": [], "scale": [], "head_alpha": []}
+
+    def look(module, query, key, tau, *, query_scale, alpha, visible, causal, **arguments):
+        queries, keys = query.shape[2], key.shape[2]
+        if visible is None:
+            first = keys - queries + 1 if causal else keys
+            seen = torch.arange(first, first + queries, device=query.device).clamp(max=keys)[None]
+        else:
+            seen = (visible[..., 1] - visible[..., 0]).clamp(min=0)
+        seen = seen[:, None].expand(query.shape[:3]).float()
+        if tau is None:
+            support = seen
+        else:
+            support = support_size(query, key, tau, alpha=alpha, visible=visible, causal=causal, **arguments).float()
+        sums["support"].append(support.mean())
+        sums["visible"].append(seen.mean())
+        sums["scale"].append(seen.new_ones(()) if query_scale is None else query_scale.float().mean())
+        if isinstance(alpha, torch.Tensor):
+            sums["head_alpha"].append(alpha.detach().float().mean())
+
+    with torch.no_grad(), record(look):
+        model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
+    means = {name: torch.stack(values).mean().item() for name, values in sums.items() if values}
+    return {**means, "zeros": 1 - means["support"] / means["visible"]} if means else {}

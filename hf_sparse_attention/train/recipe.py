@@ -1,0 +1,125 @@
+"""The decisions of a training recipe as plain functions: alpha and learning rate by step, which parameters decay and
+how fast they learn, where LoRA adapters sit. A leaf above models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..models import FAMILIES, new_parameter_names
+
+SCHEDULES = ("cosine", "linear", "constant")
+ALPHA_SCHEDULES = ("linear", "cosine", "none")
+# Entmax is sound in float32 from here; below it lies only softmax itself, alpha 1.
+LOWEST_ALPHA = 1.01
+# Names in an attention layer of the modules that hold a map's parameters.
+NEW_MODULES = ("sparse_scale", "sparse_alpha")
+
+
+def alpha_at(step: int, *, target: float, schedule: str, rise: int) -> float:
+    """Alpha in a step counted from 0: exactly 1, the dense model, in step 0, `target` from step `rise` on.
+
+    Between them it is at least 1.01; `none` is `target` from the beginning.
+    """
+    if schedule not in ALPHA_SCHEDULES:
+        raise ValueError(f"alpha_schedule is {schedule!r}; choose one of {', '.join(ALPHA_SCHEDULES)}")
+    if schedule == "none" or step >= rise:
+        return target
+    if step == 0:
+        return 1.0
+    share = step / rise
+    if schedule == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return min(target, max(LOWEST_ALPHA, 1 + (target - 1) * share))
+
+
+def rate_at(step: int, *, steps: int, schedule: str, warmup: int, final: float) -> float:
+    """Share of the peak learning rate in a step counted from 0: a linear rise in `warmup` steps, then the schedule.
+
+    cosine and linear end at `final`, which the last step comes near to; constant stays at 1.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
+    share = (step - warmup) / max(1, steps - warmup)
+    down = (1 + math.cos(math.pi * share)) / 2 if schedule == "cosine" else 1 - share
+    return final + (1 - final) * down
+
+
+def parameter_groups(
+    model: nn.Module, *, learning_rate: float, new_learning_rate: float | None, weight_decay: float
+) -> list[dict]:
+    """AdamW's groups of the trainable parameters: matrices with decay; norms and biases without; the map's new
+    parameters without, at their own learning rate."""
+    new_names = set(new_parameter_names(model))
+    matrices, vectors, new = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (new if name in new_names else matrices if parameter.ndim >= 2 else vectors).append(parameter)
+    groups = [
+        {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+        {
+            "params": new,
+            "lr": learning_rate if new_learning_rate is None else new_learning_rate,
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def attention_projections(model: nn.Module) -> list[str]:
+    """Where LoRA adapters go by default: `self_attn.q_proj` and its like of every attention layer."""
+    kind = FAMILIES[model.config.model_type.removeprefix("sparse_")].dense("Attention")
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            parent = name.rpartition(".")[2]
+            found |= {f"{parent}.{leaf}" for leaf, child in module.named_children() if isinstance(child, nn.Linear)}
+    return sorted(found)
+
+
+def with_lora(model: nn.Module, *, rank: int, alpha: float | None, dropout: float, targets: list[str]) -> nn.Module:
+    """The model with LoRA adapters; the map's new parameters are trained and saved whole.
+
+    Raises:
+        ImportError: without PEFT.
+        ValueError: for a target the model does not have.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('LoRA needs PEFT: pip install "hf-sparse-attention[peft]"') from error
+    modules = dict(model.named_modules())
+    targets = targets or attention_projections(model)
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in modules)]
+    if unknown:
+        raise ValueError(
+            f"lora_targets names {', '.join(unknown)}, which the model does not have; its attention has "
+            f"{', '.join(attention_projections(model))}"
+        )
+    whole = [leaf for leaf in NEW_MODULES if any(name.endswith(f".{leaf}") for name in modules)]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        modules_to_save=whole or None,
+    )
+    return get_peft_model(model, lora)
+
+
+def idle_parameters(model: nn.Module) -> list[str]:
+    """Trainable parameters that the last backward pass gave no gradient."""
+    return [name for name, item in model.named_parameters() if item.requires_grad and item.grad is None]
+
+
+def fused_adamw(device: torch.device) -> bool:
+    """Whether torch has a fused AdamW for the device."""
+    return device.type in ("cpu", "cuda", "xpu", "mps")

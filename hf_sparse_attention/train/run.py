@@ -1,0 +1,270 @@
+"""The folder of a run: whether it may be written, where to go on, metrics.jsonl, and what is left at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import VERSION
+from ..files import flush_file, remove_partial, whole_folder, write_json
+from ..loading import Source, companions_of, count_parameters
+from ..text import find_texts
+from .arguments import TrainArguments
+from .state import load_state, read_state, whole_states
+
+# Options that may differ when a run goes on: they change what is written, not what is computed. The blocks of a step
+# are compared as their number, however they are shared out.
+FREE = {
+    "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "report_to", "run_name", "log_every",
+    "eval_every", "on_nan", "lora_save", "save_dtype", "batch_size", "gradient_accumulation", "compile", "cpu",
+}  # fmt: skip
+
+
+class Metrics:
+    """`metrics.jsonl`, one JSON object a line, written by the main process, and the trackers beside it.
+
+    Lines of a kind (train, eval, attention, skipped) have their step first; what depends on the clock is under
+    `timing`. Going on from a step, the lines after it are removed, so that no step is there twice.
+    """
+
+    def __init__(self, path: Path, start: int, accelerator):
+        self.accelerator, self.path = accelerator, path
+        if not accelerator.is_main_process:
+            return
+        kept = []
+        if start and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= start:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    # A line cut off by the end of the process that wrote it.
+                    continue
+        temporary = path.with_name(f".{path.name}.kept")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def write(self, step: int, kind: str, **values) -> None:
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=step)
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+
+    def flush(self) -> None:
+        """Puts the lines on disk: a checkpoint is never ahead of them."""
+        if self.accelerator.is_main_process and self.path.exists():
+            flush_file(self.path)
+
+
+def check_output(output: Path, arguments: TrainArguments) -> None:
+    """Raises FileExistsError if output is in use and the run neither goes on there nor replaces it."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output {output} is a file, not a folder")
+    model = Path(arguments.model).expanduser()
+    if model.exists() and output.resolve() in (model.resolve(), *model.resolve().parents) and arguments.overwrite:
+        raise ValueError(f"output {output} holds the model {model}, which would be overwritten")
+    # Encoded text is kept from a run that failed before its first step, and is of use to the next.
+    if not output.exists() or not set(os.listdir(output)) - {"packed"}:
+        return
+    if arguments.resume == "never" and not arguments.overwrite:
+        raise FileExistsError(
+            f"output {output} exists and is not empty: go on with --resume auto, replace it with --overwrite, or name "
+            "another"
+        )
+    if not (output / "run.json").is_file():
+        raise FileExistsError(f"output {output} is not empty and holds no training run (it has no run.json)")
+
+
+def identity_of(arguments: TrainArguments, per_step: int, block_size: int, tokenizer) -> dict:
+    """What must be the same for a run to go on: everything its numbers follow from."""
+    options = {name: value for name, value in asdict(arguments).items() if name not in FREE}
+    files = [
+        [name, os.stat(name).st_size if kind != "hub" else None]
+        for names in (arguments.train_data, arguments.eval_data)
+        for kind, name in (find_texts(names) if names else [])
+    ]
+    return {
+        **options,
+        "block_size": block_size,
+        "blocks_per_step": per_step,
+        "data": files,
+        "vocabulary": len(tokenizer),
+    }
+
+
+def _different(identity: dict, saved: dict) -> str:
+    # What was saved went through JSON, which knows no tuples.
+    names = [name for name, value in json.loads(json.dumps(identity)).items() if saved.get(name) != value]
+    return ", ".join(f"{name} {saved.get(name)!r} then, {identity[name]!r} now" for name in names)
+
+
+def finished_summary(output: Path, identity: dict) -> dict | None:
+    """The summary of a run that is already done, if it is this one."""
+    if not (output / "summary.json").is_file() or not (output / "model").is_dir():
+        return None
+    saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    if different := _different(identity, saved):
+        raise ValueError(f"{output} holds another run, finished: {different}")
+    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+
+def checkpoint_to_go_on_from(output: Path, arguments: TrainArguments, identity: dict) -> Path | None:
+    """The checkpoint that `resume` means, checked to be whole and of this run; None to begin at the beginning."""
+    path = None
+    if arguments.resume == "auto":
+        path = next(reversed(whole_states(output / "checkpoints")), None)
+    elif arguments.resume != "never":
+        path = Path(arguments.resume).expanduser()
+    if path is not None and (different := _different(identity, read_state(path)["run"]["identity"])):
+        raise ValueError(f"{path} belongs to a run with other options: {different}")
+    return path
+
+
+def begin_run(
+    output: Path, arguments: TrainArguments, identity: dict, path: Path | None, accelerator, model, optimizer, data
+) -> tuple[int, dict]:
+    """Prepares the folder of the run; puts everything where the checkpoint `path` left it.
+
+    Returns the number of steps done, and the numbers gathered in them.
+    """
+    checkpoints = output / "checkpoints"
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if arguments.overwrite:
+            for name in ("checkpoints", "model", "logs"):
+                shutil.rmtree(output / name, ignore_errors=True)
+            for name in ("summary.json", "metrics.jsonl"):
+                (output / name).unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        remove_partial(output)
+        remove_partial(checkpoints)
+        write_json(output / "run.json", identity)
+        if path is not None:
+            # What came after this checkpoint is another future.
+            for later in whole_states(checkpoints):
+                if read_state(later)["step"] > read_state(path)["step"]:
+                    shutil.rmtree(later)
+    accelerator.wait_for_everyone()
+    if path is None:
+        fresh = {"tokens": 0, "seconds": 0.0, "skipped": 0, "loss": None, "held_out": [], "attention": {}}
+        return 0, {**fresh, "window": {"loss": 0.0, "steps": 0}}
+    saved, run = load_state(path, accelerator, model, optimizer)
+    data.load_state_dict(saved)
+    del run["identity"]
+    step = read_state(path)["step"]
+    accelerator.print(f"going on from {path}, step {step}")
+    return step, run
+
+
+def summary_of(
+    source: Source,
+    settings,
+    arguments: TrainArguments,
+    accelerator,
+    model,
+    new_names,
+    run: dict,
+    identity: dict,
+    epochs,
+) -> dict:
+    """What a model card says of the training."""
+    cuda = accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name(accelerator.device) if cuda else f"{platform.machine()} CPU"
+    attention = {} if settings is None else settings.to_dict()
+    return {
+        "base_model": source.name,
+        "base_commit": source.commit,
+        "sparse_attention": attention or None,
+        "map": attention.get("map", "none"),
+        "steps": arguments.steps,
+        "tokens": run["tokens"],
+        "epochs": epochs,
+        "block_size": identity["block_size"],
+        "blocks_per_step": identity["blocks_per_step"],
+        "skipped_steps": run["skipped"],
+        "learning_rate": arguments.learning_rate,
+        "new_learning_rate": arguments.learning_rate
+        if arguments.new_learning_rate is None
+        else arguments.new_learning_rate,
+        "options": {name: value for name, value in asdict(arguments).items() if name not in ("output", "resume")},
+        "train_loss": run["loss"],
+        "eval_loss": run["held_out"],
+        "attention": run["attention"],
+        "train_data": arguments.train_data,
+        "eval_data": arguments.eval_data,
+        "parameters": count_parameters(model),
+        "trainable_parameters": count_parameters(model, trainable=True),
+        "new_parameters": len(new_names),
+        "hardware": f"{accelerator.num_processes} x {device}",
+        "mixed_precision": accelerator.mixed_precision,
+        "seconds": run["seconds"],
+        "tokens_per_second": run["tokens"] / run["seconds"] if run["seconds"] else None,
+        "versions": {
+            "hf-sparse-attention": VERSION,
+            **_versions("torch", "transformers", "accelerate", "peft", "triton"),
+        },
+        "command": command_of(arguments, accelerator.num_processes),
+    }
+
+
+def command_of(arguments: TrainArguments, processes: int) -> str:
+    """The command line that gives these arguments, however they were given."""
+    words = ["hf-sparse-attention", "train"]
+    if processes > 1:
+        words = ["accelerate", "launch", "--num_processes", str(processes), "-m", "hf_sparse_attention.train"]
+    for option in fields(arguments):
+        value = getattr(arguments, option.name)
+        default = [] if option.default_factory is list else option.default
+        if value != default and option.name not in ("resume", "overwrite"):
+            words += [f"--{option.name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_model(folder: Path, source: Source, model: PreTrainedModel, arguments: TrainArguments, summary: dict) -> None:
+    """A folder ready for the Hub: weights, config, tokenizer and the summary, whole or not at all."""
+    if arguments.lora_rank and arguments.lora_save == "merge":
+        model = model.merge_and_unload()
+    if arguments.save_dtype is not None:
+        model = model.to(getattr(torch, arguments.save_dtype))
+    if arguments.lora_rank and arguments.lora_save == "adapter":
+        for adapter in model.peft_config.values():
+            adapter.base_model_name_or_path = source.name
+    with whole_folder(folder, replace=True) as partial_folder:
+        model.save_pretrained(partial_folder)
+        for file in companions_of(source.folder):
+            shutil.copyfile(file, partial_folder / file.name)
+        write_json(partial_folder / "summary.json", summary)
+
+
+def print_summary(output: Path, summary: dict) -> None:
+    lines = [f"model: {output / 'model'}", f"steps {summary['steps']:,}, tokens {summary['tokens']:,}"]
+    lines[1] += f", {summary['epochs']:.2f} passes over the data, {summary['seconds']:.0f} s"
+    if summary["eval_loss"]:
+        (first, before), (last, after) = summary["eval_loss"][0], summary["eval_loss"][-1]
+        lines.append(f"held-out loss: {before:.4f} at step {first}, {after:.4f} at step {last}")
+    if summary["attention"]:
+        support, zeros = summary["attention"]["support"], summary["attention"]["zeros"]
+        lines.append(
+            f"attention: {support:.1f} keys carry weight on average, {zeros:.1%} of the weights are exactly 0"
+        )
+    print("\n".join(lines))
