@@ -1,0 +1,159 @@
+"""Documents and a tokenizer -> windows of a length: runs of tokens that do not overlap, each shown to a model alone.
+
+A window starts with what the tokenizer itself puts before a text (often nothing, or <s>), as any prompt would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one length.
+
+    Args:
+        tokens: int64 (windows, length).
+        bytes: UTF-8 bytes of the text that the tokens after the first stand for, (windows,); None if the tokenizer
+            does not say which text its tokens stand for.
+        documents: how many documents they come from; one if the documents were joined.
+    """
+
+    tokens: torch.Tensor
+    bytes: torch.Tensor | None
+    documents: int
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def sha256(self) -> str:
+        """Of the shape and the tokens: two models with the same one saw the same tokens."""
+        shape = ",".join(map(str, self.tokens.shape))
+        return hashlib.sha256(shape.encode() + self.tokens.to(torch.int64).numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Documents as tokens, cut to windows of any length by `windows`.
+
+    Args:
+        documents: int32 (tokens,) per document, without special tokens.
+        ends: per document, the byte at which each token's text ends; None if the tokenizer does not say.
+        prefix: what the tokenizer puts before a text.
+        separator: what stands between joined documents: what the tokenizer puts after one and before the next, or,
+            if that is nothing, its end-of-text token.
+    """
+
+    documents: list[np.ndarray]
+    ends: list[np.ndarray] | None
+    prefix: list[int]
+    separator: list[int]
+
+    @classmethod
+    def of(cls, documents: Iterable[str], tokenizer) -> TokenizedText:
+        """Tokenizes; documents without a token are left out."""
+        prefix, suffix = _added_tokens(tokenizer)
+        end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids, ends = [], []
+        with_offsets = bool(tokenizer.is_fast)
+        for text in documents:
+            encoded = tokenizer(
+                text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=with_offsets,
+                verbose=False,
+            )  # fmt: skip
+            if not encoded["input_ids"]:
+                continue
+            ids.append(np.asarray(encoded["input_ids"], dtype=np.int32))
+            if with_offsets:
+                ends.append(_byte_ends(text, np.asarray(encoded["offset_mapping"], dtype=np.int64)[:, 1]))
+        return cls(ids, ends if with_offsets else None, prefix, suffix + prefix or end_of_text)
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest window the documents allow, unjoined; 0 without documents."""
+        return max((len(document) for document in self.documents), default=-len(self.prefix)) + len(self.prefix)
+
+    @property
+    def total(self) -> int:
+        """Number of tokens, without special ones."""
+        return sum(map(len, self.documents))
+
+    def joined(self) -> TokenizedText:
+        """All documents as one, in their order."""
+        pieces, bounds, offset = [], [], 0
+        for index, document in enumerate(self.documents):
+            if index:
+                pieces.append(np.asarray(self.separator, dtype=np.int32))
+                bounds.append(np.full(len(self.separator), offset, dtype=np.int64))
+            pieces.append(document)
+            if self.ends is not None:
+                bounds.append(self.ends[index] + offset)
+                offset += int(self.ends[index][-1])
+        if not pieces:
+            return self
+        ends = None if self.ends is None else [np.concatenate(bounds)]
+        return TokenizedText([np.concatenate(pieces)], ends, self.prefix, self.separator)
+
+    def windows(self, length: int, *, limit: int | None = None, seed: int = 0) -> Windows:
+        """All windows of `length` tokens, prefix included, in the order of the text; or `limit` of them.
+
+        A limit takes the first ones of an order drawn with the seed, so that a smaller limit gives a part of a larger
+        one's windows. There may be none: no document is long enough.
+
+        Raises:
+            ValueError: for a length that leaves no token to predict.
+        """
+        text_length = length - len(self.prefix)
+        if length < 2 or text_length < 1:
+            raise ValueError(
+                f"length is {length}; a window holds at least 2 tokens and the tokenizer's own {len(self.prefix)}"
+            )
+        places = [
+            (index, start)
+            for index, document in enumerate(self.documents)
+            for start in range(0, len(document) - text_length + 1, text_length)
+        ]
+        if limit is not None and limit < len(places):
+            order = list(range(len(places)))
+            random.Random(seed).shuffle(order)
+            places = [places[index] for index in sorted(order[:limit])]
+        tokens = np.empty((len(places), length), dtype=np.int64)
+        tokens[:, : len(self.prefix)] = self.prefix
+        counts = None if self.ends is None else np.empty(len(places), dtype=np.int64)
+        for row, (index, start) in enumerate(places):
+            tokens[row, len(self.prefix) :] = self.documents[index][start : start + text_length]
+            if counts is not None:
+                ends = self.ends[index]
+                # The first token of a window is given, the others are predicted.
+                given = start if not self.prefix else start - 1
+                counts[row] = ends[start + text_length - 1] - (ends[given] if given >= 0 else 0)
+        return Windows(
+            torch.from_numpy(tokens),
+            None if counts is None else torch.from_numpy(counts),
+            len({index for index, _ in places}),
+        )
+
+
+def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _byte_ends(text: str, ends: np.ndarray) -> np.ndarray:
+    """Ends in characters -> ends in UTF-8 bytes, never falling (special tokens stand for an empty piece at 0)."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    total = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    return np.maximum.accumulate(total[ends])
