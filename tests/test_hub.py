@@ -1,0 +1,554 @@
+"""Publishing: the folder that is uploaded, its card, what is refused, and what happens without the package."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
+from safetensors.torch import load_file, save_file
+from training_cases import dense_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_sparse_attention
+from hf_sparse_attention.checkpoint import examine
+from hf_sparse_attention.convert import ConvertArguments, convert_model
+from hf_sparse_attention.hub import PushArguments, push, push_model
+from hf_sparse_attention.hub.evidence import local_name, without_folders
+
+TOKEN = "hf_" + "Abc123" * 6
+PLACE = "/machine/of/someone"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """dense/ and sparse/, which nothing changes."""
+    folder = tmp_path_factory.mktemp("hub")
+    dense_folder(folder / "dense")
+    arguments = ConvertArguments(model=str(folder / "dense"), output=str(folder / "sparse"), train_length=64)
+    convert_model(arguments)
+    return folder
+
+
+@pytest.fixture
+def model(source, tmp_path):
+    """run/model with a copy of the converted model."""
+    return copy(source / "sparse", tmp_path / "run" / "model")
+
+
+def copy(folder: Path, to: Path) -> Path:
+    to.mkdir(parents=True)
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def write(path: Path, content) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def change(path: Path, **values) -> None:
+    write(path, {**json.loads(path.read_text()), **values})
+
+
+def block(model: Path) -> dict:
+    return json.loads((model / "config.json").read_text())["sparse_attention"]
+
+
+def summary(model: Path, **changes) -> dict:
+    """What `train` writes."""
+    values = {
+        "base_model": "someone/dense-1b", "base_commit": "a" * 40, "sparse_attention": block(model), "map": "asentmax",
+        "steps": 1234, "tokens": 56_789_012, "epochs": 0.375, "block_size": 1024, "blocks_per_step": 48,
+        "skipped_steps": 3, "learning_rate": 0.00017, "new_learning_rate": 0.0023,
+        "options": {"schedule": "cosine", "warmup_share": 0.02, "final_share": 0.1, "alpha_schedule": "linear",
+                    "alpha_share": 0.55, "weight_decay": 0.07, "beta1": 0.9, "beta2": 0.93, "clip": 1.5,
+                    "dtype": "float32", "lora_rank": 0, "seed": 17},
+        "train_loss": 2.71828, "eval_loss": [[0, 3.5], [1234, 2.8125]],
+        "attention": {"support": 33.25, "visible": 512.5, "zeros": 0.9351, "scale": 1.0625},
+        "train_data": [f"{PLACE}/books.jsonl", "someone/stories"], "eval_data": [f"{PLACE}/held.txt"],
+        "parameters": 9, "trainable_parameters": 9, "new_parameters": 1, "hardware": "2 x Some GPU",
+        "mixed_precision": "bf16", "seconds": 4321.5, "tokens_per_second": 13141.0,
+        "versions": {"hf-sparse-attention": "0.1.0", "torch": "2.99.1"},
+        "command": f"hf-sparse-attention train --model someone/dense-1b --output {PLACE}/run --train_data "
+                   f"{PLACE}/books.jsonl someone/stories",
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def results(model: Path, **changes) -> dict:
+    """What `evaluate` writes."""
+    cells = [
+        {"model": label, "task": "perplexity", "length": length, "windows": 8, "tokens": 8 * (length - 1),
+         "documents": 4, "tokens_sha256": "t", "fingerprint": f"{label}{length}", "note": None, "finished": True,
+         **({"missing": "no document has 4096 tokens"} if length == 4096 else
+            {"loss": loss, "standard_error": 0.011, "perplexity": value, "last_quarter": loss, "bits_per_byte": 1.1,
+             "last_quarter_standard_error": 0.02, "positions": []})}
+        for label, loss, value in (("dense", 2.5, 12.1825), ("sparse", 2.4375, 11.4444))
+        for length in (512, 4096)
+    ]  # fmt: skip
+    values = {
+        "format": 1, "versions": {"hf_sparse_attention": "0.1.0", "transformers": "5.23.0", "torch": "2.99.1"},
+        "arguments": {"models": [f"dense={PLACE}/dense", f"sparse={PLACE}/run/model"], "concatenate": False,
+                      "limit": None, "seed": 0},
+        "data": {"names": ["held.txt"], "documents": 4, "characters": 99, "sha256": "d" * 64},
+        "models": [
+            {"label": "dense", "path": f"{PLACE}/dense", "fingerprint": "other", "max_position_embeddings": 64},
+            {"label": "sparse", "path": f"{PLACE}/run/model", "fingerprint": examine(str(model)).fingerprint,
+             "max_position_embeddings": 64},
+        ],
+        "lengths": [512, 4096], "cells": cells, "other_cells": [],
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def report(model: Path, **changes) -> dict:
+    """What `report` writes."""
+    mean = {
+        "support": 21.75,
+        "visible": 256.5,
+        "zeros": 0.9152,
+        "block_sparsity": 0.4375,
+        "scale": 1.1875,
+        "alpha": 1.5,
+    }
+    values = {
+        "format": 1, "model": f"{PLACE}/run/model", "sparse_attention": block(model),
+        "arguments": {"data": [f"{PLACE}/held.txt"]}, "windows": 6, "length": 512, "mean": mean, "layers": [],
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def evidence(model: Path) -> None:
+    """All three files where push looks for them."""
+    write(model.parent / "summary.json", summary(model))
+    (model / "conversion.json").unlink()
+    write(model.parent / "evaluation" / "results.json", results(model))
+    write(model.parent / "report" / "report.json", report(model))
+
+
+def dry_run(model: Path, output: Path, **options) -> ModelCard:
+    assert push_model(PushArguments(model=str(model), dry_run=str(output), **options)) == output
+    return ModelCard.load(output / "README.md")
+
+
+def python(code: str, *, hidden: bool, folder: Path) -> list[str]:
+    """What a fresh process could load and what not; `hidden` takes the package away from it."""
+    block = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] == 'hf_sparse_attention':\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name='hf_sparse_attention')\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+    )
+    tell = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM\n"
+        "def tell(function):\n"
+        "    try:\n"
+        "        print('LOADED', type(function()).__name__, flush=True)\n"
+        "    except Exception as error:\n"
+        "        print('FAILED', ' '.join(str(error).split()), flush=True)\n"
+        "folder = sys.argv[1]\n"
+    )
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(hf_sparse_attention.__file__).parents[1]), "OMP_NUM_THREADS": "1",
+        "HF_MODULES_CACHE": str(folder.parent / "modules"),
+    }  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-c", (block if hidden else "import sys\n") + tell + code, str(folder)],
+        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    # Transformers asks its question on the same line.
+    return [
+        line[line.index(word) :]
+        for line in result.stdout.splitlines()
+        for word in ("LOADED", "FAILED")
+        if word in line
+    ]
+
+
+def test_the_folder_is_whole_and_loads_with_equal_logits(model, tmp_path, capsys):
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    dry_run(model, tmp_path / "up", repo_id="someone/story")
+    printed = capsys.readouterr().out
+    names = {file.name for file in (tmp_path / "up").iterdir()}
+    assert names == {
+        "LICENSE", "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "modeling_hf_sparse_attention.py", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert all(name in printed for name in names)
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    assert (tmp_path / "up" / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+    ids = torch.arange(3, 40)[None]
+    first, second = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, tmp_path / "up"))
+    assert type(second).__name__ == "SparseLlamaForCausalLM"
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "up")) == 512
+    # A pushed folder can be pushed again.
+    dry_run(tmp_path / "up", tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "up" / "config.json").read_bytes()
+
+
+def test_sharded_weights_go_with_their_index(source, tmp_path):
+    dense_folder(tmp_path / "dense", shard="40KB")
+    convert_model(ConvertArguments(model=str(tmp_path / "dense"), output=str(tmp_path / "sparse")))
+    dry_run(tmp_path / "sparse", tmp_path / "up")
+    assert len(list((tmp_path / "up").glob("model-*.safetensors"))) > 1
+    AutoModelForCausalLM.from_pretrained(tmp_path / "up")
+
+
+def test_without_the_package_nothing_loads(source, tmp_path):
+    dry_run(source / "sparse", tmp_path / "up")
+    plain, trusted, own_class = python(
+        "tell(lambda: AutoModelForCausalLM.from_pretrained(folder))\n"
+        "tell(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))\n"
+        "tell(lambda: LlamaForCausalLM.from_pretrained(folder))\n",
+        hidden=True, folder=tmp_path / "up",
+    )  # fmt: skip
+    assert plain.startswith("FAILED") and "custom code" in plain
+    assert trusted.startswith("FAILED") and "pip install hf-sparse-attention" in trusted
+    assert own_class.startswith("FAILED") and "pip install hf-sparse-attention" in own_class
+
+
+def test_with_the_package_no_flag_is_needed(source, tmp_path):
+    dry_run(source / "sparse", tmp_path / "up")
+    lines = python(
+        "tell(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))\n"
+        "assert 'hf_sparse_attention' in sys.modules\n"
+        "tell(lambda: AutoModelForCausalLM.from_pretrained(folder))\n"
+        "tell(lambda: AutoTokenizer.from_pretrained(folder))\n"
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + '-saved')\n",
+        hidden=False, folder=tmp_path / "up",
+    )  # fmt: skip
+    assert lines[:2] == ["LOADED SparseLlamaForCausalLM"] * 2 and lines[2].startswith("LOADED")
+    # Nothing of the package was copied into the folder that was saved.
+    assert not list((tmp_path / "up-saved").glob("*.py"))
+
+
+def test_every_number_of_the_card_is_in_a_file(model, tmp_path):
+    evidence(model)
+    card = dry_run(model, tmp_path / "up", repo_id="someone/story")
+    for text in (
+        "1,234", "56,789,012", "0.38", "1,024", "| 48 |", "0.00017", "0.0023", "over the first 55% of the steps",
+        "betas 0.9 and 0.93, weight decay 0.07", "clipped at 1.5", "mixed precision bf16", "| 17 |", "2.7183",
+        "3.5000 at step 0, 2.8125 at step 1,234", "2 x Some GPU", "4,321.5 s", "13,141", "torch 2.99.1",
+        "| sparse | 11.44 | - |", "| dense | 12.18 | - |", "2.438 ±0.011", "no document has 4096 tokens",
+        "21.8", "256.5", "91.5%", "43.8%", "1.188", "someone/dense-1b", "a" * 40, "someone/stories", "`books.jsonl`",
+        'from_pretrained("someone/story")', "pip install hf-sparse-attention", "arXiv 2506.16640", "GGUF", "vLLM",
+        "entmax((delta + beta (log n)^gamma) z)", "steps left out | 3",
+    ):  # fmt: skip
+        assert text in card.text, text
+    assert "missing" not in card.text
+    assert PLACE not in card.content and str(tmp_path) not in card.content
+    data = card.data
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert data.base_model == "someone/dense-1b" and data.base_model_relation == "finetune"
+    assert data.datasets == ["someone/stories"]
+    assert {"hf-sparse-attention", "asentmax", "arxiv:2506.16640"} <= set(data.tags)
+    (result,) = data.eval_results
+    assert data.model_name == "story"
+    assert (result.metric_type, result.metric_value) == ("perplexity", 11.4444)
+    assert "512" in result.metric_name and result.dataset_name == "held.txt"
+
+
+def test_missing_numbers_are_said_to_be_missing(model, tmp_path):
+    evidence(model)
+    partial = summary(model)
+    for name in ("tokens", "hardware", "eval_loss", "command", "options"):
+        del partial[name]
+    write(model.parent / "summary.json", partial)
+    write(model.parent / "report" / "report.json", report(model, mean={"zeros": 0.5}))
+    (model.parent / "evaluation" / "results.json").unlink()
+    text = dry_run(model, tmp_path / "up").text
+    for line in (
+        "| tokens | missing |", "| hardware | missing |", "| held-out loss | missing |", "The command is missing",
+        "| learning rate schedule | missing |", "| seed | missing |", "| keys that carry weight, mean | missing |",
+        "The results are missing",
+    ):  # fmt: skip
+        assert line in text, line
+    assert "50.0%" in text and "1,234" in text
+
+
+def test_a_converted_model_is_said_to_be_untrained(model, tmp_path):
+    card = dry_run(model, tmp_path / "up")
+    assert "it was not trained since" in card.text and "`dense`" in card.text
+    assert "The numbers of the training are missing" in card.text and "The sparsity figures are missing" in card.text
+    assert card.data.base_model is None and card.data.eval_results is None
+    assert str(tmp_path) not in card.content and "pytest" not in card.content
+    assert card.data.model_name in (None, "run")
+
+
+def test_training_of_a_converted_folder_names_the_dense_model(source, model, tmp_path):
+    (model / "conversion.json").unlink()
+    write(model / "summary.json", summary(model, base_model=str(source / "sparse"), base_commit=None))
+    assert "Base model: `dense`" in dry_run(model, tmp_path / "up").text
+    change(model / "summary.json", base_model=str(tmp_path / "gone"))
+    assert "Base model: `gone`" in dry_run(model, tmp_path / "up2").text
+
+
+def test_licences(model, tmp_path):
+    assert dry_run(model, tmp_path / "1").data.license == "other"
+    assert dry_run(model, tmp_path / "2", license="apache-2.0").data.license == "apache-2.0"
+    (model / "LICENSE").write_text("MIT License\n\nCopyright someone\n")
+    assert dry_run(model, tmp_path / "3").data.license == "mit"
+    (model / "README.md").write_text("---\nlicense: llama3.1\n---\n# dense\n")
+    card = dry_run(model, tmp_path / "4")
+    assert card.data.license == "llama3.1" and "# dense" not in card.text
+    for name in ("LICENSE", "README.md", "conversion.json"):
+        (model / name).unlink()
+    card = dry_run(model, tmp_path / "5")
+    assert card.data.license is None and "The licence is unknown" in card.text
+    with pytest.raises(ValueError, match="license is 'Do what you like'"):
+        PushArguments(model="m", dry_run="d", license="Do what you like")
+
+
+def test_files_of_another_model_are_refused_or_left_out(model, tmp_path, caplog):
+    other = {**block(model), "map": "entmax"}
+    evidence(model)
+    write(model.parent / "summary.json", summary(model, sparse_attention=other))
+    write(model.parent / "report" / "report.json", report(model, sparse_attention=other))
+    changed = results(model)
+    changed["models"][1]["fingerprint"] = "other"
+    write(model.parent / "evaluation" / "results.json", changed)
+    with caplog.at_level(logging.WARNING):
+        text = dry_run(model, tmp_path / "up").text
+    assert "1,234" not in text and "11.44" not in text and "21.8" not in text
+    assert caplog.text.count("the card goes without it") == 3
+    for option, path in (("summary", "summary.json"), ("report", "report/report.json")):
+        with pytest.raises(ValueError, match="map is 'entmax' there and 'asentmax' here"):
+            dry_run(model, tmp_path / "no", **{option: str(model.parent / path)})
+    with pytest.raises(ValueError, match="no row with this model's weights"):
+        dry_run(model, tmp_path / "no", results=str(model.parent / "evaluation" / "results.json"))
+    with pytest.raises(FileNotFoundError, match="report is nowhere"):
+        dry_run(model, tmp_path / "no", report="nowhere")
+    unfinished = results(model)
+    del unfinished["cells"][-1]
+    with pytest.raises(ValueError, match="not finished, it lacks sparse at 4096"):
+        dry_run(model, tmp_path / "no", results=str(write(tmp_path / "part.json", unfinished)))
+    for content in ("[1]", "{", '{"models": 3}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ValueError, match=r"bad\.json is not"):
+            dry_run(model, tmp_path / "no", results=str(tmp_path / "bad.json"))
+    assert not (tmp_path / "no").exists()
+
+
+def test_refused_models(source, model, tmp_path):
+    def refused(match, error=ValueError, folder=model):
+        with pytest.raises(error, match=match):
+            dry_run(folder, tmp_path / "no")
+        assert not (tmp_path / "no").exists()
+
+    refused("is a dense model", folder=source / "dense")
+    refused("not a folder", OSError, folder=tmp_path / "absent")
+    config = json.loads((model / "config.json").read_text())
+    change(model / "config.json", model_type="llama")
+    refused("changed by hand")
+    for field, value in (("map", "nonsense"), ("alpha", "x"), ("alpha", 0.5), ("format", 99)):
+        write(model / "config.json", {**config, "sparse_attention": {**config["sparse_attention"], field: value}})
+        refused(f"sparse_attention.{field}", (ValueError, TypeError))
+    write(model / "config.json", {**config, "sparse_attention": {**config["sparse_attention"], "map": "entmax"}})
+    refused("has beyond those of this map")
+    write(model / "config.json", {key: value for key, value in config.items() if key != "sparse_attention"})
+    refused("sparse_attention")
+    write(model / "config.json", {**config, "architectures": ["LlamaForCausalLM"]})
+    refused("architectures 'LlamaForCausalLM'")
+    write(model / "config.json", config)
+
+    weights = load_file(model / "model.safetensors")
+    save_file({name: value for name, value in weights.items() if "beta_bias" not in name}, model / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    refused("lacks 2 parameters")
+    (model / "model.safetensors").write_bytes(b"cut")
+    refused("corrupt or cut off", OSError)
+    (model / "model.safetensors").unlink()
+    refused("no weights", OSError)
+    torch.save(weights, model / "pytorch_model.bin")
+    refused("pickled")
+    write(model / "adapter_config.json", {})
+    refused("is an adapter")
+
+
+def test_refused_options(model, tmp_path):
+    with pytest.raises(ValueError, match="repo_id is missing"):
+        PushArguments(model=str(model))
+    for name in ("a/b/c", "some one/x", "-x/y", "x..y"):
+        with pytest.raises(ValueError, match="write owner/name"):
+            PushArguments(model=str(model), repo_id=name)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        dry_run(model, tmp_path / "full")
+    with pytest.raises(FileExistsError, match="is a file"):
+        dry_run(model, tmp_path / "full" / "file")
+    with pytest.raises(ValueError, match="never written to"):
+        dry_run(model, model / "up")
+    assert os.listdir(tmp_path / "full") == ["file"]
+
+
+def test_a_model_without_tokenizer_is_only_warned_of(model, tmp_path, caplog):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    with caplog.at_level(logging.WARNING):
+        dry_run(model, tmp_path / "up")
+    assert "no tokenizer" in caplog.text
+
+
+class FakeHub:
+    """Stands for HfApi: keeps what it was asked for; `fail` is raised when the commit arrives."""
+
+    def __init__(self, *, there=(), private=None, fail=None):
+        self.calls, self.commits, self.there, self.private, self.fail = [], [], there, private, fail
+
+    def __call__(self, **options):
+        return self
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        assert exist_ok
+        self.calls.append(("create_repo", repo_id, private))
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_branch(self, repo_id, *, branch, exist_ok):
+        self.calls.append(("create_branch", branch))
+
+    def model_info(self, repo_id, *, revision):
+        siblings = [SimpleNamespace(rfilename=name) for name in self.there]
+        return SimpleNamespace(sha="b" * 40, private=self.private, siblings=siblings)
+
+    def create_commit(self, repo_id, operations, **options):
+        if self.fail is not None:
+            raise self.fail
+        self.commits.append((repo_id, list(operations), options))
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1", pr_url=None)
+
+
+def answer(status: int, said: str = "", kind: type = HfHubHTTPError) -> HfHubHTTPError:
+    request = SimpleNamespace(headers={"authorization": f"Bearer {TOKEN}"}, url="https://hub", method="POST")
+    response = SimpleNamespace(status_code=status, headers={}, request=request)
+    return kind(f"{status} for Bearer {TOKEN}", response=response, server_message=said)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A function that puts a FakeHub in place, online and with a token."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", False)
+
+    def put(**options) -> FakeHub:
+        fake = FakeHub(**options)
+        monkeypatch.setattr(push, "HfApi", fake)
+        return fake
+
+    return put
+
+
+def test_one_commit_with_every_file(model, tmp_path, hub, capsys):
+    dry_run(model, tmp_path / "up", repo_id="someone/story")
+    fake = hub(there=("README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt",
+                      "onnx/model.safetensors", "adapter_config.json"))  # fmt: skip
+    commit = push_model(PushArguments(model=str(model), repo_id="someone/story", private=True))
+    assert commit.commit_url in capsys.readouterr().out
+    assert fake.calls == [("create_repo", "someone/story", True)]
+    ((repo_id, operations, options),) = fake.commits
+    sent = {
+        operation.path_in_repo: operation.path_or_fileobj
+        if isinstance(operation.path_or_fileobj, bytes)
+        else Path(operation.path_or_fileobj).read_bytes()
+        for operation in operations
+        if isinstance(operation, CommitOperationAdd)
+    }
+    assert sent == {file.name: file.read_bytes() for file in (tmp_path / "up").iterdir()}
+    # Weights of an earlier upload, which a loader might prefer to the new ones, go in the same commit.
+    assert {operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationDelete)} == {
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    }  # fmt: skip
+    assert options["parent_commit"] == "b" * 40 and not options["create_pr"] and options["revision"] is None
+    assert options["commit_message"].startswith("Sparse model, map asentmax")
+
+
+def test_revision_and_pull_request_are_passed_on(model, hub):
+    fake = hub()
+    push_model(PushArguments(model=str(model), repo_id="someone/story", revision="alpha", message="words"))
+    assert ("create_branch", "alpha") in fake.calls
+    assert fake.commits[0][2]["revision"] == "alpha" and fake.commits[0][2]["commit_message"] == "words"
+    fake = hub()
+    push_model(PushArguments(model=str(model), repo_id="someone/story", create_pr=True))
+    assert fake.commits[0][2]["create_pr"] and fake.calls == [("create_repo", "someone/story", None)]
+
+
+def test_private_is_never_dropped(model, hub):
+    fake = hub(private=False)
+    with pytest.raises(ValueError, match="exists and is public"):
+        push_model(PushArguments(model=str(model), repo_id="someone/story", private=True))
+    assert not fake.commits
+
+
+@pytest.mark.parametrize(
+    ("fail", "match"),
+    [
+        (answer(400, "bad card", BadRequestError), "see what it says.*bad card"),
+        (answer(401), "hf auth login"),
+        (answer(403, f"token {TOKEN} is read-only"), "write access.*It says: token .token. is read-only"),
+        (answer(404), "check the name"),
+        (answer(409), "push again"),
+        (answer(412), "push again"),
+        (answer(429), "slow down"),
+        (answer(503), "fault of its own"),
+        (HTTPError(f"cut off, {TOKEN}"), "broke off .HTTPError"),
+        (OSError("checksum"), "broke off .OSError: checksum"),
+    ],
+)
+def test_refusals_of_the_hub_say_what_to_do(model, hub, fail, match, capfd, caplog):
+    hub(fail=fail)
+    with caplog.at_level(logging.DEBUG), pytest.raises(OSError, match=match) as caught:
+        push_model(PushArguments(model=str(model), repo_id="someone/story"))
+    assert "Nothing was committed" in str(caught.value)
+    # The chain is cut, so no traceback shows what the server repeated.
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None
+    shown = capfd.readouterr()
+    assert TOKEN not in str(caught.value) + shown.out + shown.err + caplog.text
+
+
+def test_offline_or_logged_out_is_said_before_any_work(model, monkeypatch):
+    arguments = PushArguments(model="absent", repo_id="someone/story")
+    monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
+        push_model(arguments)
+    monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(push, "get_token", lambda: None)
+    with pytest.raises(OSError, match="hf auth login"):
+        push_model(arguments)
+
+
+def test_a_token_never_leaves(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    dry_run(model, tmp_path / "up")
+    assert all(TOKEN.encode() not in file.read_bytes() for file in (tmp_path / "up").iterdir())
+    evidence(model)
+    change(model.parent / "summary.json", command=f"HF_TOKEN={TOKEN} hf-sparse-attention train")
+    with pytest.raises(ValueError, match=r"README\.md holds what looks like an access token") as caught:
+        dry_run(model, tmp_path / "no")
+    assert TOKEN not in str(caught.value) and not (tmp_path / "no").exists()
+
+
+def test_paths_of_a_machine_are_cut():
+    for path, name in (
+        (f"{PLACE}/a.txt", "a.txt"), ("~/a/b/", "b"), ("../x/y", "y"), (r"C:\data\z.txt", "z.txt"),
+        ("data/a.txt", "data/a.txt"), ("owner/name", "owner/name"), (f"sparse={PLACE}/m", "sparse=m"),
+        (f"{PLACE}/*.jsonl", "*.jsonl"), ("file:///a/b", "b"),
+    ):  # fmt: skip
+        assert local_name(path) == name
+    assert (
+        without_folders(f"train --output={PLACE}/run --data '{PLACE}/my text.txt'")
+        == "train --output=run --data 'my text.txt'"
+    )
