@@ -31,7 +31,7 @@ _announced: set[str] = set()
 
 @dataclass
 class _Switches:
-    """What the context managers below set. Not context variables: torch.compile cannot trace those, but guards these."""
+    """What the context managers below set. torch.compile cannot trace context variables, but guards these."""
 
     implementation: str = "auto"
     recorder: Callable | None = None

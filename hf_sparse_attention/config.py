@@ -12,6 +12,11 @@ VERSION = "0.1.0"
 # Version of the layout of this block: raised when an older package could misread what a newer one wrote.
 FORMAT = 1
 
+# Stands behind the activation's name in a saved config. The classes of Transformers ignore a model_type that is not
+# theirs and would run the weights as softmax; none of them knows an activation of this name.
+GUARD = " | not a softmax model: pip install hf-sparse-attention, then import hf_sparse_attention"
+GUARDED_FIELDS = ("hidden_act", "hidden_activation")
+
 POSITIONS = {
     "rope": "the dense model's own rotary positions",
     "nape": "half of the heads without positions, half with ALiBi slopes 1, 1/2, 1/3, ... (no rotary positions)",

@@ -103,6 +103,18 @@ def test_transformers_alone_does_not_know_the_type(sparse_folder):
     assert "attn_implementation" not in json.dumps(saved)
 
 
+@pytest.mark.parametrize("name", families.NAMES)
+def test_the_dense_class_cannot_load_a_sparse_folder(name, tmp_path):
+    """Transformers takes a config of another model_type with a warning, and would compute softmax."""
+    dense = families.dense_model(name)
+    families.sparse_model(dense, "asentmax").save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="pip install hf-sparse-attention"):
+        type(dense).from_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    activations = {key: value for key, value in dense.config.to_dict().items() if key.startswith("hidden_act")}
+    assert activations and all(getattr(again.config, key) == value for key, value in activations.items())
+
+
 def test_a_sparse_checkpoint_without_its_parameters_is_refused(sparse_folder):
     from safetensors.torch import load_file, save_file
 

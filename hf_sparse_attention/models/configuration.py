@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from ..config import SparseAttentionConfig
+from ..config import GUARD, GUARDED_FIELDS, SparseAttentionConfig
 from .families import FAMILIES, REFUSED, Family, sparse_class
 
 
@@ -19,6 +19,17 @@ class SparseConfig:
         if sparse_attention is not None:
             sparse_attention = SparseAttentionConfig.from_dict(sparse_attention).to_dict()
         self.sparse_attention = sparse_attention
+        for name in GUARDED_FIELDS:
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                setattr(self, name, value.removesuffix(GUARD))
+
+    def to_dict(self):
+        values = super().to_dict()
+        for name in GUARDED_FIELDS:
+            if isinstance(values.get(name), str):
+                values[name] += GUARD
+        return values
 
 
 def check_convertible(config: PreTrainedConfig) -> Family:

@@ -127,7 +127,7 @@ class SparsePreTrainedModel:
         if is_dense:
             logger.warning(
                 "%s was trained with softmax and now runs %s (alpha %g, position %s), with which it was not trained. "
-                "Train it: hf-sparse-attention train --model %s --map %s",
+                "Train it: hf-sparse-attention train --model %s --map %s --train_data TEXT --output RUN",
                 pretrained_model_name_or_path, *(config.sparse_attention[key] for key in ("map", "alpha", "position")),
                 pretrained_model_name_or_path, config.sparse_attention["map"],
             )  # fmt: skip

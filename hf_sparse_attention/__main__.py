@@ -1,0 +1,6 @@
+"""python -m hf_sparse_attention: the command line."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
