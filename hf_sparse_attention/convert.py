@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .config import LAYERS, POSITIONS, SPECIFICATIONS, VERSION, SparseAttentionConfig
 from .files import is_empty, whole_folder, write_json
 from .loading import (
+    RECORD,
     Source,
     Tensors,
     check_dtype,
@@ -35,9 +36,6 @@ from .models import check_convertible
 from .text import load_tokenizer
 
 logger = logging.getLogger(__name__)
-
-# What a converted folder says about where it came from; a second run with the same arguments reads it.
-RECORD = "conversion.json"
 
 
 def _help(text: str) -> dict[str, str]:

@@ -25,6 +25,8 @@ COMPANIONS = (
 )  # fmt: skip
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin")
+# What a converted folder that was not trained yet says about where it came from.
+RECORD = "conversion.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -49,6 +51,11 @@ class Source:
     @property
     def is_sparse(self) -> bool:
         return getattr(self.config, "sparse_attention", None) is not None
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether its weights have only ever been trained with softmax."""
+        return not self.is_sparse or (self.folder / RECORD).is_file()
 
 
 @dataclass(frozen=True)

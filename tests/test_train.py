@@ -285,6 +285,19 @@ def test_sparse_model_trains_on(here, home, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_trained_model_does_not_fall_back_to_softmax(here, home, tmp_path):
+    """Only weights that know nothing of their map start at alpha 1; a trained model goes on at its own alpha."""
+
+    def alphas(folder):
+        return [line["alpha"] for line in metrics(folder) if line["kind"] == "eval"]
+
+    convert_model(ConvertArguments(model=str(home / "dense"), output=str(tmp_path / "sparse")))
+    here(model=str(tmp_path / "sparse"))
+    here(model=str(tmp_path / "run" / "model"), output=str(tmp_path / "again"))
+    assert alphas(tmp_path / "run")[0] == 1.0
+    assert set(alphas(tmp_path / "again")) == {1.5}
+
+
 def test_saved_dtype(here, tmp_path):
     here(steps=1, save_dtype="bfloat16", checkpoint_every=0)
     assert {value.dtype for value in weights(tmp_path / "run").values()} == {torch.bfloat16}

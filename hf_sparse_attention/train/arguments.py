@@ -66,9 +66,12 @@ class TrainArguments:
     schedule: str = field(default="cosine", metadata=_help("learning rate after warm-up: cosine, linear or constant"))
     warmup_share: float = field(default=0.02, metadata=_help("share of the steps in which learning rates rise from 0"))
     final_share: float = field(default=0.1, metadata=_help("share of the peak that cosine and linear end at"))
-    alpha_schedule: str = field(
-        default="linear",
-        metadata=_help("alpha from 1, the dense model, to its end: linear, cosine, or none (no rise)"),
+    alpha_schedule: str | None = field(
+        default=None,
+        metadata=_help(
+            "alpha from 1, the dense model, to its end: linear, cosine or none (no rise; default: linear for a model "
+            "that was only trained with softmax, none for one that was trained with its map)"
+        ),
     )
     alpha_share: float = field(default=0.5, metadata=_help("share of the steps in which alpha rises"))
     weight_decay: float = field(default=0.1, metadata=_help("of matrices; new parameters, norms and biases have none"))
@@ -136,7 +139,7 @@ def check_numbers(arguments: TrainArguments) -> None:
         if not 0 <= (value := getattr(arguments, name)) <= 1:
             raise ValueError(f"{name} is {value}; it must be from 0 to 1")
     choices = {
-        "schedule": SCHEDULES, "alpha_schedule": ALPHA_SCHEDULES, "lora_save": ("merge", "adapter"),
+        "schedule": SCHEDULES, "alpha_schedule": (*ALPHA_SCHEDULES, None), "lora_save": ("merge", "adapter"),
         "on_nan": ("stop", "skip"), "mixed_precision": ("no", "bf16", "fp16", None),
         "map": (*SPECIFICATIONS, "none", None), "position": (*POSITIONS, None),
     }  # fmt: skip

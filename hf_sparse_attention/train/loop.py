@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +71,8 @@ def train_model(arguments: TrainArguments) -> dict:
         source = find_model(arguments.model, arguments.revision, _check_family)
     block_size = arguments.block_size or min(_positions(source) or 2048, 2048)
     settings = _settings(source, arguments, block_size)
+    if arguments.alpha_schedule is None:
+        arguments = replace(arguments, alpha_schedule="linear" if source.is_untrained else "none")
     _check_block_size(source, settings, block_size)
     tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
     # A head that learns its alpha takes no part while alpha is 1, which DDP has to be told.
