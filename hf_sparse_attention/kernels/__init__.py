@@ -1,0 +1,95 @@
+"""alpha-entmax attention in Triton, alpha in (1, 4]: the contract of `reference`, on CUDA, ROCm or the interpreter.
+
+out, tau = entmax_attention(query, key, value, alpha=1.5)      supports(query, key, value) -> None or why not
+"""
+
+import math
+
+import torch
+import triton
+
+from .operators import entmax_forward
+
+__all__ = ["entmax_attention", "supports"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_HEAD_DIM = 256
+LARGEST_ALPHA = 4.0
+
+
+# Read once, as Triton does when it builds the kernels; torch.compile cannot trace the question.
+_INTERPRETED = triton.knobs.runtime.interpret
+
+
+def supports(query, key, value, *, alpha=1.5, scaling=None, causal=True, visible=None, slopes=None, mask=None):
+    """None if the kernels compute this call, else a sentence that says why they do not."""
+    if query.device.type != "cuda" and not _INTERPRETED:
+        return f"the Triton kernels need a CUDA or ROCm device, the query is on {query.device.type!r}"
+    if query.dtype not in DTYPES:
+        return f"dtype {query.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
+    if query.dtype == torch.bfloat16 and _INTERPRETED:
+        return "Triton's interpreter has no bfloat16 products"
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
+    if query.shape[-1] > LARGEST_HEAD_DIM:
+        return f"head_dim {query.shape[-1]} is larger than {LARGEST_HEAD_DIM}"
+    if value.shape[-1] != query.shape[-1]:
+        return f"value's head_dim {value.shape[-1]} differs from query's {query.shape[-1]}"
+    if min(query.shape) == 0 or key.shape[2] == 0:
+        return f"an empty dimension: query {tuple(query.shape)}, key {tuple(key.shape)}"
+    if key.shape[2] > 64 * 32767:
+        return f"{key.shape[2]} keys are more than {64 * 32767}"
+    if not isinstance(alpha, torch.Tensor) and not 1.0 < alpha <= LARGEST_ALPHA:
+        return f"alpha {alpha} is outside (1, {LARGEST_ALPHA:g}]"
+    if scaling is not None and not scaling > 0:
+        return f"scaling {scaling} is not positive"
+    return None
+
+
+def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True, visible=None, slopes=None, mask=None):
+    """out_i = sum_j p_ij v_j with p_ij = [(alpha-1) score_ij - tau_i]_+ ^ (1/(alpha-1)), sum_j p_ij = 1.
+
+    query (batch, heads, queries, dim); key, value (batch, kv_heads, keys, dim), heads a multiple of kv_heads.
+    score_ij = scaling * q_i . k_j - slope_h * (end_i - 1 - j), scaling dim**-0.5 by default.
+    alpha: float in (1, 4], or float tensor (heads,) with values in that range, which may require grad.
+    visible: integer (batch or 1, queries, 2), the half-open range [start, end) of keys each query sees. None: if
+        causal, query i sees the keys up to keys - queries + i, else all. slopes: (heads,), ALiBi slopes. mask: bool,
+        broadcastable to (batch, heads, queries, keys), True = visible.
+    Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
+    sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
+    every run.
+    Raises ValueError for what the kernels do not compute. Peters, Niculae, Martins 2019 (arXiv 1905.05702).
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, length, dim), got {tuple(tensor.shape)}")
+    if query.shape[1] % key.shape[1] or key.shape != value.shape or query.shape[0] != key.shape[0]:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        raise ValueError(f"query, key and value do not fit each other: {shapes}")
+    if slopes is not None and visible is None and not causal:
+        raise ValueError("slopes need causal=True or a visible range: the distance is measured from its end")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    reason = supports(
+        query, key, value, alpha=alpha, scaling=scaling, causal=causal, visible=visible, slopes=slopes, mask=mask
+    )
+    if reason is not None:
+        raise ValueError(f"the Triton kernels do not compute this attention: {reason}")
+    if scaling is None:
+        scaling = 1.0 / math.sqrt(query.shape[-1])
+    alpha_tensor = None
+    if isinstance(alpha, torch.Tensor):
+        if alpha.shape != (query.shape[1],):
+            raise ValueError(f"alpha must be a float or of shape ({query.shape[1]},), got {tuple(alpha.shape)}")
+        alpha_tensor, alpha = alpha, 0.0
+    dtype = query.dtype
+    if alpha_tensor is None and alpha > 2.0 and dtype != torch.float32:
+        # The slopes of alpha > 2 are unbounded at the threshold: half precision would lose the gradient.
+        query, key, value = query.float(), key.float(), value.float()
+    inputs = [query, key, value] + ([] if alpha_tensor is None else [alpha_tensor])
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    out, tau, *_ = entmax_forward(
+        query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask, save
+    )
+    return out.to(dtype), tau.detach()

@@ -1,0 +1,355 @@
+"""Gradients from the saved tau: dz = u * (g - delta), g = dout . v, delta = dout . (mean of the values under u).
+
+The query gradient walks the tiles of each query tile, the key and value gradients those of each key tile, summed
+over the query heads of the group inside one program: no atomics, the same bits every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configurations import TILE
+from .tiles import (
+    entmax_parameters,
+    key_scores,
+    listed_start,
+    load_block,
+    masked_scores,
+    row_ranges,
+    weights,
+)
+
+
+@triton.jit(do_not_specialize=["query_tiles"])
+def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.constexpr):
+    """Map row of one key tile -> the query tiles that use it, ascending."""
+    row = tl.program_id(0).to(tl.int64)
+    scan = tl.arange(0, SCAN)
+    count = 0
+    for base in range(0, query_tiles, SCAN):
+        tiles = base + scan
+        flags = tl.load(map_ptr + row * query_tiles + tiles, mask=tiles < query_tiles, other=0).to(tl.int32)
+        place = count + tl.cumsum(flags, 0) - flags
+        tl.store(list_ptr + row * query_tiles + place, tiles.to(tl.int16), mask=flags > 0)
+        count += tl.sum(flags, 0)
+    tl.store(count_ptr + row, count)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+def _query_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
+    list_ptr, count_ptr, tau_ptr, mean_ptr, do_ptr, delta_ptr, dq_ptr, dalpha_ptr,
+    excess, scaling,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_wb, stride_wg, stride_wn,
+    stride_ob, stride_oh, stride_on,
+    stride_gb, stride_gh, stride_gn,
+    stride_db, stride_dh, stride_dn,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALPHA_GRADIENT: tl.constexpr,
+    TWO_WALKS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head_index = program // query_tiles
+    row_tile = query_tiles - 1 - program % query_tiles
+    list_row = head_index.to(tl.int64) * query_tiles + row_tile
+    count = tl.load(count_ptr + list_row)
+    if count < 0:
+        return
+    lists = list_ptr + list_row * key_tiles
+    batch = head_index // heads
+    head = head_index % heads
+    local = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    rows = row_tile * BLOCK_M + local
+    alpha_head, exponent, factor, slope = entmax_parameters(
+        alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+    )
+    q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
+    row_mask = rows < queries
+    dim_mask = (dims < head_dim)[None, :]
+    q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=row_mask[:, None] & dim_mask, other=0.0)
+    if DESCRIPTORS:
+        k_source = k_descriptor
+        v_source = v_descriptor
+    else:
+        k_source = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+        v_source = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
+    mask_base = mask_ptr
+    if HAS_MASK:
+        mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+    visible_base = visible_ptr
+    if RANGE_KIND == 2:
+        visible_base += batch.to(tl.int64) * stride_vb
+    start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+    tau_rows = head_index.to(tl.int64) * queries + rows
+
+    tile_mask = row_mask[:, None] & dim_mask
+    first_row = row_tile.to(tl.int64) * BLOCK_M
+    o_offset = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + first_row * stride_on
+    g_base = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh + first_row * stride_gn
+    d_base = dq_ptr + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh + first_row * stride_dn
+    do = tl.load(g_base + local[:, None] * stride_gn + dims[None, :], mask=tile_mask, other=0.0)
+    tau = tl.load(tau_ptr + tau_rows, mask=row_mask, other=float("inf"))
+    pieces = count * (TILE // BLOCK_N)
+    if TWO_WALKS:
+        # g and its mean from the same products cancel exactly where one key holds the slope; a stored mean would not.
+        slope_sum = tl.zeros((BLOCK_M,), tl.float32)
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        for index in range(0, pieces):
+            first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+            k = load_block(
+                k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
+                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+            )  # fmt: skip
+            x = key_scores(
+                q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
+                BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
+                HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+            )  # fmt: skip
+            v = load_block(
+                v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
+                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+            )  # fmt: skip
+            gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            slope_sum += tl.sum(u, 1)
+            delta += tl.sum(u * gradient, 1)
+        delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
+    else:
+        mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
+        delta = tl.sum(do.to(tl.float32) * mean, 1)
+    tl.store(delta_ptr + tau_rows, delta, mask=row_mask)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
+    gain = tl.zeros((BLOCK_M,), tl.float32)
+    gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
+    entropy = tl.zeros((BLOCK_M,), tl.float32)
+    for index in range(0, pieces):
+        first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+        k = load_block(
+            k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
+            BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+        )  # fmt: skip
+        x = key_scores(
+            q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
+            BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
+            HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+        )  # fmt: skip
+        v = load_block(
+            v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
+            BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+        )  # fmt: skip
+        gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        if ALPHA_GRADIENT:
+            p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+            gain += tl.sum(gradient * p, 1)
+            gain_entropy += tl.sum(gradient * p_log, 1)
+            entropy += tl.sum(p_log, 1)
+        ds = u * (gradient - delta[:, None])
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    tl.store(
+        d_base + local[:, None] * stride_dn + dims[None, :],
+        (acc * scaling).to(dq_ptr.dtype.element_ty),
+        mask=tile_mask,
+    )
+    if ALPHA_GRADIENT:
+        inverse = 1.0 / (alpha_head - 1.0)
+        dalpha = (gain - delta) * inverse * inverse - (gain_entropy - delta * entropy) * inverse
+        tl.store(dalpha_ptr + tau_rows, tl.where(tau < float("inf"), dalpha, 0.0), mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+def _key_gradient_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
+    list_ptr, count_ptr, tau_ptr, delta_ptr, dk_ptr, dv_ptr,
+    excess, scaling,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_wb, stride_wg, stride_wn,
+    stride_gb, stride_gh, stride_gn,
+    stride_db, stride_dg, stride_dn,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TWO_WALKS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    groups = heads // GROUP
+    # The heaviest tiles of a head come first: under a causal mask early keys are seen by more queries.
+    group_index = program // key_tiles
+    key_tile = program % key_tiles
+    batch = group_index // groups
+    group = group_index % groups
+    local = tl.arange(0, BLOCK)
+    pieces = tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    columns = key_tile * BLOCK + local
+    column_mask = columns < keys
+    dim_mask = (dims < head_dim)[None, :]
+    tile_mask = column_mask[:, None] & dim_mask
+    first = key_tile.to(tl.int64) * BLOCK
+    k_base = k_ptr + batch.to(tl.int64) * stride_kb + group.to(tl.int64) * stride_kg + first * stride_kn
+    v_base = v_ptr + batch.to(tl.int64) * stride_wb + group.to(tl.int64) * stride_wg + first * stride_wn
+    k = tl.load(k_base + local[:, None] * stride_kn + dims[None, :], mask=tile_mask, other=0.0)
+    v = tl.load(v_base + local[:, None] * stride_wn + dims[None, :], mask=tile_mask, other=0.0)
+    visible_base = visible_ptr
+    if RANGE_KIND == 2:
+        visible_base += batch.to(tl.int64) * stride_vb
+
+    dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for member in range(0, GROUP):
+        head = group * GROUP + member
+        head_index = batch * heads + head
+        alpha_head, exponent, factor, slope = entmax_parameters(
+            alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+        )
+        if DESCRIPTORS:
+            q_source = q_descriptor
+            do_source = do_descriptor
+        else:
+            q_source = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+            do_source = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
+        row_base = head_index.to(tl.int64) * queries
+        mask_base = mask_ptr
+        if HAS_MASK:
+            mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+        list_row = head_index.to(tl.int64) * key_tiles + key_tile
+        count = tl.load(count_ptr + list_row)
+        lists = list_ptr + list_row * query_tiles
+        for index in range(0, count * (BLOCK // BLOCK_N)):
+            first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
+            rows = first_row + pieces
+            row_mask = rows < queries
+            start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+            q = load_block(
+                q_source, batch, head, first_row, stride_qn, dims, queries, head_dim,
+                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+            )  # fmt: skip
+            do = load_block(
+                do_source, batch, head, first_row, stride_gn, dims, queries, head_dim,
+                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+            )  # fmt: skip
+            tau = tl.load(tau_ptr + row_base + rows, mask=row_mask, other=float("inf"))
+            delta = tl.load(delta_ptr + row_base + rows, mask=row_mask, other=0.0)
+            if (TWO_WALKS and ALPHA_KIND == 0) or q.dtype == tl.float32:
+                # The same products in the same order as for the queries, so that they have the same last bits: tau is
+                # that of those scores, and in float32 a score that differs is most of the error.
+                x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
+                gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
+            else:
+                x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                gradient = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            mask_ptrs = mask_base
+            inside = True
+            if HAS_MASK:
+                mask_ptrs = (
+                    mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
+                )
+                inside = column_mask[:, None] & row_mask[None, :]
+            x = masked_scores(
+                x, factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
+                MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            )  # fmt: skip
+            p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            ds = u * (gradient - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    d_offsets = batch.to(tl.int64) * stride_db + group.to(tl.int64) * stride_dg + first * stride_dn
+    d_offsets = d_offsets + local[:, None] * stride_dn + dims[None, :]
+    tl.store(dk_ptr + d_offsets, (dk * scaling).to(dk_ptr.dtype.element_ty), mask=tile_mask)
+    tl.store(dv_ptr + d_offsets, dv.to(dv_ptr.dtype.element_ty), mask=tile_mask)
+
+
+def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
+    """dquery, dkey, dvalue in the inputs' dtype and, if asked for, dalpha (H,) in float32, else None."""
+    query, key, value, config = call.query, call.key, call.value, call.configuration
+    batch, heads, queries, head_dim = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    device = query.device
+    dquery = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
+    dkey = torch.empty((batch, keys, groups, head_dim), dtype=key.dtype, device=device).transpose(1, 2)
+    dvalue = torch.empty((batch, keys, groups, head_dim), dtype=value.dtype, device=device).transpose(1, 2)
+    delta = torch.empty_like(tau)
+    dalpha = torch.empty_like(tau) if alpha_gradient else None
+    for rows, tiles, counts in lists.walks():
+        launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
+        _query_gradient_kernel[(counts.numel(),)](
+            query, key, value, call.descriptor(key), call.descriptor(value),
+            call.alpha_tensor, call.slopes, call.visible, call.mask,
+            tiles, counts, tau, mean, grad_out, delta, dquery, dalpha,
+            call.excess, call.scaling,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mean.stride()[:3], *grad_out.stride()[:3],
+            *dquery.stride()[:3],
+            *call.visible_strides, *call.mask_strides,
+            heads, queries, keys, counts.shape[2], call.key_tiles, head_dim,
+            **call.constants,
+            DESCRIPTORS=call.descriptors,
+            BLOCK_M=rows,
+            BLOCK_N=config.inner,
+            TILE=TILE,
+            ALPHA_GRADIENT=alpha_gradient,
+            TWO_WALKS=call.two_walks,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            **launch.limit(),
+        )  # fmt: skip
+    transposed = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
+    counts = torch.empty((batch, heads, call.key_tiles), dtype=torch.int32, device=device)
+    _transpose_kernel[(counts.numel(),)](
+        lists.tile_map, transposed, counts, call.query_tiles, SCAN=128, num_warps=1, enable_fp_fusion=True
+    )
+    query_descriptor, gradient_descriptor = call.descriptor(query), call.descriptor(grad_out)
+    launch = config.key_gradient
+    _key_gradient_kernel[(batch * groups * call.key_tiles,)](
+        query, key, value, grad_out, query_descriptor, gradient_descriptor,
+        call.alpha_tensor, call.slopes, call.visible, call.mask,
+        transposed, counts, tau, delta, dkey, dvalue,
+        call.excess, call.scaling,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *dkey.stride()[:3],
+        *call.visible_strides, *call.mask_strides,
+        heads, queries, keys, call.query_tiles, call.key_tiles, head_dim,
+        **call.constants,
+        TWO_WALKS=call.two_walks,
+        DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,
+        BLOCK=TILE,
+        BLOCK_N=config.inner,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **launch.limit(),
+    )  # fmt: skip
+    if alpha_gradient:
+        dalpha = dalpha.sum((0, 2))
+    return dquery, dkey, dvalue, dalpha

@@ -1,0 +1,167 @@
+"""query, key, value, tau and the listed tiles -> output and, for the backward, the mean of the values under u.
+
+The pass measures what the refinement has left of tau and corrects the output for it to first order:
+d p / d tau is -exponent u.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configurations import TILE
+from .tiles import entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights
+
+
+@triton.jit
+def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr):
+    """What is missing to the threshold at a point whose support is the true one or very near it."""
+    positive = slope_sum > 0
+    divisor = tl.where(positive, slope_sum, 1.0)
+    if ALPHA_KIND == 15:
+        discriminant = tl.maximum(slope_sum * slope_sum - count * (sums - 1.0), 0.0)
+        step = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
+    else:
+        step = (sums - 1.0) / (exponent * divisor)
+        # The slopes of alpha > 2 are not bounded: its bisection has already gone as far as float32 goes.
+        step = tl.where(alpha > 2.0, 0.0, step)
+    return tl.where(positive, step, 0.0)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
+    list_ptr, count_ptr, point_ptr, tau_ptr, out_ptr, mean_ptr,
+    excess, scaling,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_wb, stride_wg, stride_wn,
+    stride_ob, stride_oh, stride_on,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAVE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head_index = program // query_tiles
+    row_tile = query_tiles - 1 - program % query_tiles
+    list_row = head_index.to(tl.int64) * query_tiles + row_tile
+    count = tl.load(count_ptr + list_row)
+    if count < 0:
+        return
+    lists = list_ptr + list_row * key_tiles
+    batch = head_index // heads
+    head = head_index % heads
+    local = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    rows = row_tile * BLOCK_M + local
+    alpha_head, exponent, factor, slope = entmax_parameters(
+        alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+    )
+    q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
+    row_mask = rows < queries
+    dim_mask = (dims < head_dim)[None, :]
+    q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=row_mask[:, None] & dim_mask, other=0.0)
+    if DESCRIPTORS:
+        k_source = k_descriptor
+        v_source = v_descriptor
+    else:
+        k_source = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+        v_source = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
+    mask_base = mask_ptr
+    if HAS_MASK:
+        mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+    visible_base = visible_ptr
+    if RANGE_KIND == 2:
+        visible_base += batch.to(tl.int64) * stride_vb
+    start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+    tau_rows = head_index.to(tl.int64) * queries + rows
+
+    tau = tl.load(point_ptr + tau_rows, mask=row_mask, other=1e30)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    slope_sum = tl.zeros((BLOCK_M,), tl.float32)
+    support = tl.zeros((BLOCK_M,), tl.float32)
+    pieces = count * (TILE // BLOCK_N)
+    for index in range(0, pieces):
+        first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+        k = load_block(
+            k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
+            BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+        )  # fmt: skip
+        x = key_scores(
+            q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
+            BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
+            HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+        )  # fmt: skip
+        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        sums += tl.sum(p, 1)
+        # The sum of what the product sees: near-equal weights are all rounded to the same side.
+        rounded = u.to(q.dtype)
+        slope_sum += tl.sum(rounded.to(tl.float32), 1)
+        if ALPHA_KIND == 15:
+            support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+        v = load_block(
+            v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
+            BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+        )  # fmt: skip
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
+
+    empty = tau >= 1e30
+    correction = last_step(sums, slope_sum, support, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
+    acc -= (correction * exponent)[:, None] * acc_mean
+    tau = tl.where(empty, float("inf"), tau + correction)
+    tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
+    o_offsets = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    o_offsets = o_offsets + row_tile.to(tl.int64) * BLOCK_M * stride_on + local[:, None] * stride_on + dims[None, :]
+    o_mask = row_mask[:, None] & dim_mask
+    tl.store(out_ptr + o_offsets, acc.to(out_ptr.dtype.element_ty), mask=o_mask)
+    if SAVE:
+        acc_mean /= tl.where(slope_sum > 0, slope_sum, 1.0)[:, None]
+        tl.store(mean_ptr + o_offsets, acc_mean.to(mean_ptr.dtype.element_ty), mask=o_mask)
+
+
+def attend(call, point, lists, save):
+    """Output (B, H, N, D), laid out (B, N, H, D), tau (B, H, N), and for a backward the mean of the values under u."""
+    query, key, value, config = call.query, call.key, call.value, call.configuration
+    batch, heads, queries, head_dim = query.shape
+    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device).transpose(1, 2)
+    # In float32 whatever the input: the backward subtracts its product from another.
+    mean = torch.empty_like(out, dtype=torch.float32) if save else None
+    tau = torch.empty_like(point)
+    for rows, tiles, counts in lists.walks():
+        launch = config.forward if rows == TILE else config.forward_pairs
+        _forward_kernel[(counts.numel(),)](
+            query, key, value, call.descriptor(key), call.descriptor(value),
+            call.alpha_tensor, call.slopes, call.visible, call.mask,
+            tiles, counts, point, tau, out, mean,
+            call.excess, call.scaling,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+            *call.visible_strides, *call.mask_strides,
+            heads, queries, key.shape[2], counts.shape[2], call.key_tiles, head_dim,
+            **call.constants,
+            DESCRIPTORS=call.descriptors,
+            BLOCK_M=rows,
+            BLOCK_N=config.inner,
+            TILE=TILE,
+            SAVE=save,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            **launch.limit(),
+        )  # fmt: skip
+    return out, tau, mean

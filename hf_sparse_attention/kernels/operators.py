@@ -1,0 +1,282 @@
+"""The kernels as `torch.library` operators, for torch.compile, CUDA graphs and autograd: one op each way.
+
+Enters: tensors in the contract's shapes. Leaves: output, tau and what the backward needs: lists of tiles, map, mean.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .backward import gradients
+from .configurations import TILE, Configuration, configuration
+from .forward import attend
+from .refine import refined_threshold
+from .threshold import Lists, threshold_bound
+from .tiles import CAUSAL, ENTMAX15, FULL, GENERAL, RANGE, SPARSEMAX
+
+# Tile lists and their lengths, the same for pairs of tiles, and the map of the tiles.
+LIST_DTYPES = (torch.int16, torch.int32, torch.int16, torch.int32, torch.uint8)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call, as the launchers read it."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    # alpha - 1, taken in double precision: float32 would lose digits of it.
+    excess: float
+    alpha_tensor: torch.Tensor | None
+    alpha_kind: int
+    scaling: float
+    visible: torch.Tensor | None
+    visible_strides: tuple[int, int]
+    slopes: torch.Tensor | None
+    mask: torch.Tensor | None
+    mask_strides: tuple[int, int, int, int]
+    query_tiles: int
+    key_tiles: int
+    group: int
+    block_dim: int
+    two_walks: bool
+    descriptors: bool
+    constants: dict
+    configuration: Configuration
+
+    def descriptor(self, tensor, columns=None):
+        """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
+        if not self.descriptors or not describable(tensor, self.block_dim):
+            return None
+        block = [1, 1, columns or self.configuration.inner, self.block_dim]
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+
+
+def _block_dim(head_dim):
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _tiles(length):
+    return (length + TILE - 1) // TILE
+
+
+def _rows(tensor):
+    """Kernels read the last dimension with stride 1."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def describable(tensor, block_dim):
+    """Whether a tensor descriptor can read it: 16-byte aligned rows, and no wide float32 rows."""
+    size = tensor.element_size()
+    aligned = all(stride * size % 16 == 0 for stride in tensor.stride()[:3]) and tensor.data_ptr() % 16 == 0
+    return tensor.stride(-1) == 1 and aligned and 16 <= block_dim * size <= 512
+
+
+def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask):
+    """Everything the launchers need to know about a call."""
+    head_dim = query.shape[-1]
+    block_dim = _block_dim(head_dim)
+    alpha_kind = GENERAL
+    if alpha_tensor is None:
+        alpha_kind = {1.5: ENTMAX15, 2.0: SPARSEMAX}.get(alpha, GENERAL)
+    visible_strides = (0, 0)
+    range_kind = CAUSAL if causal else FULL
+    if visible is not None:
+        range_kind = RANGE
+        visible = visible.to(torch.int32)
+        visible = visible if visible.stride(-1) == 1 else visible.contiguous()
+        visible_strides = (0 if visible.shape[0] == 1 else visible.stride(0), visible.stride(1))
+    mask_strides = (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).view(torch.uint8)
+        mask_strides = mask.stride()
+    precision = "tf32"
+    if query.dtype == torch.float32:
+        # Three tf32 products nearly keep float32's accuracy, but hold operands twice: too much for the widest heads.
+        precision = "tf32x3" if block_dim <= 128 else "ieee"
+    constants = {
+        "GROUP": query.shape[1] // key.shape[1],
+        "ALPHA_KIND": alpha_kind,
+        "RANGE_KIND": range_kind,
+        "HAS_ALPHA": alpha_tensor is not None,
+        "HAS_SLOPES": slopes is not None,
+        "HAS_MASK": mask is not None,
+        "BLOCK_D": block_dim,
+        "EVEN_D": block_dim == head_dim,
+        "PRECISION": precision,
+        # Above alpha = 2 a slope hangs on the last bits of a score, which must come out alike in every kernel.
+        "enable_fp_fusion": not alpha > 2,
+    }
+    return Call(
+        query=_rows(query),
+        key=_rows(key),
+        value=_rows(value),
+        excess=alpha - 1.0,
+        alpha_tensor=alpha_tensor,
+        alpha_kind=alpha_kind,
+        scaling=scaling,
+        visible=visible,
+        visible_strides=visible_strides,
+        slopes=slopes,
+        mask=mask,
+        mask_strides=mask_strides,
+        query_tiles=_tiles(query.shape[2]),
+        key_tiles=_tiles(key.shape[2]),
+        group=query.shape[1] // key.shape[1],
+        block_dim=block_dim,
+        # Slopes u grow without bound at the edge of the support for alpha > 2, and float32 is held to float32.
+        two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
+        descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
+        constants=constants,
+        configuration=configuration(query.device, query.element_size(), block_dim),
+    )
+
+
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: float,
+    alpha_tensor: torch.Tensor | None,
+    scaling: float,
+    causal: bool,
+    visible: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    save: bool,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:  # fmt: skip
+    call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
+    with torch.cuda.device_of(query):
+        bound, lists = threshold_bound(call, save)
+        out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
+    if not save:
+        # Without a backward nothing but the result outlives the call.
+        return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
+    pairs, pair_counts = lists.pairs, lists.pair_counts
+    if pairs is None:
+        pairs, pair_counts = (tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES[2:4])
+    return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map
+
+
+def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save):
+    batch, heads, queries, head_dim = query.shape
+    out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+    tau = query.new_empty((batch, heads, queries), dtype=torch.float32)
+    if not save:
+        return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
+    query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
+    shapes = [(batch, heads, query_tiles, key_tiles), (batch, heads, query_tiles), (0,), (0,)]
+    if configuration(query.device, query.element_size(), _block_dim(head_dim)).threshold_rows > TILE:
+        pairs = (queries + 2 * TILE - 1) // (2 * TILE)
+        shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
+    shapes.append((batch, heads, key_tiles, query_tiles))
+    lists = [query.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, LIST_DTYPES, strict=True)]
+    return out, tau, torch.empty_like(out, dtype=torch.float32), *lists
+
+
+def _gradients(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: float,
+    alpha_tensor: torch.Tensor | None,
+    scaling: float,
+    causal: bool,
+    visible: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    tau: torch.Tensor,
+    mean: torch.Tensor,
+    tiles: torch.Tensor,
+    counts: torch.Tensor,
+    pairs: torch.Tensor,
+    pair_counts: torch.Tensor,
+    tile_map: torch.Tensor,
+    alpha_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
+    with torch.cuda.device_of(query):
+        paired = pairs.numel() > 0
+        lists = Lists(tiles, counts, pairs if paired else None, pair_counts if paired else None, tile_map)
+        dquery, dkey, dvalue, dalpha = gradients(call, _rows(grad_out), tau, mean, lists, alpha_gradient)
+    return dquery, dkey, dvalue, tau.new_empty(0) if dalpha is None else dalpha
+
+
+def _gradients_fake(
+    grad_out, query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, tau, mean, tiles, counts,
+    pairs, pair_counts, tile_map, alpha_gradient,
+):  # fmt: skip
+    def like(tensor):
+        batch, heads, length, head_dim = tensor.shape
+        return tensor.new_empty((batch, length, heads, head_dim)).transpose(1, 2)
+
+    return like(query), like(key), like(value), tau.new_empty(query.shape[1] if alpha_gradient else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save = inputs
+    out, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    # The outputs without a gradient are large: no zeros are made for them.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, alpha_tensor, visible, slopes, mask, *kept)
+    ctx.alpha, ctx.scaling, ctx.causal, ctx.save = alpha, scaling, causal, save
+
+
+def _backward(ctx, grad_out, *_):
+    query, key, value, alpha_tensor, visible, slopes, mask, *kept = ctx.saved_tensors
+    if grad_out is None:
+        return (None,) * 11
+    if not ctx.save:
+        raise RuntimeError("entmax_forward was called with save=False: it kept nothing for a backward")
+    alpha_gradient = alpha_tensor is not None and ctx.needs_input_grad[4]
+    dquery, dkey, dvalue, dalpha = entmax_backward(
+        grad_out, query, key, value, ctx.alpha, alpha_tensor, ctx.scaling, ctx.causal, visible, slopes, mask,
+        *kept, alpha_gradient,
+    )  # fmt: skip
+    dalpha = dalpha.to(alpha_tensor.dtype) if alpha_gradient else None
+    return dquery, dkey, dvalue, None, dalpha, None, None, None, None, None, None
+
+
+def _twice(ctx, *_):
+    raise NotImplementedError("entmax attention in Triton has no second derivative: use implementation('reference')")
+
+
+def _vmap(info, in_dims, *arguments):
+    raise NotImplementedError(
+        "entmax attention has no vmap rule: it is batched already, fold the mapped dimension into the batch dimension"
+    )
+
+
+def _register(name, schema, implementation, fake):
+    # The plain registration: `torch.library.custom_op` adds a check for aliased outputs to every call.
+    qualified = f"hf_sparse_attention::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", implementation)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.hf_sparse_attention, name).default
+
+
+_CALL = "float alpha, Tensor? alpha_tensor, float scaling, bool causal, Tensor? visible, Tensor? slopes, Tensor? mask"
+entmax_forward = _register(
+    "entmax_forward",
+    f"(Tensor query, Tensor key, Tensor value, {_CALL}, bool save)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+entmax_backward = _register(
+    "entmax_backward",
+    f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor tau, Tensor mean, Tensor tiles,"
+    " Tensor counts, Tensor pairs, Tensor pair_counts, Tensor tile_map, bool alpha_gradient)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
+    _gradients_fake,
+)
+torch.library.register_autograd("hf_sparse_attention::entmax_forward", _backward, setup_context=_setup_context)
+torch.library.register_vmap("hf_sparse_attention::entmax_forward", _vmap)
+torch.library.register_autograd("hf_sparse_attention::entmax_backward", _twice)

@@ -1,0 +1,247 @@
+"""A lower bound of tau and the listed tiles -> tau, as far as the output pass needs it.
+
+Peters, Niculae, Martins 2019 (arXiv 1905.05702): sum_j [x_j - tau]_+ ^ (1/(alpha-1)) = 1 has one solution. Every pass
+walks the listed tiles only; rows stop together, when what is left undone is second order in the output.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configurations import TILE
+from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_tiles
+
+
+@triton.jit
+def refine(
+    tau, low, high, sums, slope_sum, count, exponent, alpha, iteration, ALPHA_KIND: tl.constexpr, EXACT: tl.constexpr
+):
+    """One step from the sums of p, u and 1 over the support: the new bracket, the step and what it may leave undone.
+
+    alpha 1.5: left of tau Newton on the 2-norm is a lower bound and the closed form of the (larger) support an upper
+    one; right of it the closed form of the (smaller) support is a lower bound. alpha <= 2: Newton on the e-norm.
+    alpha > 2: Newton inside a bracket, bisection where it leaves it.
+    """
+    positive = slope_sum > 0
+    divisor = tl.where(positive, slope_sum, 1.0)
+    if ALPHA_KIND == 15 and not EXACT:
+        step = tl.where(positive, (sums - tl.sqrt(tl.maximum(sums, 0.0))) / divisor, 0.0)
+        # Such a step leaves at most about 3 step^2 of tau, and the support is about the square of the sum of u.
+        missing = 3.0 * step * step * slope_sum
+        left = 2.0 * missing * missing
+    elif ALPHA_KIND == 15:
+        discriminant = tl.maximum(slope_sum * slope_sum - count * (sums - 1.0), 0.0)
+        closed = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
+        newton = (sums - tl.sqrt(tl.maximum(sums, 1.0))) / divisor
+        below = sums >= 1.0
+        low = tl.where(positive, tl.maximum(low, tau + tl.where(below, newton, closed)), low)
+        high = tl.where(positive, tl.minimum(high, tau + tl.where(below, closed, 0.0)), high)
+        high = tl.maximum(high, low)
+        width = high - low
+        # At the upper end a key of the support could be missed; slightly left of it none is.
+        point = tl.where(iteration < 8, high - 0.25 * width, low)
+        step = point - tau
+        left = count * width * width
+    elif ALPHA_KIND == 20:
+        step = tl.where(positive, (sums - 1.0) / divisor, 0.0)
+        left = slope_sum * tl.abs(step)
+    else:
+        if alpha <= 2.0:
+            norm_power = tl.exp2(tl.log2(tl.maximum(sums, 1e-30)) * (1.0 - 1.0 / exponent))
+            step = tl.where(positive, (sums - norm_power) / divisor, 0.0)
+        else:
+            below = sums >= 1.0
+            low = tl.where(below, tl.maximum(low, tau), low)
+            high = tl.where(below, high, tl.minimum(high, tau))
+            newton = tau + tl.where(positive, (sums - 1.0) / (exponent * divisor), 0.0)
+            # Where a slope is nearly infinite Newton hardly moves: then the bracket is halved.
+            inside = (newton > low) & (newton < high) & (tl.abs(newton - tau) > 0.01 * (high - low))
+            inside = inside & (iteration % 3 != 2)
+            step = tl.where(inside, newton, 0.5 * (low + high)) - tau
+            settled = (below & (sums <= 1.0 + 2e-7)) | (high - low <= 1.2e-7 * tl.abs(tau))
+            step = tl.where(settled, 0.0, step)
+        left = exponent * slope_sum * tl.abs(step)
+    return low, high, step, left
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+def _refine_kernel(
+    q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
+    list_ptr, count_ptr, bound_ptr, state_ptr, tau_ptr,
+    excess, scaling,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    STATE: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    head_index = program // query_tiles
+    row_tile = query_tiles - 1 - program % query_tiles
+    list_row = head_index.to(tl.int64) * query_tiles + row_tile
+    count = tl.load(count_ptr + list_row)
+    if count < 0:
+        return
+    lists = list_ptr + list_row * key_tiles
+    batch = head_index // heads
+    head = head_index % heads
+    local = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    rows = row_tile * BLOCK_M + local
+    alpha_head, exponent, factor, slope = entmax_parameters(
+        alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+    )
+    q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
+    row_mask = rows < queries
+    dim_mask = (dims < head_dim)[None, :]
+    q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=row_mask[:, None] & dim_mask, other=0.0)
+    if DESCRIPTORS:
+        k_source = k_descriptor
+    else:
+        k_source = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+    mask_base = mask_ptr
+    if HAS_MASK:
+        mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+    visible_base = visible_ptr
+    if RANGE_KIND == 2:
+        visible_base += batch.to(tl.int64) * stride_vb
+    start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+    tau_rows = head_index.to(tl.int64) * queries + rows
+
+    tau = tl.load(bound_ptr + tau_rows, mask=row_mask, other=float("inf"))
+    empty = tau == float("inf")
+    # A finite stand-in for infinity keeps the arithmetic of rows that see no key free of NaN.
+    tau = tl.where(empty, 1e30, tau)
+    # The state lives in memory, every pass over the listed tiles reads one slot and writes the other.
+    # Two slots of the point and, where there is a bracket, its ends.
+    SLOT: tl.constexpr = STATE // 2
+    state = state_ptr + tau_rows * STATE
+    tl.store(state, tau, mask=row_mask)
+    if SLOT > 1:
+        tl.store(state + 1, tau, mask=row_mask)
+        tl.store(state + 2, tau + 1.001 + 1e-5 * tl.abs(tau), mask=row_mask)
+    pieces = count * (TILE // BLOCK_N)
+    whole = whole_tiles(count, RANGE_KIND=RANGE_KIND, BLOCK_M=BLOCK_M, TILE=TILE) * (TILE // BLOCK_N)
+    unsettled = (count > 0).to(tl.int32)
+    iteration = 0
+    while unsettled > 0:
+        tl.debug_barrier()
+        current = state + (iteration % 2) * SLOT
+        following = state + ((iteration + 1) % 2) * SLOT
+        point = tl.load(current, mask=row_mask, other=1e30)
+        sums = tl.zeros((BLOCK_M,), tl.float32)
+        slope_sum = tl.zeros((BLOCK_M,), tl.float32)
+        support = tl.zeros((BLOCK_M,), tl.float32)
+        for index in range(0, whole):
+            first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+            k = load_block(
+                k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
+                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=False, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+            )  # fmt: skip
+            x = key_scores(
+                q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
+                BLOCK_N=BLOCK_N, MASKED=False, RANGE_KIND=RANGE_KIND,
+                HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+            )  # fmt: skip
+            p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            sums += tl.sum(p, 1)
+            slope_sum += tl.sum(u, 1)
+            if ALPHA_KIND == 15 and EXACT:
+                support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+        for index in range(whole, pieces):
+            first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+            k = load_block(
+                k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
+                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+            )  # fmt: skip
+            x = key_scores(
+                q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
+                BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
+                HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+            )  # fmt: skip
+            p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            sums += tl.sum(p, 1)
+            slope_sum += tl.sum(u, 1)
+            if ALPHA_KIND == 15 and EXACT:
+                support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+        if SLOT > 1:
+            lower = tl.load(current + 1, mask=row_mask, other=1e30)
+            upper = tl.load(current + 2, mask=row_mask, other=1e30)
+        else:
+            lower = point
+            upper = point
+        lower, upper, step, left = refine(
+            point, lower, upper, sums, slope_sum, support, exponent, alpha_head, iteration,
+            ALPHA_KIND=ALPHA_KIND, EXACT=EXACT,
+        )  # fmt: skip
+        # Steps below the resolution of float32 settle nothing.
+        resolution = tl.where(alpha_head > 2.0, 6e-8, 1.5e-7)
+        left = tl.where(empty | (tl.abs(step) <= resolution * tl.abs(point)), 0.0, left)
+        tl.store(following, tl.where(empty, point, point + step), mask=row_mask)
+        if SLOT > 1:
+            tl.store(following + 1, lower, mask=row_mask)
+            tl.store(following + 2, upper, mask=row_mask)
+        iteration += 1
+        unsettled = ((tl.max(left, 0) > TOLERANCE) & (iteration < 90)).to(tl.int32)
+
+    tl.debug_barrier()
+    tau = tl.load(state + (iteration % 2) * SLOT, mask=row_mask, other=1e30)
+    if ALPHA_KIND == 0:
+        # For alpha > 2 the lower end: rounding must not lose a key at the threshold, whose slope is nearly infinite.
+        lower = tl.load(state + (iteration % 2) * SLOT + 1, mask=row_mask, other=1e30)
+        tau = tl.where(alpha_head > 2.0, tl.where(tau < 1e30, lower, tau), tau)
+    tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
+
+
+def refined_threshold(call, bound, lists):
+    """A point next to tau (B, H, N); 1e30 in rows that see no key."""
+    query, key, config = call.query, call.key, call.configuration
+    batch, heads, queries, head_dim = query.shape
+    tau = torch.empty_like(bound)
+    # What a pass may leave undone: the output is corrected to first order, so this is the square root of its error.
+    # The slopes of alpha > 2 are not bounded at the threshold: they need tau to the last digits in every dtype.
+    exact = query.dtype == torch.float32 or call.two_walks
+    if exact:
+        tolerance = 1e-9 if call.alpha_kind == ENTMAX15 else 1e-7
+    else:
+        tolerance = 2e-3 if call.alpha_kind == ENTMAX15 else 1e-2
+    slots = 8 if exact or call.alpha_kind != ENTMAX15 else 2
+    state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
+    for rows, tiles, counts in lists.walks():
+        launch = config.refine if rows == TILE else config.refine_pairs
+        _refine_kernel[(counts.numel(),)](
+            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
+            tiles, counts, bound, state, tau,
+            call.excess, call.scaling,
+            *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
+            heads, queries, key.shape[2], counts.shape[2], call.key_tiles, head_dim,
+            **call.constants,
+            DESCRIPTORS=call.descriptors,
+            BLOCK_M=rows,
+            BLOCK_N=config.inner,
+            TILE=TILE,
+            EXACT=exact,
+            STATE=state.shape[-1],
+            TOLERANCE=tolerance,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            **launch.limit(),
+        )  # fmt: skip
+    return tau

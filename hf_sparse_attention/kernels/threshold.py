@@ -1,0 +1,368 @@
+"""The one dense pass: query, key -> a lower bound of tau per row and the list of tiles that can still hold weight.
+
+tau of any subset of the keys is a lower bound of the row's tau. The pass keeps, per row, the maximum of 64 interleaved
+classes of keys (a subset whose tau is close to the row's own, wherever the weight sits) and of every tile; a tile
+survives if one of its rows has a maximum above the row's bound.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .configurations import TILE, processors
+from .tiles import entmax_parameters, masked_scores, row_ranges, weights
+
+# Tiles scanned at once for the lists, and Newton steps on the classes: more steps no longer tighten the bound.
+SCAN = 32
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Tiles that can hold weight, ascending, per TILE queries; a pair of such rows is walked together or row by row.
+
+    tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
+    pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries.
+    """
+
+    tiles: torch.Tensor
+    counts: torch.Tensor
+    pairs: torch.Tensor | None
+    pair_counts: torch.Tensor | None
+    tile_map: torch.Tensor | None
+
+    def walks(self):
+        """(rows walked together, their lists, the lengths) of both kinds of rows."""
+        yield TILE, self.tiles, self.counts
+        if self.pairs is not None:
+            yield 2 * TILE, self.pairs, self.pair_counts
+
+
+@triton.jit
+def _visit(
+    first,
+    last,
+    q,
+    slots,
+    k_source,
+    batch,
+    group,
+    stride_kn,
+    dims,
+    head_dim,
+    scratch_ptr,
+    local_rows,
+    rows,
+    queries,
+    keys,
+    start,
+    end,
+    factor,
+    slope,
+    mask_base,
+    stride_mn,
+    stride_mk,
+    MASKED: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Blocks first..last of keys: the row maxima of their tiles go to the scratch, the classes are updated."""
+    PIECES: tl.constexpr = BLOCK_N // TILE
+    local_columns = tl.arange(0, BLOCK_N)
+    pieces = tl.arange(0, PIECES)
+    for block in range(first, last):
+        columns = block * BLOCK_N + local_columns
+        if DESCRIPTORS:
+            k = tl.reshape(k_source.load([batch, group, block * BLOCK_N, 0]), (BLOCK_N, BLOCK_D))
+        else:
+            k_ptrs = k_source + columns.to(tl.int64)[:, None] * stride_kn + dims[None, :]
+            if MASKED or HAS_MASK:
+                k_mask = (columns < keys)[:, None]
+                if not EVEN_D:
+                    k_mask = k_mask & (dims < head_dim)[None, :]
+                k = tl.load(k_ptrs, mask=k_mask, other=0.0)
+            elif EVEN_D:
+                k = tl.load(k_ptrs)
+            else:
+                k = tl.load(k_ptrs, mask=(dims < head_dim)[None, :], other=0.0)
+        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED or HAS_SLOPES or HAS_MASK:
+            mask_ptrs = mask_base
+            inside = True
+            if HAS_MASK:
+                mask_ptrs = mask_base + rows.to(tl.int64)[:, None] * stride_mn
+                mask_ptrs += columns.to(tl.int64)[None, :] * stride_mk
+                inside = (rows < queries)[:, None] & (columns < keys)[None, :]
+            # Without a bias the factor waits: it is positive, so a maximum can be scaled afterwards.
+            x = masked_scores(
+                x, factor if HAS_SLOPES else 1.0, slope, columns[None, :], start[:, None], end[:, None],
+                mask_ptrs, inside,
+                MASKED=MASKED, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            )  # fmt: skip
+        if PIECES == 1:
+            slots = tl.maximum(slots, x)
+            tl.store(scratch_ptr + block * BLOCK_M + local_rows, tl.max(x, 1))
+        else:
+            x = tl.reshape(x, (BLOCK_M, PIECES, TILE))
+            slots = tl.maximum(slots, tl.max(x, 1))
+            tl.store(scratch_ptr + (block * PIECES + pieces)[None, :] * BLOCK_M + local_rows[:, None], tl.max(x, 2))
+    return slots
+
+
+@triton.jit(
+    do_not_specialize=[
+        "queries",
+        "keys",
+        "query_tiles",
+        "total",
+        "list_queries",
+        "list_keys",
+        "pair_rows",
+        "excess",
+        "scaling",
+    ]  # fmt: skip
+)
+def _threshold_kernel(
+    q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, reach_ptr,
+    scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr,
+    excess, scaling,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    heads, queries, keys, query_tiles, total, list_queries, list_keys, pair_rows, head_dim,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    SAVE: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCAN: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = BLOCK_M // TILE
+    PIECES: tl.constexpr = BLOCK_N // TILE
+    local_rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    scratch_ptr += tl.program_id(0).to(tl.int64) * (tl.cdiv(list_keys, PIECES) * PIECES) * BLOCK_M
+    work = tl.atomic_add(counter_ptr, 1)
+    while work < total:
+        head_index = work // query_tiles
+        # The heaviest tiles of a head come first: causal rows see more keys the later they are.
+        row_tile = query_tiles - 1 - work % query_tiles
+        batch = head_index // heads
+        head = head_index % heads
+        rows = row_tile * BLOCK_M + local_rows
+        alpha_head, exponent, factor, slope = entmax_parameters(
+            alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+        )
+        q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
+        q_mask = (rows < queries)[:, None] & (dims < head_dim)[None, :]
+        q = tl.load(q_base + local_rows[:, None] * stride_qn + dims[None, :], mask=q_mask, other=0.0)
+        if DESCRIPTORS:
+            k_source = k_descriptor
+        else:
+            k_source = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+        mask_base = mask_ptr
+        if HAS_MASK:
+            mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+
+        v_base = visible_ptr
+        if RANGE_KIND == 2:
+            v_base += batch.to(tl.int64) * stride_vb
+        start, end = row_ranges(v_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+        inside = (rows < queries) & (start < end)
+        low = tl.min(tl.where(inside, start, keys), 0) // BLOCK_N
+        high = tl.cdiv(tl.max(tl.where(inside, end, 0), 0), BLOCK_N)
+        low = tl.minimum(low, high)
+        # Tiles every row sees whole need no mask; rows that see nothing do not count, they are set aside at the end.
+        full_low = tl.cdiv(tl.max(tl.where(inside, start, 0), 0), BLOCK_N)
+        full_high = tl.min(tl.where(inside, end, keys), 0) // BLOCK_N
+        full_low = tl.minimum(tl.maximum(full_low, low), high)
+        full_high = tl.minimum(tl.maximum(full_high, full_low), high)
+        if HAS_SLOPES:
+            # The nearest tile comes first, so that its scores bound the reach of the bias.
+            full_high = tl.minimum(full_high, tl.maximum(high - 1, low))
+            full_low = tl.minimum(full_low, full_high)
+
+        slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
+        slots = _visit(
+            full_high, high, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
+            scratch_ptr, local_rows, rows, queries, keys,
+            start, end, factor, slope, mask_base, stride_mn, stride_mk,
+            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+            DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
+        if HAS_SLOPES:
+            # No key farther than this can come within 1 of the row's maximum, so none can hold weight.
+            nearest = tl.max(slots, 1)
+            length = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
+            key_length = tl.load(reach_ptr + batch * (heads // GROUP) + head // GROUP)
+            upper = factor * length * key_length
+            reach = (upper * 1.001 + 1.0 - nearest) / tl.maximum(slope, 1e-30) + 2.0
+            # A row without a key so far has an unknown maximum: everything stays in reach.
+            reach = tl.where((nearest > float("-inf")) & (reach < 1e9), reach, 1e9)
+            farthest = tl.min(tl.where(inside, end - 1 - reach.to(tl.int32), keys), 0)
+            low = tl.where(slope > 0, tl.maximum(low, tl.maximum(farthest, 0) // BLOCK_N), low)
+            low = tl.minimum(low, high)
+            full_low = tl.maximum(full_low, low)
+            full_high = tl.maximum(full_high, full_low)
+        slots = _visit(
+            low, full_low, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
+            scratch_ptr, local_rows, rows, queries, keys,
+            start, end, factor, slope, mask_base, stride_mn, stride_mk,
+            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+            DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
+        slots = _visit(
+            full_low, full_high, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
+            scratch_ptr, local_rows, rows, queries, keys,
+            start, end, factor, slope, mask_base, stride_mn, stride_mk,
+            MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+            DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+        )  # fmt: skip
+
+        # Newton steps from the left on the e-norm of [slots - tau]_+, which is convex for alpha <= 2: never past tau.
+        if not HAS_SLOPES:
+            slots *= factor
+        greatest = tl.max(slots, 1)
+        empty = (greatest == float("-inf")) | (inside == 0)
+        tau = tl.where(empty, 1e30, greatest - 1.0)
+        convex = alpha_head <= 2.0
+        if convex:
+            for _ in range(STEPS):
+                p, u = weights(slots, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                total_weight = tl.sum(p, 1)
+                slope_sum = tl.sum(u, 1)
+                if ALPHA_KIND == 15:
+                    norm_power = tl.sqrt(total_weight)
+                elif ALPHA_KIND == 20:
+                    norm_power = tl.zeros_like(total_weight) + 1.0
+                else:
+                    norm_power = tl.exp2(tl.log2(tl.maximum(total_weight, 1.0)) * (1.0 - 1.0 / exponent))
+                step = (total_weight - norm_power) / tl.maximum(slope_sum, 1e-30)
+                tau += tl.where(empty, 0.0, tl.maximum(step, 0.0))
+        # Rounding of the steps must not lift the bound above tau.
+        tau -= tl.where(empty, 0.0, 1e-6 * tl.abs(tau) + 1e-6)
+
+        tau_rows = head_index.to(tl.int64) * queries + rows
+        tl.store(tau_ptr + tau_rows, tl.where(empty, float("inf"), tau), mask=rows < queries)
+
+        # The list of every TILE rows: tiles with a row whose maximum exceeds the row's bound, ascending.
+        tl.debug_barrier()
+        group = tl.arange(0, GROUPS)
+        threshold = tau if HAS_SLOPES else tau / factor
+        list_rows = head_index.to(tl.int64) * list_queries + row_tile * GROUPS + group
+        count = tl.zeros((GROUPS,), tl.int32)
+        known = (row_tile * GROUPS + group) < list_queries
+        first = low * PIECES
+        last = tl.minimum(high * PIECES, list_keys)
+        union = 0
+        scan = tl.arange(0, SCAN)
+        for base in range(first, last, SCAN):
+            tiles = base + scan
+            maxima = tl.load(
+                scratch_ptr + tiles[None, :] * BLOCK_M + local_rows[:, None],
+                mask=(tiles < last)[None, :],
+                other=float("-inf"),
+            )
+            alive = (maxima > threshold[:, None]).to(tl.int32)
+            alive = tl.max(tl.reshape(alive, (GROUPS, TILE, SCAN)), 1)
+            place = count[:, None] + tl.cumsum(alive, 1) - alive
+            wide_tiles = tl.broadcast_to(tiles[None, :], (GROUPS, SCAN)).to(tl.int16)
+            chosen = (alive > 0) & known[:, None]
+            tl.store(list_ptr + list_rows[:, None] * list_keys + place, wide_tiles, mask=chosen)
+            count += tl.sum(alive, 1)
+            if SAVE:
+                map_rows = head_index.to(tl.int64) * list_keys + tiles
+                map_columns = row_tile * GROUPS + group
+                tl.store(
+                    map_ptr + map_rows[None, :] * list_queries + map_columns[:, None],
+                    tl.full((GROUPS, SCAN), 1, tl.uint8),
+                    mask=chosen,
+                )
+            if GROUPS > 1:
+                either = tl.max(alive, 0)
+                pair_place = union + tl.cumsum(either, 0) - either
+                pair_list = pair_ptr + (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
+                tl.store(pair_list + pair_place, tiles.to(tl.int16), mask=either > 0)
+                union += tl.sum(either, 0)
+        if GROUPS > 1:
+            # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
+            together = (union > 0) & (union * 10 <= tl.sum(count, 0) * 7)
+            tl.store(pair_count_ptr + head_index.to(tl.int64) * pair_rows + row_tile, tl.where(together, union, -1))
+            count = tl.where(together, -1, count)
+        tl.store(count_ptr + list_rows, count, mask=known)
+        tl.debug_barrier()
+        work = tl.atomic_add(counter_ptr, 1)
+
+
+def threshold_bound(call, save):
+    """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`."""
+    query, key, config = call.query, call.key, call.configuration
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    device = query.device
+    rows = config.threshold_rows
+    row_tiles = triton.cdiv(queries, rows)
+    tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
+    counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
+    pairs = pair_counts = tile_map = None
+    if rows > TILE:
+        pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
+        pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
+    if save:
+        shape = (batch, heads, call.key_tiles, call.query_tiles)
+        tile_map = torch.zeros(shape, dtype=torch.uint8, device=device)
+    total = row_tiles * heads * batch
+    programs = min(total, config.threshold_programs * processors(device.index))
+    pieces = config.threshold_columns // TILE
+    padded_tiles = triton.cdiv(call.key_tiles, pieces) * pieces
+    scratch = torch.empty((programs, padded_tiles, rows), dtype=torch.float32, device=device)
+    counter = torch.zeros((1,), dtype=torch.int32, device=device)
+    reach = None
+    if call.slopes is not None:
+        reach = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(-1)
+    _threshold_kernel[(programs,)](
+        query, key, call.descriptor(key, config.threshold_columns), call.alpha_tensor, call.slopes, call.visible,
+        call.mask, reach,
+        scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map,
+        call.excess, call.scaling,
+        *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
+        heads, queries, keys, row_tiles, total, call.query_tiles, call.key_tiles, row_tiles, head_dim,
+        **call.constants,
+        BLOCK_M=rows,
+        BLOCK_N=config.threshold_columns,
+        TILE=TILE,
+        SAVE=save,
+        DESCRIPTORS=call.descriptors,
+        SCAN=SCAN,
+        STEPS=STEPS,
+        num_warps=config.threshold.warps,
+        num_stages=config.threshold.stages,
+        **config.threshold.limit(),
+    )  # fmt: skip
+    return tau, Lists(lists, counts, pairs, pair_counts, tile_map)

@@ -1,0 +1,184 @@
+"""What every kernel does with one tile: which keys a row sees, the masked scores, the weights of a threshold.
+
+Scores are kept as x = (alpha - 1) * (scaling * q.k - slope * distance), so that p = [x - tau]_+ ^ (1 / (alpha - 1)).
+Legend: B batch, H query heads, G key heads, N queries, K keys, D head dimension.
+"""
+
+import triton
+import triton.language as tl
+
+# How a row's range of visible keys is known.
+FULL, CAUSAL, RANGE = 0, 1, 2
+# Which closed form the threshold has; the general one takes alpha at run time.
+GENERAL, ENTMAX15, SPARSEMAX = 0, 15, 20
+
+
+@triton.jit
+def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.constexpr):
+    """Half-open range of visible keys of every row; rows past the end see nothing."""
+    inside = rows < queries
+    if RANGE_KIND == 0:
+        start = tl.zeros_like(rows)
+        end = tl.zeros_like(rows) + keys
+    elif RANGE_KIND == 1:
+        start = tl.zeros_like(rows)
+        end = rows + (keys - queries + 1)
+    else:
+        start = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn, mask=inside, other=0)
+        end = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn + 1, mask=inside, other=0)
+    start = tl.maximum(start, 0)
+    end = tl.minimum(tl.maximum(end, 0), keys)
+    return start, tl.where(inside, end, 0)
+
+
+@triton.jit
+def masked_scores(
+    dots,
+    factor,
+    slope,
+    columns,
+    start,
+    end,
+    mask_ptrs,
+    inside,
+    MASKED: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Dot products -> x, with -inf where the row does not see the key. columns, start, end broadcast to the tile."""
+    x = dots * factor
+    if HAS_SLOPES:
+        x += slope * (columns.to(tl.float32) - (end - 1).to(tl.float32))
+    if MASKED:
+        if RANGE_KIND == 2:
+            x = tl.where((columns >= start) & (columns < end), x, float("-inf"))
+        else:
+            x = tl.where(columns < end, x, float("-inf"))
+    if HAS_MASK:
+        x = tl.where(tl.load(mask_ptrs, mask=inside, other=0) != 0, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr):
+    """p = [x - tau]_+ ^ exponent and u = p^(2 - alpha) = [x - tau]_+ ^ (exponent - 1) on the support, else 0."""
+    excess = tl.maximum(x - tau, 0.0)
+    if ALPHA_KIND == 15:
+        p = excess * excess
+        u = excess
+    elif ALPHA_KIND == 20:
+        p = excess
+        u = tl.where(excess > 0, 1.0, 0.0)
+    else:
+        positive = excess > 0
+        logarithm = tl.log2(tl.where(positive, excess, 1.0))
+        u = tl.where(positive, tl.exp2(logarithm * (exponent - 1)), 0.0)
+        p = u * excess
+    return p, u
+
+
+@triton.jit
+def entmax_parameters(alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA: tl.constexpr, HAS_SLOPES: tl.constexpr):
+    """alpha of this head, 1/(alpha-1), the factor of the products, the slope in units of x; excess is alpha - 1."""
+    excess_head = tl.load(alpha_ptr + head).to(tl.float32) - 1.0 if HAS_ALPHA else excess
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = excess_head * tl.load(slopes_ptr + head).to(tl.float32)
+    return excess_head + 1.0, 1.0 / excess_head, excess_head * scaling, slope
+
+
+@triton.jit
+def listed_start(lists, index, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First position of the index-th piece of BLOCK_N of the listed tiles."""
+    PIECES: tl.constexpr = TILE // BLOCK_N
+    if PIECES == 1:
+        return tl.load(lists + index).to(tl.int32) * TILE
+    else:
+        return tl.load(lists + index // PIECES).to(tl.int32) * TILE + (index % PIECES) * BLOCK_N
+
+
+@triton.jit
+def load_block(
+    source,
+    batch,
+    head,
+    first,
+    stride,
+    dims,
+    length,
+    head_dim,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """Rows first..first+BLOCK of one head, zeros past the end; source is a descriptor or the head's first element."""
+    if DESCRIPTORS:
+        return tl.reshape(source.load([batch, head, first, 0]), (BLOCK, BLOCK_D))
+    else:
+        rows = first + tl.arange(0, BLOCK)
+        pointers = source + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+        if MASKED:
+            return tl.load(pointers, mask=(rows < length)[:, None] & (dims < head_dim)[None, :], other=0.0)
+        elif EVEN_D:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(dims < head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def key_scores(
+    q,
+    k,
+    first,
+    rows,
+    queries,
+    keys,
+    start,
+    end,
+    factor,
+    slope,
+    mask_base,
+    stride_mn,
+    stride_mk,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x of a block of queries and the keys from first on, -inf where the query does not see the key."""
+    columns = first + tl.arange(0, BLOCK_N)
+    mask_ptrs = mask_base
+    inside = True
+    if HAS_MASK:
+        mask_ptrs = mask_base + rows.to(tl.int64)[:, None] * stride_mn + columns.to(tl.int64)[None, :] * stride_mk
+        inside = (rows < queries)[:, None] & (columns < keys)[None, :]
+    return masked_scores(
+        tl.dot(q, tl.trans(k), input_precision=PRECISION),
+        factor,
+        slope,
+        columns[None, :],
+        start[:, None],
+        end[:, None],
+        mask_ptrs,
+        inside,
+        MASKED=MASKED,
+        RANGE_KIND=RANGE_KIND,
+        HAS_SLOPES=HAS_SLOPES,
+        HAS_MASK=HAS_MASK,
+    )
+
+
+@triton.jit
+def whole_tiles(count, RANGE_KIND: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr):
+    """How many tiles at the head of an ascending list every row sees whole: all but those a row's end can cut."""
+    if RANGE_KIND == 0:
+        return tl.maximum(count - 1, 0)
+    elif RANGE_KIND == 1:
+        return tl.maximum(count - BLOCK_M // TILE - 1, 0)
+    else:
+        return count * 0

@@ -1,0 +1,187 @@
+"""The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
+
+import functools
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read by Triton when the kernels are first imported, which no other test does.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+triton = pytest.importorskip("triton")
+
+from bounds import check_against_reference, run  # noqa: E402
+from kernel_cases import random_case  # noqa: E402
+
+from hf_sparse_attention import reference  # noqa: E402
+from hf_sparse_attention.kernels import entmax_attention, supports  # noqa: E402
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+HALF = torch.bfloat16 if CUDA else torch.float16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
+LENGTHS = (1, 2, 63, 64, 65, 111, 129, 333, 1000, 2049) if CUDA else (1, 7, 63, 64, 65, 111, 130)
+
+# NumPy, which the interpreter computes with, warns where a masked score of -inf meets arithmetic; the GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def randn(*shape, dtype=HALF, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+
+@pytest.fixture(autouse=not CUDA)
+def same_products(monkeypatch):
+    """NumPy's float32 products depend on a tile's shape and the number of threads, those of a GPU do not: without
+    this the backward's scores would differ from those that tau belongs to, and by how much would hang on the machine."""
+    import numpy
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, *_):
+        product = numpy.matmul(a.data.astype(numpy.float64), b.data.astype(numpy.float64))
+        return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(case):
+    arguments = dict(case.arguments)
+    if isinstance(arguments["alpha"], torch.Tensor):
+        arguments["alpha"] = arguments["alpha"].requires_grad_()
+    return check_against_reference(entmax_attention, case.query, case.key, case.value, case.gradient, **arguments)
+
+
+@pytest.mark.parametrize("seed", range(60 if CUDA else 24))
+def test_random_calls(seed, poisoned):
+    check(random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 500))
+def test_many_random_calls(seed, poisoned):
+    lengths = LENGTHS if seed % 4 else (111, 3000, 4097, 8191, 20000)
+    check(random_case(seed, device=DEVICE, lengths=lengths, dtypes=DTYPES, budget=1 << 27))
+
+
+@pytest.mark.parametrize("head_dim", [8, 80, 128])
+def test_fast_paths(head_dim, poisoned):
+    for alpha in (1.5, 2.0):
+        query, key, value, gradient = (randn(1, heads, 200, head_dim, seed=head_dim + heads) for heads in (4, 2, 2, 4))
+        check_against_reference(entmax_attention, query, key, value, gradient, alpha=alpha)
+
+
+def test_rows_that_see_nothing_are_zero(poisoned):
+    query, key, value = (randn(1, 2, 70, 16, dtype=torch.float32, seed=seed) for seed in range(3))
+    visible = torch.stack([torch.zeros(70), torch.arange(70) * (torch.arange(70) % 3 > 0)], -1).to(DEVICE, torch.int32)
+    results = run(entmax_attention, query, key, value, torch.ones_like(query), visible=visible[None])
+    hidden = visible[:, 1] == 0
+    assert (results.out[:, :, hidden] == 0).all() and (results.gradients["query"][:, :, hidden] == 0).all()
+    assert torch.isposinf(results.tau[:, :, hidden]).all() and torch.isfinite(results.tau[:, :, ~hidden]).all()
+
+
+def test_the_future_has_no_gradient(poisoned):
+    query, key, value = (randn(1, 1, 130, 16, dtype=torch.float32, seed=seed).requires_grad_() for seed in range(3))
+    out, _ = entmax_attention(query, key, value)
+    key_gradient, value_gradient = torch.autograd.grad(out[:, :, :70].sum(), (key, value))
+    assert (key_gradient[:, :, 70:] == 0).all() and (value_gradient[:, :, 70:] == 0).all()
+
+
+def test_two_runs_give_the_same_bits(poisoned):
+    case = random_case(3, device=DEVICE, lengths=(200,), dtypes=(HALF,), mask="packed")
+    attend = functools.partial(run, entmax_attention, case.query, case.key, case.value, case.gradient)
+    first, second = attend(**case.arguments), attend(**case.arguments)
+    assert torch.equal(first.out, second.out)
+    assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in first.gradients)
+
+
+def test_compiles_without_a_graph_break():
+    query, key, value = (randn(1, heads, 70, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
+
+    def layer(query, key, value):
+        return entmax_attention(query * 2, key, value)[0].square()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(layer(query, key, value).sum(), (query, key, value))
+    found = torch.autograd.grad(compiled(query, key, value).sum(), (query, key, value))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_operators_are_registered_whole():
+    query, key, value = (randn(1, heads, 70, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
+    alpha = torch.full((4,), 1.4, device=DEVICE, requires_grad=True)
+    arguments = (query, key, value, 0.0, alpha, 0.25, True, None, None, None, True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.hf_sparse_attention.entmax_forward.default, arguments, test_utils=tests)
+
+
+def test_checkpointing_and_double_use():
+    query, key, value = (randn(1, heads, 70, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
+
+    def layer(query):
+        return entmax_attention(query, key, value)[0]
+
+    plain = torch.autograd.grad(layer(layer(query)).sum(), query)[0]
+    remade = torch.utils.checkpoint.checkpoint(lambda x: layer(layer(x)), query, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(remade.sum(), query)[0], plain)
+
+
+def test_refusals_name_the_reason():
+    query = key = value = randn(1, 2, 8, 16)
+    for arguments, reason in (
+        ({"alpha": 1.0}, "alpha 1.0"),
+        ({"alpha": 5.0}, "alpha 5.0"),
+        ({"scaling": -1.0}, "scaling -1.0"),
+    ):
+        assert reason in supports(query, key, value, **arguments)
+        with pytest.raises(ValueError, match=reason):
+            entmax_attention(query, key, value, **arguments)
+    assert "head_dim 512" in supports(*[randn(1, 1, 4, 512)] * 3)
+    assert "float64" in supports(*[query.double()] * 3)
+    with pytest.raises(ValueError, match="slopes need causal"):
+        entmax_attention(query, key, value, causal=False, slopes=torch.ones(2, device=DEVICE))
+    with pytest.raises(NotImplementedError, match="no vmap rule"):
+        torch.func.vmap(lambda *tensors: entmax_attention(*tensors)[0])(query[None], key[None], value[None])
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_on_new_inputs():
+    query, key, value = (randn(1, heads, 1000, 64, seed=heads).requires_grad_() for heads in (4, 2, 2))
+
+    def step():
+        out, _ = entmax_attention(query, key, value)
+        return out, *torch.autograd.grad(out.float().square().sum(), (query, key, value))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        query.copy_(randn(1, 4, 1000, 64, seed=9))
+    graph.replay()
+    assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_bfloat16_autocast():
+    query, key, value = (randn(1, heads, 70, 16, dtype=torch.float32, seed=heads) for heads in (4, 2, 2))
+    with torch.autocast("cuda", torch.bfloat16):
+        out, _ = entmax_attention(query, key, value)
+    assert out.dtype == torch.bfloat16
+    exact, _ = reference.attention(query, key, value)
+    assert (out.float() - exact).norm() < 0.02 * exact.norm()
