@@ -35,8 +35,10 @@ def randn(*shape, dtype=HALF, seed=0):
 
 @pytest.fixture(autouse=not CUDA)
 def same_products(monkeypatch):
-    """NumPy's float32 products depend on a tile's shape and the number of threads, those of a GPU do not: without
-    this the backward's scores would differ from those that tau belongs to, and by how much would hang on the machine."""
+    """NumPy's float32 products depend on a tile's shape and the number of threads, those of a GPU do not.
+
+    Without this the backward's scores would differ from those that tau belongs to, by how much depends on the machine.
+    """
     import numpy
     from triton.runtime import interpreter
 
