@@ -6,6 +6,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton, whose own functions are interpreted or compiled once and for all.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The tensors of the tests are small: a second thread costs more in waiting than it computes.
 torch.set_num_threads(1)
 

@@ -1,14 +1,9 @@
 """The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
 
 import functools
-import os
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read by Triton when the kernels are first imported, which no other test does.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 triton = pytest.importorskip("triton")
 
