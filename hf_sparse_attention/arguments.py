@@ -29,7 +29,7 @@ def parse_arguments(kind: type[Arguments], words: Sequence[str], *, program: str
         SystemExit: with argparse's own message, for words it does not know, or `--help`.
     """
     description = (kind.__doc__ or "").partition("\n")[0]
-    parser = HfArgumentParser(kind, prog=program, description=description, formatter_class=_Help)
+    parser = HfArgumentParser(kind, prog=program, description=description, formatter_class=_Help, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with values of these options")
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
@@ -57,6 +57,6 @@ def _words_of(path: Path, known: list[str]) -> list[str]:
     for name, value in values.items():
         if isinstance(value, dict):
             raise ValueError(f"{path}: {name} is a mapping, not a value")
-        if value is not None:
+        if value is not None and value != []:
             words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words

@@ -21,7 +21,8 @@ from .visible import visible_range
 # Shapes: B batch, H heads, G key heads, N queries, K keys, D head size. A mask is one of
 #   None                        causal over the first N keys (keys after them are unwritten cache)
 #   int32 (B or 1, 1, N, 2)     the range [start, end) of the keys each query sees
-#   bool or float (B, 1, N, K)  arbitrary; True, or a number near 0, is visible
+#   uint8 (B, 1, N, K)          what a range cannot say, made by the mask function below; 1 is visible
+#   bool or float (B, 1, N, K)  given by the caller; True, or 0, is visible
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,8 @@ def _softmax_attention(query, key, value, *, scaling, causal, visible, slopes, m
     """Softmax over the same keys, on SDPA. A query that sees no key gives zeros."""
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     if visible is None and mask is None and slopes is None:
-        is_causal = causal and query.shape[2] > 1
+        # A branch, not a comparison: with dynamic shapes that is a symbol, which SDPA does not take.
+        is_causal = True if causal and query.shape[2] > 1 else False  # noqa: SIM210
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, **grouped)
     if visible is None:
         visible = visible_range(query.shape[2], key.shape[2], causal=causal, device=query.device)
@@ -208,7 +210,9 @@ def split_mask(attention_mask: torch.Tensor | None, keys: int) -> tuple[torch.Te
         return attention_mask[:, 0], None
     if attention_mask.ndim != 4:
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; a layer takes a 4-D mask or None")
-    return None, visible_entries(attention_mask)[..., :keys]
+    if attention_mask.shape[-1] != keys:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, but there are {keys} keys")
+    return None, visible_entries(attention_mask)
 
 
 def _enclosing_range(mask: torch.Tensor) -> torch.Tensor:
@@ -227,14 +231,19 @@ def is_range(attention_mask: torch.Tensor) -> bool:
     return attention_mask.dtype == torch.int32 and attention_mask.ndim == 4 and attention_mask.shape[-1] == 2
 
 
+def is_own_matrix(attention_mask: torch.Tensor | None) -> bool:
+    """Whether a mask is a matrix of our own, to which documents are still to be added."""
+    return attention_mask is not None and attention_mask.dtype == torch.uint8
+
+
 def visible_entries(attention_mask: torch.Tensor) -> torch.Tensor:
     """A 4-D bool or additive float mask -> bool, True is visible.
 
     Raises:
         ValueError: for a float mask with entries other than 0 and a large negative number: a bias, it would be lost.
     """
-    if attention_mask.dtype == torch.bool:
-        return attention_mask
+    if attention_mask.dtype == torch.bool or is_own_matrix(attention_mask):
+        return attention_mask.bool()
     if not attention_mask.is_floating_point():
         raise ValueError(
             f"attention_mask is {attention_mask.dtype}; a 4-D mask is bool (True is visible) or float (0 or -inf)"
@@ -287,6 +296,13 @@ def sparse_attention_mask(
         attention_mask: (B, seen keys) bool padding mask, or None.
         local_size: sliding window, or None.
     """
+    config = kwargs.get("config")
+    if config is not None and getattr(config, "sparse_attention", None) is None:
+        raise ValueError(
+            f"{type(config).__name__} is of a dense model: it says nothing of alpha or scale, and its attention may "
+            "not be ours at all. Load it with AutoModelForCausalLM.from_pretrained(..., attn_implementation=<map>), "
+            "which gives the sparse class of a supported family, or convert it with `hf-sparse-attention convert`"
+        )
     compiling = torch.compiler.is_compiling()
     causal = "allow_is_bidirectional_skip" not in kwargs
     structured = not use_vmap and (causal or local_size is None) and (compiling or _is_structured(mask_function))
@@ -304,11 +320,12 @@ def sparse_attention_mask(
         last = torch.where(count > 0, last, first)
         structured = bool((last - first == count).all())
     if not structured:
-        return sdpa_mask(
+        matrix = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
             allow_is_causal_skip=False, use_vmap=use_vmap, device=device, **kwargs,
         )  # fmt: skip
+        return matrix.to(torch.uint8)
     window = local_size if local_size is not None and kv_length >= local_size else None
     from_start = causal and window is None and q_length > 1 and kv_offset == 0 and _is_zero(q_offset, compiling)
     if from_start and (first is None or bool(padding[:, :q_length].all())):

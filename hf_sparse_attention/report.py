@@ -81,6 +81,8 @@ class Measures:
         self.layers: dict[int, dict] = {}
 
     def __call__(self, module, query, key, tau, *, alpha, query_scale, **structure) -> None:
+        if not module.is_sparse:
+            return
         heads = query.shape[1]
         sums = self.layers.setdefault(
             module.layer_idx,
@@ -167,11 +169,13 @@ def report_model(arguments: ReportArguments) -> dict:
             "hf_sparse_attention": VERSION, "transformers": transformers.__version__, "torch": torch.__version__,
         },
         "model": arguments.model,
+        "fingerprint": checkpoint.fingerprint,
         "sparse_attention": checkpoint.sparse.to_dict(),
         "arguments": {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "figure")},
         "windows": len(windows),
         "length": arguments.length,
-        "mean": {name: _mean(rows, name) for name in NUMBERS},
+        "mean": {name: _mean(rows, name) for name in NUMBERS}
+        | {"visible": sum(row["visible"] for row in rows) / len(rows)},
         "layers": rows,
     }  # fmt: skip
     write_json(folder / "report.json", report)

@@ -33,6 +33,9 @@ def test_softmax_maps_compile_without_a_graph_break(name, alpha):
     ids = families.tokens(2, 16)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    # Another length makes the lengths symbols.
+    ids = families.tokens(2, 11)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

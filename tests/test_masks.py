@@ -78,7 +78,7 @@ def test_the_same_keys_as_sdpa(case):
 @pytest.mark.parametrize("create", [create_causal_mask, create_sliding_window_causal_mask])
 def test_through_the_functions_of_transformers(create):
     config = families.dense_config("mistral")
-    config._attn_implementation = "entmax"
+    config._attn_implementation, config.sparse_attention = "entmax", {"map": "entmax"}
     embeddings = torch.zeros(2, 9, 32)
     padding = torch.ones(2, 9, dtype=torch.long)
     padding[0, :4] = 0
@@ -117,7 +117,45 @@ def test_documents_start_where_positions_restart():
     assert range_.tolist() == [[[0, 4], [0, 5], [5, 6], [5, 7]]]
 
 
+def test_documents_stay_apart_beside_a_hole_in_the_padding():
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "asentmax"))
+    first, second = families.tokens(2, 6, seed=3), families.tokens(2, 5, seed=4)
+    packed, mask = torch.cat([first, second], 1), torch.ones(2, 11, dtype=torch.long)
+    mask[0, 2] = 0
+    positions = torch.cat([torch.arange(6), torch.arange(5)])[None]
+    with torch.no_grad():
+        found = model(packed, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        expected = model(second, use_cache=False).logits
+        torch.testing.assert_close(found[:, 6:], expected, atol=1e-5, rtol=1e-5)
+        alone = model(first, attention_mask=mask[:, :6], use_cache=False).logits
+        torch.testing.assert_close(found[1, :6], alone[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_documents_stay_apart_while_compiling_with_a_mask():
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "asentmax"))
+    packed, mask = families.tokens(2, 11), torch.ones(2, 11, dtype=torch.long)
+    positions = torch.cat([torch.arange(6), torch.arange(5)])[None]
+    arguments = {"position_ids": positions, "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        found = torch.compile(model, backend="eager")(packed, **arguments).logits
+        torch.testing.assert_close(found, model(packed, **arguments).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_positions_that_jump_forward_are_one_document():
+    dense = families.dense_model("llama")
+    model = families.sparse_model(dense, "asentmax", alpha=1.0)
+    ids, positions = families.tokens(1, 12), torch.cat([torch.arange(7), torch.arange(20, 25)])[None]
+    for arguments in ({"attention_mask": torch.ones_like(ids)}, {"use_cache": True}, {"use_cache": False}):
+        with torch.no_grad():
+            found = model(ids, position_ids=positions, **arguments).logits
+            expected = dense(ids, position_ids=positions, **arguments).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_masks_that_would_lose_something_are_refused():
+    with pytest.raises(ValueError, match="there are 7 keys"):
+        split_mask(torch.ones(1, 1, 7, 9).bool(), 7)
     with pytest.raises(ValueError, match="no other bias"):
         visible_entries(torch.tensor([0.0, -1.5])[None, None, None])
     with pytest.raises(ValueError, match="int64"):

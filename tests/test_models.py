@@ -11,8 +11,10 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
+    BloomConfig,
     Gemma2Config,
     GptOssConfig,
     LlamaConfig,
@@ -90,8 +92,68 @@ def test_its_own_attention_is_accepted(sparse, sparse_folder):
 
 def test_a_dense_class_under_our_names_is_refused(dense_folder):
     model = LlamaForCausalLM.from_pretrained(dense_folder, attn_implementation="entmax")
-    with pytest.raises(ValueError, match="belongs to a dense model"):
+    with pytest.raises(ValueError, match="LlamaConfig is of a dense model"):
         model(families.tokens(1, 3))
+    with pytest.raises(ValueError, match="belongs to a dense model"):
+        model.model.layers[0].self_attn(torch.zeros(1, 3, 32), (torch.ones(1, 3, 8), torch.zeros(1, 3, 8)))
+
+
+def test_a_family_outside_the_table_is_refused():
+    """Its attention may read the missing mask of ours as no mask at all."""
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2), attn_implementation="asentmax"
+    )
+    with pytest.raises(ValueError, match="BloomConfig is of a dense model"):
+        model(families.tokens(1, 5))
+
+
+def test_a_dense_class_does_not_hide_a_sparse_model(dense_folder):
+    """It would be saved as a dense model, and come back as softmax."""
+    model = AutoModelForTokenClassification.from_pretrained(dense_folder, attn_implementation="entmax")
+    assert not models.attention_layers(model)
+    with pytest.raises(ValueError, match="of a dense model"):
+        model(families.tokens(1, 5))
+
+
+def test_a_sparse_folder_with_another_config_is_refused(sparse_folder, dense_folder):
+    dense, ours = AutoConfig.from_pretrained(dense_folder), AutoConfig.from_pretrained(sparse_folder)
+    with pytest.raises(ValueError, match="cannot be loaded with a dense config"):
+        AutoModelForCausalLM.from_pretrained(sparse_folder, config=dense)
+    model = LlamaForCausalLM.from_pretrained(sparse_folder, config=ours)
+    with pytest.raises(ValueError, match="belongs to a dense model"):
+        model(families.tokens(1, 5))
+
+
+def test_no_implementation_at_all_is_refused(sparse):
+    sparse.config._attn_implementation_internal = None
+    with pytest.raises(ValueError, match="cannot run as 'eager'"):
+        sparse(families.tokens(1, 5))
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in .*convert it to a folder first:UserWarning")
+def test_an_adapter_on_a_model_converted_while_loading_does_not_name_the_dense_base(dense_folder, tmp_path):
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, attn_implementation="entmax")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises((OSError, ValueError), match="convert it to a folder first|import allowlist"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "olmo2", "qwen2"])
+def test_the_tokenizer_is_read_as_for_the_dense_model(name, tmp_path):
+    dense = families.dense_model(name, vocab_size=512)
+    dense.save_pretrained(tmp_path / "dense")
+    families.sparse_model(dense, "entmax").save_pretrained(tmp_path / "sparse")
+    for folder in ("dense", "sparse"):
+        shutil.copy(STORIES / "tokenizer.json", tmp_path / folder)
+        (tmp_path / folder / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}'
+        )
+    dense_one, sparse_one = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("dense", "sparse"))
+    assert type(dense_one) is type(sparse_one)
+    for text in ("Once upon a time", "Once upon</s> a time", "  two  spaces\n"):
+        assert dense_one(text)["input_ids"] == sparse_one(text)["input_ids"]
 
 
 def test_transformers_alone_does_not_know_the_type(sparse_folder):
@@ -161,6 +223,10 @@ def test_options_of_a_saved_model(sparse_folder):
 
 
 def test_options_without_a_map_are_refused(dense_folder):
+    with pytest.raises(ValueError, match="attn_implementation is 'entmax' but sparse_attention"):
+        hsa.SparseLlamaForCausalLM.from_pretrained(
+            dense_folder, attn_implementation="entmax", sparse_attention={"map": "sparsemax"}
+        )
     with pytest.raises(ValueError, match="needs attn_implementation="):
         AutoModelForCausalLM.from_pretrained(dense_folder, sparse_attention={"alpha": 1.25})
     with pytest.raises(ValueError, match="attn_implementation is 'entmax' but sparse_attention"):
@@ -214,6 +280,8 @@ def test_explicit_kernels_without_a_gpu_raise(sparse):
 
 
 def test_documents_given_as_lengths_alone_are_refused(sparse):
+    with pytest.raises(ValueError, match="position_ids do not restart"):
+        sparse(families.tokens(1, 9), cu_seq_lens_q=torch.tensor([0, 4, 9]), position_ids=torch.arange(9)[None])
     with pytest.raises(ValueError, match="documents would see each other"):
         sparse(families.tokens(1, 9), cu_seq_lens_q=torch.tensor([0, 4, 9]), use_cache=False)
 

@@ -19,6 +19,9 @@ class SparseConfig:
         if sparse_attention is not None:
             sparse_attention = SparseAttentionConfig.from_dict(sparse_attention).to_dict()
         self.sparse_attention = sparse_attention
+        if sparse_attention is not None and self._attn_implementation is None:
+            # A dense class that is given this config then meets our attention function, which refuses it.
+            self._attn_implementation = sparse_attention["map"]
         for name in GUARDED_FIELDS:
             value = getattr(self, name, None)
             if isinstance(value, str):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..attention import is_range, visible_entries
+from ..attention import is_own_matrix, is_range, visible_entries
 from ..config import SparseAttentionConfig
 from ..maps import MAPS, AdaptiveAlpha, alibi_slopes, scaled_heads
 from .configuration import layer_window
@@ -95,15 +95,17 @@ def visible_lengths(attention_mask: torch.Tensor | None, hidden_states: torch.Te
     return (visible_entries(attention_mask)[:, 0].sum(-1) + 1).clamp(min=2)
 
 
-def document_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+def document_starts(position_ids: torch.Tensor | None, *, every_jump: bool = False) -> torch.Tensor | None:
     """Where the document of each token starts, (B or 1, N), as an index into these tokens; None for one document.
 
-    As in Transformers, a document starts wherever a position is not the previous one plus 1. 0 also stands for a
-    document that started before these tokens.
+    A document starts wherever a position is not above the previous one; with `every_jump`, as in Transformers' own
+    packed training, wherever it is not the previous one plus 1. 0 also stands for a document that started before
+    these tokens.
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[-1] == 1:
         return None
-    restarts_BN = torch.diff(position_ids, dim=-1) != 1
+    steps_BN = torch.diff(position_ids, dim=-1)
+    restarts_BN = steps_BN != 1 if every_jump else steps_BN < 1
     if not torch.compiler.is_compiling() and not bool(restarts_BN.any()):
         return None
     index_N = torch.arange(1, position_ids.shape[-1], device=position_ids.device)
@@ -113,6 +115,16 @@ def document_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
 
 def within_documents(attention_mask: torch.Tensor | None, starts_BN: torch.Tensor) -> torch.Tensor:
     """Keeps every query inside its document. A matrix given by the caller is taken as it is, as in Transformers."""
+    if is_own_matrix(attention_mask):
+        seen = attention_mask.bool()
+        query_N = torch.arange(seen.shape[2], device=seen.device)
+        end_BN = seen.shape[-1] - seen[:, 0].flip(-1).int().argmax(-1)
+        # The last key a query sees is its own, unless that is padding: the first of these queries stands at the
+        # largest of these differences.
+        offset_B1 = torch.where(seen[:, 0].any(-1), end_BN - 1 - query_N, -seen.shape[-1]).amax(-1, keepdim=True)
+        start_BN = torch.where(starts_BN > 0, starts_BN + offset_B1, 0)
+        key_K = torch.arange(seen.shape[-1], device=seen.device)
+        return (seen & (key_K >= start_BN[:, None, :, None])).to(torch.uint8)
     if attention_mask is None:
         own_N = torch.arange(starts_BN.shape[-1], device=starts_BN.device)
         first_BN, end_BN = torch.zeros_like(starts_BN), (own_N + 1).expand_as(starts_BN)

@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from ..attention import return_weights
 from ..config import SparseAttentionConfig
-from ..maps import NEW_MODULES
+from ..maps import MAPS, NEW_MODULES
 from .configuration import sparse_config, sparse_layers
 from .families import Family, family_of, sparse_class
 from .layers import document_starts
@@ -98,6 +98,8 @@ class SparsePreTrainedModel:
             ValueError: if a sparse checkpoint lacks parameters of its map, or is asked to compute another map.
         """
         options = kwargs.pop("sparse_attention", None)
+        if isinstance(options, SparseAttentionConfig):
+            options = options.to_dict()
         with_info = kwargs.pop("output_loading_info", False)
         hub = {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
         saved = {}
@@ -107,8 +109,10 @@ class SparsePreTrainedModel:
         if config is None:
             config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         if not hasattr(config, "sparse_attention"):
+            name = kwargs.pop("attn_implementation", None) or config._attn_implementation
             options = dict(options or {})
-            options.setdefault("map", kwargs.pop("attn_implementation", None) or "asentmax")
+            if name in MAPS and options.setdefault("map", name) != name:
+                raise ValueError(f"attn_implementation is {name!r} but sparse_attention['map'] is {options['map']!r}")
             config = sparse_config(config, SparseAttentionConfig.from_dict(options))
         elif not is_dense and saved:
             SparseAttentionConfig.from_model_config(config)
@@ -125,6 +129,11 @@ class SparsePreTrainedModel:
                 f"{len(lost)} of its parameters, first {lost[0]}: the checkpoint is incomplete"
             )
         if is_dense:
+            # Adapters note this as their base. The dense folder's own name would load as softmax, and silently.
+            model.name_or_path = model.config.name_or_path = (
+                f"{pretrained_model_name_or_path} (converted to {config.sparse_attention['map']} while loading: "
+                "convert it to a folder first, and train adapters on that)"
+            )
             logger.warning(
                 "%s was trained with softmax and now runs %s (alpha %g, position %s), with which it was not trained. "
                 "Train it: hf-sparse-attention train --model %s --map %s --train_data TEXT --output RUN",
@@ -160,14 +169,23 @@ class SparseModel(SparsePreTrainedModel):
         _register_weight_conversion(family)
 
     def forward(self, *args, **kwargs):
-        check_implementation(self.config._attn_implementation, self.config)
+        # None, which a config made anew has, would run the family's eager softmax.
+        check_implementation(self.config._attn_implementation or "eager", self.config)
         position_ids = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
         if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 "cu_seq_lens_q without position_ids: documents would see each other. Pass position_ids that restart "
                 "at 0 in every document, as DataCollatorWithFlattening does"
             )
-        kwargs["document_starts"] = document_starts(position_ids)
+        # Without mask and cache Transformers takes every jump of the positions for a new document.
+        uses_cache = kwargs.get("use_cache") if kwargs.get("use_cache") is not None else self.config.use_cache
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+        strict = mask is None and cache is None and not uses_cache
+        starts = document_starts(position_ids, every_jump=strict)
+        if starts is None and getattr(kwargs.get("cu_seq_lens_q"), "numel", int)() > 2:
+            raise ValueError("cu_seq_lens_q has several documents, but position_ids do not restart in them")
+        kwargs["document_starts"] = starts
         if not kwargs.get("output_attentions"):
             return super().forward(*args, **kwargs)
         with return_weights():

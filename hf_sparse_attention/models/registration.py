@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 from transformers import (
     AutoConfig,
@@ -12,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto import tokenization_auto
 
 from ..config import SparseAttentionConfig
 from ..maps import MAPS
@@ -40,16 +43,14 @@ _AUTO = {
 def _dispatch(dense: type[PreTrainedModel], sparse: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """What an Auto class holds for a dense config: the dense class, but our names lead to the sparse one."""
 
-    def requested(config, kwargs):
-        return kwargs.get("attn_implementation") or config._attn_implementation
-
     def refuse_options(kwargs):
         if kwargs.pop("sparse_attention", None) is not None:
             raise ValueError(f"sparse_attention=... needs attn_implementation=, one of {', '.join(MAPS)}")
 
     @classmethod
     def from_pretrained(cls, path, *model_args, config=None, **kwargs):
-        name = requested(config, kwargs)
+        name = kwargs.get("attn_implementation") or config._attn_implementation
+        _refuse_sparse_folder(path)
         if name not in MAPS:
             refuse_options(kwargs)
             return dense.from_pretrained(path, *model_args, config=config, **kwargs)
@@ -59,7 +60,9 @@ def _dispatch(dense: type[PreTrainedModel], sparse: type[PreTrainedModel]) -> ty
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        name = requested(config, kwargs)
+        # Our name in the config alone comes from a dense class that makes its inner model. Were that one sparse, the
+        # outer class would save it as a dense model; as it is, the first call is refused.
+        name = kwargs.get("attn_implementation")
         if name not in MAPS:
             refuse_options(kwargs)
             return dense._from_config(config, **kwargs)
@@ -72,7 +75,17 @@ def _dispatch(dense: type[PreTrainedModel], sparse: type[PreTrainedModel]) -> ty
     return type(dense.__name__, (dense,), body)
 
 
+def _refuse_sparse_folder(path) -> None:
+    """A sparse folder that is loaded with a dense config would run as softmax."""
+    file = Path(str(path)) / "config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")).get("model_type", "") if file.is_file() else ""
+    if str(saved).removeprefix("sparse_") in FAMILIES and str(saved).startswith("sparse_"):
+        raise ValueError(f"{path} is a {saved} model and cannot be loaded with a dense config; leave config= out")
+
+
 def _converted(config: PreTrainedConfig, name: str, options: dict | None) -> PreTrainedConfig:
+    if isinstance(options, SparseAttentionConfig):
+        options = options.to_dict()
     options = {"map": name, **(options or {})}
     if options["map"] != name:
         raise ValueError(f"attn_implementation is {name!r} but sparse_attention['map'] is {options['map']!r}")
@@ -93,6 +106,12 @@ def _build(family: Family) -> None:
         name = f"Sparse{class_prefix(family, kind)}{kind}"
         CLASSES[name] = type(name, (mixin, dense), body)
         setattr(sys.modules[PACKAGE], name, CLASSES[name])
+    # AutoTokenizer decides by model_type which class reads a tokenizer.json: the same one as for the dense model.
+    sparse_type = f"sparse_{family.name}"
+    if family.name in tokenization_auto.TOKENIZER_MAPPING_NAMES:
+        tokenization_auto.TOKENIZER_MAPPING_NAMES[sparse_type] = tokenization_auto.TOKENIZER_MAPPING_NAMES[family.name]
+    if family.name in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()):
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(sparse_type)
     AutoConfig.register(f"sparse_{family.name}", sparse_class(family, "Config"))
     for kind, auto in _AUTO.items():
         sparse = sparse_class(family, kind)

@@ -69,6 +69,11 @@ def train_model(arguments: TrainArguments) -> dict:
     # The model's folder; what the run will make of it.
     with PartialState(cpu=arguments.cpu).local_main_process_first():
         source = find_model(arguments.model, arguments.revision, _check_family)
+    if getattr(source.config, "output_router_logits", False):
+        raise ValueError(
+            f"{arguments.model} has output_router_logits: its auxiliary loss would be added to every part of a batch. "
+            "Set it to false in config.json to train on the tokens alone"
+        )
     block_size = arguments.block_size or min(_positions(source) or 2048, 2048)
     settings = _settings(source, arguments, block_size)
     if arguments.alpha_schedule is None:

@@ -40,6 +40,8 @@ def attention_statistics(model: nn.Module, batch: dict[str, torch.Tensor]) -> di
     sums: dict[str, list[torch.Tensor]] = {"support": [], "visible": [], "scale": [], "head_alpha": []}
 
     def look(module, query, key, tau, *, query_scale, alpha, visible, causal, **arguments):
+        if not module.is_sparse:
+            return
         queries, keys = query.shape[2], key.shape[2]
         if visible is None:
             first = keys - queries + 1 if causal else keys
