@@ -126,6 +126,8 @@ def run_demo(arguments: DemoArguments) -> dict:
             dry_run=str(output / "upload"),
             results=str(output / "evaluation" / "results.json"),
             report=str(output / "report" / "report.json"),
+            # Of the embedded checkpoint, by the SOURCE.md beside it.
+            license="mit",
         )
     )
 

@@ -19,7 +19,8 @@ EXTRA = {
     "gemma3_text": {**_WINDOWED, "query_pre_attn_scalar": 8},
     "cohere2": _WINDOWED,
     "glm4": {"pad_token_id": 0},
-    "starcoder2": {"sliding_window": 6},
+    "starcoder2": {"sliding_window": 6, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "seed_oss": {"residual_dropout": 0.0},
     "exaone4": _WINDOWED,
     # Squared ReLU: with larger weights its logits grow until their own rounding is what is compared.
     "nemotron": {"initializer_range": 0.1},

@@ -321,11 +321,14 @@ def test_pipeline_generates_as_the_model_does(tmp_path):
     assert found["generated_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
 
 
-def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path, sparse):
+@pytest.mark.parametrize("name", families.NAMES)
+def test_trainer_takes_the_steps_of_a_plain_loop(name, tmp_path):
     import copy
 
+    sparse = families.stir(families.sparse_model(families.dense_model(name), "asentmax"))
     rows = [{"input_ids": row, "labels": row} for row in families.tokens(4, 17)]
     plain = copy.deepcopy(sparse).train()
+    before = [value.detach().clone() for value in plain.parameters()]
     arguments = TrainingArguments(
         output_dir=tmp_path, max_steps=2, per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=0.0,
         lr_scheduler_type="constant", optim="adamw_torch", max_grad_norm=0.0, report_to=[], save_strategy="no",
@@ -338,10 +341,13 @@ def test_trainer_takes_the_steps_of_a_plain_loop(tmp_path, sparse):
         plain(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for (name, value), expected in zip(sparse.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(
-            value, expected, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    moved = [value - start for value, start in zip(sparse.parameters(), before, strict=True)]
+    expected = [value - start for value, start in zip(plain.parameters(), before, strict=True)]
+    # Of all parameters together: Adam's first step is the sign of a gradient, which is chance for a bias of the keys,
+    # whose gradient is zero up to rounding.
+    size = torch.stack([value.norm() for value in expected]).norm()
+    error = torch.stack([(one - other).norm() for one, other in zip(moved, expected, strict=True)]).norm()
+    assert error / size < 0.05
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3_text"])
