@@ -102,14 +102,17 @@ def test_importing_needs_nothing_optional():
 
 
 def test_importing_adds_little():
-    """At most 0.3 s over the classes of Transformers that any model needs; the best of three runs of each."""
+    """At most 0.3 s over the classes of Transformers that any model needs, or 15 % where a busy or slow machine takes
+    more than 2 s for those alone. The processor's time of the best of three runs each, taken in turn."""
 
     def seconds(code):
-        timed = f"import time; start = time.perf_counter()\n{code}\nprint(time.perf_counter() - start)"
-        return min(float(python(timed)) for _ in range(3))
+        timed = f"import time; start = time.process_time()\n{code}\nprint(time.process_time() - start)"
+        return float(python(timed))
 
     base = "from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM"
-    assert seconds(f"{base}\nimport hf_sparse_attention") - seconds(base) <= 0.3
+    runs = [(seconds(base), seconds(f"{base}\nimport hf_sparse_attention")) for _ in range(3)]
+    alone, together = (min(column) for column in zip(*runs, strict=True))
+    assert together - alone <= max(0.3, 0.15 * alone)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
