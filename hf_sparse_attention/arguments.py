@@ -34,17 +34,26 @@ def parse_arguments(kind: type[Arguments], words: Sequence[str], *, program: str
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     path = early.parse_known_args(list(words))[0].config
-    from_file = [] if path is None else _words_of(Path(path), [field.name for field in fields(kind)])
+    types = {field.name: str(field.type) for field in fields(kind)}
+    from_file = [] if path is None else _words_of(Path(path), types)
     parsed = vars(parser.parse_args([*from_file, *words]))
     parsed.pop("config")
     return kind(**parsed)
 
 
-def _words_of(path: Path, known: list[str]) -> list[str]:
+def _words_of(path: Path, known: dict[str, str]) -> list[str]:
+    """The words that say the same as a file; `known` holds the type of each name."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """As YAML 1.2 reads it: `no` and `off` are words, not False."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rows if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
@@ -55,8 +64,16 @@ def _words_of(path: Path, known: list[str]) -> list[str]:
         raise ValueError(f"{path} has unknown names {', '.join(unknown)}; known: {', '.join(known)}")
     words = []
     for name, value in values.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {name} is a mapping, not a value")
-        if value is not None and value != []:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        if value is None or value == []:
+            continue
+        if isinstance(value, list):
+            words += [f"--{name}", *(map(str, value) if "list" in known[name] else [",".join(map(str, value))])]
+        elif isinstance(value, dict):
+            # As on a command line: `0: [0, 1]` and `3: [2]` are `0:0,1 3:2`.
+            pairs = [(key, item if isinstance(item, list) else [item]) for key, item in value.items()]
+            words += [f"--{name}", " ".join(f"{key}:{','.join(map(str, items))}" for key, items in pairs)]
+        else:
+            # Switches that YAML 1.1 knows and the command line does not.
+            switches = {"on": "yes", "off": "no"} if "bool" in known[name] else {}
+            words += [f"--{name}", switches.get(str(value).lower(), str(value))]
     return words

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from . import reference
+from .heads import merge_heads, other_heads, take_heads, take_key_heads
 from .maps import MAPS
 from .visible import visible_range
 
@@ -150,6 +151,7 @@ def sparse_attention_forward(
     alpha: float | torch.Tensor | None = None,
     query_scale: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    sparse_heads: tuple[int, ...] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Registered as the AttentionInterface of every map.
@@ -157,7 +159,8 @@ def sparse_attention_forward(
     Args:
         query: (B, H, N, D); key, value: (B, G, K, D) with the cache's keys.
         attention_mask: see the legend at the top.
-        alpha, query_scale, slopes: what the model's sparse attention layer computed.
+        alpha, query_scale, slopes: what the model's sparse attention layer computed; alpha may be one per sparse head.
+        sparse_heads: the heads whose weights are sparse, the others compute softmax; None: all of them.
 
     Returns:
         output (B, N, H, D), and the weights (B, H, N, K) if `output_attentions=True`, else None.
@@ -188,18 +191,49 @@ def sparse_attention_forward(
     arguments = {"scaling": scaling, "causal": mask is None, "visible": visible, "slopes": slopes, "mask": mask}
     if query_scale is not None:
         query = (query * query_scale).to(query.dtype)
-    if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
-        output, tau = _softmax_attention(query, key, value, **arguments), None
+    wanted = kwargs.get("output_attentions") or _switches.weights_wanted
+    if sparse_heads is None or (isinstance(alpha, float) and alpha == 1.0):
+        output, tau = _attend(query, key, value, alpha=alpha, **arguments)
     else:
-        output, tau = sparse_attention(query, key, value, alpha=alpha, **arguments)
+        looked_at = wanted or _switches.recorder is not None
+        output, tau, alpha = _attend_in_parts(query, key, value, sparse_heads, looked_at, alpha=alpha, **arguments)
     arguments["alpha"] = alpha
     if (callback := _switches.recorder) is not None:
         scale = None if query_scale is None else query_scale.detach()
         with torch.no_grad():
             callback(module, query.detach(), key.detach(), tau, query_scale=scale, **arguments)
-    wanted = kwargs.get("output_attentions") or _switches.weights_wanted
     weights = reference.attention_weights(query, key, **arguments) if wanted else None
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _attend(query, key, value, *, alpha, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output and tau; where alpha is 1 on SDPA, without tau."""
+    if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
+        return _softmax_attention(query, key, value, **arguments), None
+    return sparse_attention(query, key, value, alpha=alpha, **arguments)
+
+
+def _attend_in_parts(query, key, value, heads, looked_at, *, alpha, mask, **arguments):
+    """Output where only `heads` are sparse; if it is looked at, also tau and alpha (H,), alpha 1 for the others."""
+    group = query.shape[1] // key.shape[1]
+
+    def part(heads, alpha):
+        own = mask if mask is None or mask.shape[1] == 1 else take_heads(mask, heads)
+        keys, values = take_key_heads(key, heads, group), take_key_heads(value, heads, group)
+        return _attend(take_heads(query, heads), keys, values, alpha=alpha, mask=own, **arguments)
+
+    rest = other_heads(heads, query.shape[1])
+    (output, tau), (dense_output, dense_tau) = part(heads, alpha), part(rest, 1.0)
+    output = merge_heads(output, dense_output, heads)
+    if not looked_at:
+        return output, None, alpha
+    if dense_tau is None:
+        # SDPA keeps no tau.
+        with torch.no_grad(), implementation("reference"):
+            _, dense_tau = part(rest, 1.0)
+    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=query.device).expand(1, len(heads))
+    alpha = merge_heads(alpha, alpha.new_ones(1, len(rest)), heads)[0]
+    return output, merge_heads(tau, dense_tau, heads), alpha
 
 
 def split_mask(attention_mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

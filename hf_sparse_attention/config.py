@@ -76,6 +76,13 @@ class SparseAttentionConfig:
     layers: str | tuple[int, ...] = field(
         default="all", metadata=_help("layers with sparse attention: all, full_attention, or a list of layer numbers")
     )
+    heads: str | tuple[int, ...] | dict[int, tuple[int, ...]] = field(
+        default="all",
+        metadata=_help(
+            "heads with the map in those layers: all, a list of head numbers, or a dict of layer number to such a "
+            "list (a layer it leaves out: all); the others keep the dense model's softmax"
+        ),
+    )
     train_length: int | None = field(
         default=None,
         metadata=_help(
@@ -112,6 +119,12 @@ class SparseAttentionConfig:
             if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in self.layers):
                 raise ValueError(f"sparse_attention.layers is {self.layers!r}; layer numbers are integers from 0")
             object.__setattr__(self, "layers", tuple(sorted(set(self.layers))))
+        object.__setattr__(self, "heads", _checked_heads(self.heads))
+        if self.heads != "all" and self.position != "rope":
+            raise ValueError(
+                f"sparse_attention.heads is {self.heads!r} with position {self.position!r}: heads that stay dense "
+                "need the positions of their layer; use position 'rope' or heads 'all'"
+            )
         if self.train_length is not None and (not isinstance(self.train_length, int) or self.train_length < 1):
             raise ValueError(f"sparse_attention.train_length is {self.train_length!r}; it must be an integer from 1")
         if not isinstance(self.format, int) or self.format > FORMAT:
@@ -151,4 +164,35 @@ class SparseAttentionConfig:
         values = asdict(self)
         if isinstance(self.layers, tuple):
             values["layers"] = list(self.layers)
+        if isinstance(self.heads, tuple):
+            values["heads"] = list(self.heads)
+        elif isinstance(self.heads, dict):
+            # JSON has no numbers for names.
+            values["heads"] = {str(layer): list(heads) for layer, heads in self.heads.items()}
         return values
+
+
+def _checked_heads(heads) -> str | tuple[int, ...] | dict[int, tuple[int, ...]]:
+    if isinstance(heads, dict):
+        layers = [layer for layer in heads if not str(layer).isdecimal()]
+        if layers or not heads:
+            raise ValueError(
+                f"sparse_attention.heads is {heads!r}; it names layers by their numbers, such as {{0: [1]}}"
+            )
+        return {int(layer): _checked_list(heads[layer]) for layer in sorted(heads, key=int)}
+    if isinstance(heads, str):
+        if heads != "all":
+            raise ValueError(f"sparse_attention.heads is {heads!r}; choose all, a list of numbers or a dict of lists")
+        return heads
+    return _checked_list(heads)
+
+
+def _checked_list(heads) -> tuple[int, ...]:
+    if not isinstance(heads, (list, tuple)) or not heads:
+        raise TypeError(
+            f"sparse_attention.heads has {heads!r}; it must be a list of head numbers. A layer without any belongs "
+            "out of sparse_attention.layers"
+        )
+    if any(isinstance(head, bool) or not isinstance(head, int) or head < 0 for head in heads):
+        raise ValueError(f"sparse_attention.heads has {heads!r}; head numbers are integers from 0")
+    return tuple(sorted(set(heads)))

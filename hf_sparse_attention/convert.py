@@ -56,6 +56,14 @@ class ConvertArguments:
     layers: str = field(
         default="all", metadata=_help(f"layers with sparse attention: {', '.join(LAYERS)}, or numbers such as 0,2,5")
     )
+    heads: str = field(
+        default="all",
+        metadata=_help(
+            "heads with sparse attention in those layers: all, numbers such as 0,1,4, or layer:heads words such as "
+            "'0:0,1 3:2' (layers left out: all); the others keep the dense model's softmax. Whole groups of heads "
+            "that share a key head cost least"
+        ),
+    )
     train_length: int | None = field(
         default=None,
         metadata=_help("tokens in a training context, over which SSMax starts neutral (default: the model's own)"),
@@ -82,8 +90,9 @@ def convert_model(arguments: ConvertArguments) -> Path:
         OSError: if the model is missing or corrupt, a download breaks off, or the disk is full.
     """
     settings = make_settings(
-        arguments.map, arguments.alpha, arguments.position, arguments.layers, arguments.train_length
-    )
+        arguments.map, arguments.alpha, arguments.position, arguments.layers, arguments.train_length,
+        arguments.heads,
+    )  # fmt: skip
     check_dtype(arguments.dtype)
     output = Path(arguments.output).expanduser()
     _check_output(output, arguments)

@@ -245,15 +245,30 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
     return text
 
 
+def parse_heads(text: str) -> str | tuple[int, ...] | dict[int, tuple[int, ...]]:
+    """`all`, `0,1,4`, or `0:0,1 3:2` (layer:heads) -> what `SparseAttentionConfig.heads` takes."""
+    if ":" not in text:
+        return parse_layers(text)
+    chosen = {}
+    for word in text.split():
+        layer, _, heads = word.partition(":")
+        parsed = parse_layers(heads)
+        if not layer.isdigit() or isinstance(parsed, str) or int(layer) in chosen:
+            raise ValueError(f"heads has {word!r}; write layer:heads once for each layer, such as 0:0,1 3:2")
+        chosen[int(layer)] = parsed
+    return chosen
+
+
 def make_settings(
-    map_name: str, alpha: float | None, position: str, layers: str, train_length: int | None
+    map_name: str, alpha: float | None, position: str, layers: str, train_length: int | None, heads: str = "all"
 ) -> SparseAttentionConfig:
     """Checked settings of a command's arguments."""
     if map_name not in SPECIFICATIONS:
         raise ValueError(f"map is {map_name!r}; choose one of {', '.join(SPECIFICATIONS)}")
     return SparseAttentionConfig(
-        map=map_name, alpha=alpha, position=position, layers=parse_layers(layers), train_length=train_length
-    )
+        map=map_name, alpha=alpha, position=position, layers=parse_layers(layers), heads=parse_heads(heads),
+        train_length=train_length,
+    )  # fmt: skip
 
 
 def count_parameters(model: torch.nn.Module, *, trainable: bool = False) -> int:

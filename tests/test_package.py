@@ -16,12 +16,12 @@ ROOT = PACKAGE.parent
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
 
 # What each room may import of the package; a room not named here is a leaf.
-LEAVES = {"config", "visible", "text", "files", "tables", "figures", "arguments", "kernels"}
+LEAVES = {"config", "visible", "heads", "text", "files", "tables", "figures", "arguments", "kernels"}
 ALLOWED = {
     "maps": {"config"},
     "reference": {"visible"},
-    "attention": {"maps", "reference", "kernels", "visible"},
-    "models": {"attention", "maps", "config"},
+    "attention": {"maps", "reference", "kernels", "visible", "heads"},
+    "models": {"attention", "maps", "config", "heads"},
 }
 COMMANDS = {"convert", "train", "evaluate", "report", "hub", "demo", "benchmark"}
 
@@ -140,6 +140,23 @@ def test_errors_are_one_line_and_exit_code_two(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "missing" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_file_says_what_a_command_line_says(tmp_path):
+    """Words YAML 1.1 takes for truth values, lists and mappings for options that take text."""
+    from hf_sparse_attention.arguments import parse_arguments
+    from hf_sparse_attention.convert import ConvertArguments
+    from hf_sparse_attention.train import TrainArguments
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: m\noutput: o\nlayers: [0, 2]\nheads: {0: [0, 1], 2: 3}\noverwrite: yes\ndtype: null\n")
+    words = "--model m --output o --layers 0,2 --overwrite".split() + ["--heads", "0:0,1 2:3"]
+    expected = parse_arguments(ConvertArguments, words, program="convert")
+    assert parse_arguments(ConvertArguments, ["--config", str(file)], program="convert") == expected
+    assert expected.overwrite and expected.layers == "0,2"
+    file.write_text("model: m\noutput: o\ntrain_data: [a, b]\nmixed_precision: no\ncompile: off\n")
+    found = parse_arguments(TrainArguments, ["--config", str(file)], program="train")
+    assert (found.mixed_precision, found.compile, found.train_data) == ("no", False, ["a", "b"])
 
 
 def test_readme_table_of_maps_is_computed():

@@ -156,11 +156,21 @@ def _attention(settings: SparseAttentionConfig) -> str:
         ["alpha of this model", f"{settings.alpha:g}" + (" (softmax)" if settings.alpha == 1 else "")],
         ["positions", f"`{settings.position}`: {POSITIONS[settings.position]}"],
         ["layers", layers],
+        ["heads of those layers", _heads(settings)],
         ["context it starts from", "tokens " + _whole(settings.train_length)],
         ["paper", row.paper],
         ["written by", f"hf-sparse-attention {settings.version}"],
     ]
     return tables.markdown(["attention", ""], rows)
+
+
+def _heads(settings: SparseAttentionConfig) -> str:
+    if isinstance(settings.heads, dict):
+        words = [f"layer {layer}: {', '.join(map(str, heads))}" for layer, heads in settings.heads.items()]
+        return "; ".join([*words, "all in the other layers"])
+    if settings.heads == "all":
+        return "all"
+    return ", ".join(map(str, settings.heads)) + "; the others keep the dense model's softmax"
 
 
 def _training(evidence: Evidence) -> str:

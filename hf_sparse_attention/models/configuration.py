@@ -73,7 +73,8 @@ def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConf
         values.pop(key, None)
     config = sparse_class(family, "Config")(**values, sparse_attention=sparse_attention.to_dict())
     config.name_or_path = dense.name_or_path
-    sparse_layers(config)
+    for layer in sparse_layers(config):
+        sparse_heads(config, layer)
     return config
 
 
@@ -107,3 +108,23 @@ def sparse_layers(config: PreTrainedConfig) -> list[int]:
     if beyond:
         raise ValueError(f"sparse_attention.layers names {beyond}, but the model has layers 0 to {count - 1}")
     return list(choice)
+
+
+def sparse_heads(config: PreTrainedConfig, layer: int) -> tuple[int, ...]:
+    """Numbers of the heads of a sparse layer that have the map.
+
+    Raises:
+        ValueError: if a listed head does not exist, or heads are listed for a layer that is not sparse.
+    """
+    choice = SparseAttentionConfig.from_model_config(config).heads
+    count = config.num_attention_heads
+    if isinstance(choice, dict):
+        beyond = sorted(set(choice) - set(sparse_layers(config)))
+        if beyond:
+            raise ValueError(f"sparse_attention.heads names layers {beyond}, whose attention is not sparse")
+        choice = choice.get(layer, "all")
+    if choice == "all":
+        return tuple(range(count))
+    if choice[-1] >= count:
+        raise ValueError(f"sparse_attention.heads names head {choice[-1]}, but the model has heads 0 to {count - 1}")
+    return choice

@@ -9,8 +9,9 @@ from transformers import PreTrainedConfig
 
 from ..attention import is_own_matrix, is_range, visible_entries
 from ..config import SparseAttentionConfig
+from ..heads import merge_heads, other_heads
 from ..maps import MAPS, AdaptiveAlpha, alibi_slopes, scaled_heads
-from .configuration import layer_window
+from .configuration import layer_window, sparse_heads
 
 # Shapes: B batch, N queries.
 
@@ -26,20 +27,22 @@ class SparseAttention:
         self.is_sparse = is_sparse
         self.rotates = rotates and not (is_sparse and settings.position != "rope")
         self.alpha = settings.alpha if is_sparse else 1.0
-        self.sparse_scale = self.sparse_alpha = None
+        self.sparse_scale = self.sparse_alpha = self.sparse_heads = None
         # A layer that its family runs without positions keeps that.
         self.has_alibi = is_sparse and rotates and settings.position == "nape"
         if not is_sparse:
             return
         if settings.position == "nape" and heads < 2:
             raise ValueError(f"position 'nape' needs at least 2 heads, the model has {heads}")
-        self.scaled_heads = scaled_heads(settings.position if rotates else "nope", heads)
+        chosen = sparse_heads(config, self.layer_idx)
+        self.sparse_heads = chosen if len(chosen) < heads else None
+        self.scaled_heads = chosen[: scaled_heads(settings.position if rotates else "nope", len(chosen))]
         if row.scale is not None:
             window = layer_window(config, self.layer_idx)
             length = min(settings.train_length or 2048, window or 2**62)
-            self.sparse_scale = row.scale(self.scaled_heads, config.hidden_size, length)
+            self.sparse_scale = row.scale(len(self.scaled_heads), config.hidden_size, length)
         if row.learned_alpha:
-            self.sparse_alpha = AdaptiveAlpha(heads)
+            self.sparse_alpha = AdaptiveAlpha(len(chosen))
 
     def forward(
         self,
@@ -62,6 +65,7 @@ class SparseAttention:
             attention_mask=attention_mask,
             alpha=self.alpha if self.sparse_alpha is None or self.alpha == 1.0 else self.sparse_alpha(self.alpha),
             query_scale=self._query_scale(hidden_states, attention_mask),
+            sparse_heads=self.sparse_heads,
             slopes=alibi_slopes(self.config.num_attention_heads, hidden_states.device) if self.has_alibi else None,
             **kwargs,
         )
@@ -70,10 +74,10 @@ class SparseAttention:
         if self.sparse_scale is None:
             return None
         scale = self.sparse_scale(hidden_states, visible_lengths(attention_mask, hidden_states))
-        unscaled = self.config.num_attention_heads - self.scaled_heads
+        unscaled = other_heads(self.scaled_heads, self.config.num_attention_heads)
         if unscaled:
-            ones = scale.new_ones(scale.shape[0], unscaled, *scale.shape[2:])
-            scale = torch.cat([scale, ones], dim=1)
+            ones = scale.new_ones(scale.shape[0], len(unscaled), *scale.shape[2:])
+            scale = merge_heads(scale, ones, self.scaled_heads)
         return scale
 
 
