@@ -150,7 +150,7 @@ def test_a_config_file_says_what_a_command_line_says(tmp_path):
 
     file = tmp_path / "recipe.yaml"
     file.write_text("model: m\noutput: o\nlayers: [0, 2]\nheads: {0: [0, 1], 2: 3}\noverwrite: yes\ndtype: null\n")
-    words = "--model m --output o --layers 0,2 --overwrite".split() + ["--heads", "0:0,1 2:3"]
+    words = ["--model", "m", "--output", "o", "--layers", "0,2", "--overwrite"] + ["--heads", "0:0,1 2:3"]
     expected = parse_arguments(ConvertArguments, words, program="convert")
     assert parse_arguments(ConvertArguments, ["--config", str(file)], program="convert") == expected
     assert expected.overwrite and expected.layers == "0,2"
