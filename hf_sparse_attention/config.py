@@ -157,6 +157,11 @@ class SparseAttentionConfig:
                 f"{type(config).__name__} has no `sparse_attention`: nothing says which attention map this model "
                 "computes. Convert a dense model with `hf-sparse-attention convert`"
             )
+        if isinstance(values, dict) and "map" not in values:
+            raise ValueError(
+                f"{type(config).__name__}.sparse_attention is {values!r}, which names no map: a change of a model's "
+                "own settings goes to the model's from_pretrained(..., sparse_attention=...)"
+            )
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from .config import SPECIFICATIONS
 
 # Shapes: B batch, H heads, N queries, E hidden size.
 
+# Every new parameter's name holds "bias": trainers that tell by the name what to decay (Transformers' Trainer) leave
+# biases alone, and decay would pull these towards the dense model.
+
 # beta of ASEntmax at the neutral start, and its bias softplus^-1(beta).
 NEUTRAL_BETA = 0.05
 NEUTRAL_BETA_BIAS = log(torch.expm1(torch.tensor(NEUTRAL_BETA, dtype=torch.float64)).item())
@@ -47,9 +50,9 @@ class AttentionMap:
 
 
 class SSMaxScale(nn.Module):
-    """The factor `s_h log(n_i)` of SSMax (arXiv 2501.19399), `s_h = 1 / mean(log n) + shift_h`.
+    """The factor `s_h log(n_i)` of SSMax (arXiv 2501.19399), `s_h = 1 / mean(log n) + scale_bias_h`.
 
-    A shift of 0 is the neutral start: over a training context the mean factor is 1, so the attention is on average
+    A bias of 0 is the neutral start: over a training context the mean factor is 1, so the attention is on average
     as sharp as the dense model's.
 
     Args:
@@ -60,13 +63,13 @@ class SSMaxScale(nn.Module):
 
     def __init__(self, heads: int, hidden_size: int, train_length: int):
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(heads))
+        self.scale_bias = nn.Parameter(torch.zeros(heads))
         # n runs from 2 (the first token) to train_length + 1, and log 2 + ... + log(t + 1) = log((t + 1)!).
         self.neutral = train_length / lgamma(train_length + 2)
 
     def forward(self, hidden_states: torch.Tensor, lengths_BN: torch.Tensor) -> torch.Tensor:
         """hidden_states (B, N, E), lengths (B or 1, N) -> factor (B or 1, H, N, 1) in float32."""
-        slope_H = self.neutral + self.shift.float()
+        slope_H = self.neutral + self.scale_bias.float()
         return (slope_H[:, None] * lengths_BN.float().log()[:, None, :])[..., None]
 
 
@@ -85,36 +88,37 @@ class ASEntmaxScale(nn.Module):
 
     def __init__(self, heads: int, hidden_size: int, train_length: int):
         super().__init__()
-        self.delta = nn.Parameter(torch.zeros(heads))
+        self.delta_bias = nn.Parameter(torch.zeros(heads))
         # Not nn.Linear: quantisers and "all-linear" adapters would take these small maps for projections.
-        self.beta_weight = nn.Parameter(torch.zeros(heads, hidden_size))
+        self.beta_bias_weight = nn.Parameter(torch.zeros(heads, hidden_size))
         self.beta_bias = nn.Parameter(torch.zeros(heads))
-        self.gamma_weight = nn.Parameter(torch.zeros(heads, hidden_size))
+        self.gamma_bias_weight = nn.Parameter(torch.zeros(heads, hidden_size))
         self.gamma_bias = nn.Parameter(torch.zeros(heads))
 
     def forward(self, hidden_states: torch.Tensor, lengths_BN: torch.Tensor) -> torch.Tensor:
         """hidden_states (B, N, E), lengths (B or 1, N) -> factor (B, H, N, 1) in float32."""
-        beta_BNH = F.softplus(NEUTRAL_BETA_BIAS + F.linear(hidden_states, self.beta_weight, self.beta_bias).float())
-        gamma_BNH = 2 * F.linear(hidden_states, self.gamma_weight, self.gamma_bias).float().tanh()
+        beta_BNH = F.linear(hidden_states, self.beta_bias_weight, self.beta_bias).float()
+        beta_BNH = F.softplus(NEUTRAL_BETA_BIAS + beta_BNH)
+        gamma_BNH = 2 * F.linear(hidden_states, self.gamma_bias_weight, self.gamma_bias).float().tanh()
         power_BNH = torch.exp(gamma_BNH * lengths_BN.float().log().log()[..., None])
-        factor_BNH = 1 + self.delta.float() + (beta_BNH * power_BNH - NEUTRAL_BETA)
+        factor_BNH = 1 + self.delta_bias.float() + (beta_BNH * power_BNH - NEUTRAL_BETA)
         return factor_BNH.transpose(1, 2)[..., None]
 
 
 class AdaptiveAlpha(nn.Module):
-    """One learned alpha per head, `alpha_h = 1 + 2 (alpha - 1) sigmoid(shift_h)` (arXiv 1909.00015).
+    """One learned alpha per head, `alpha_h = 1 + 2 (alpha - 1) sigmoid(alpha_bias_h)` (arXiv 1909.00015).
 
-    A shift of 0 gives every head the config's alpha; at alpha = 1.5 this is the paper's `1 + sigmoid(shift_h)`, and at
-    alpha = 1 every head is softmax.
+    A bias of 0 gives every head the config's alpha; at alpha = 1.5 this is the paper's `1 + sigmoid(alpha_bias_h)`,
+    and at alpha = 1 every head is softmax.
     """
 
     def __init__(self, heads: int):
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(heads))
+        self.alpha_bias = nn.Parameter(torch.zeros(heads))
 
     def forward(self, alpha: float) -> torch.Tensor:
         """The config's alpha -> alpha (H,) in float32."""
-        return 1 + 2 * (alpha - 1) * self.shift.float().sigmoid()
+        return 1 + 2 * (alpha - 1) * self.alpha_bias.float().sigmoid()
 
 
 _ENTMAX = "[(alpha-1) z - tau]_+ ^ (1/(alpha-1))"

@@ -7,12 +7,15 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 SEPARATOR = "<|endoftext|>"
 SUFFIXES = {
@@ -106,13 +109,24 @@ def load_tokenizer(folder: str | Path, vocab_size: int):
 
 
 def check_tokenizer(tokenizer, vocab_size: int) -> None:
-    """Raises ValueError if a token's number is beyond the model's vocabulary."""
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    if number >= vocab_size:
+    """Raises ValueError if a token's number is beyond the model's vocabulary.
+
+    Only a warning for marks that were added to the tokenizer and that plain text does not hold, as those of the images
+    of a family's larger models; the model's embedding refuses their numbers should they occur.
+    """
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    if not beyond:
+        return
+    used = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    unfit = {token: n for token, n in beyond.items() if n in used or n not in added or not added[n].special}
+    token, number = max((unfit or beyond).items(), key=lambda item: item[1])
+    if unfit:
         raise ValueError(
             f"the tokenizer does not fit the model: its token {token!r} is number {number}, the model's vocabulary "
             f"has {vocab_size} (tokenizer length {len(tokenizer)})"
         )
+    logger.warning("the model's vocabulary has %d tokens and does not know the tokenizer's %s", vocab_size, token)
 
 
 def encode_documents(tokenizer, documents: Iterable[str], *, batch: int = 256) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Trainer
 
 import hf_sparse_attention as hsa
 from hf_sparse_attention import maps, models
@@ -22,9 +23,9 @@ def random_module(module, seed=0):
 def test_asentmax_factor_is_the_papers():
     scale = random_module(maps.ASEntmaxScale(3, 5, 100)).double()
     hidden, lengths = torch.randn(2, 7, 5).double(), torch.arange(2, 9)[None]
-    beta = F.softplus(hidden @ scale.beta_weight.T + scale.beta_bias + math.log(math.expm1(0.05)))
-    gamma = 2 * torch.tanh(hidden @ scale.gamma_weight.T + scale.gamma_bias)
-    expected = 0.95 + scale.delta + beta * lengths[..., None].double().log() ** gamma
+    beta = F.softplus(hidden @ scale.beta_bias_weight.T + scale.beta_bias + math.log(math.expm1(0.05)))
+    gamma = 2 * torch.tanh(hidden @ scale.gamma_bias_weight.T + scale.gamma_bias)
+    expected = 0.95 + scale.delta_bias + beta * lengths[..., None].double().log() ** gamma
     found = scale(hidden, lengths)
     assert found.shape == (2, 3, 7, 1)
     torch.testing.assert_close(found[..., 0].transpose(1, 2).double(), expected, atol=1e-5, rtol=1e-5)
@@ -43,7 +44,7 @@ def test_ssmax_starts_with_a_mean_factor_of_one(length):
     factor = scale(torch.zeros(1, length, 8), torch.arange(2, length + 2)[None])
     torch.testing.assert_close(factor.mean(dim=2), torch.ones(1, 2, 1), atol=1e-5, rtol=1e-5)
     random_module(scale)
-    expected = (length / sum(math.log(n) for n in range(2, length + 2)) + scale.shift) * math.log(9)
+    expected = (length / sum(math.log(n) for n in range(2, length + 2)) + scale.scale_bias) * math.log(9)
     torch.testing.assert_close(scale(torch.zeros(1, 1, 8), torch.tensor([[9]])).flatten(), expected)
 
 
@@ -64,8 +65,15 @@ def test_ssmax_at_the_mean_length_is_the_dense_model(monkeypatch):
 
 def test_adaptive_alpha_is_the_papers_and_anneals():
     alpha = random_module(maps.AdaptiveAlpha(3))
-    torch.testing.assert_close(alpha(1.5), 1 + torch.sigmoid(alpha.shift))
+    torch.testing.assert_close(alpha(1.5), 1 + torch.sigmoid(alpha.alpha_bias))
     assert torch.equal(alpha(1.0), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", list(hsa.MAPS))
+def test_trainer_does_not_decay_what_a_map_adds(name):
+    model = families.sparse_model(families.dense_model("llama"), name)
+    decayed = set(Trainer.get_decay_parameter_names(None, model))
+    assert decayed and not decayed & set(models.new_parameter_names(model))
 
 
 def test_nape_leaves_half_of_the_heads_without_positions():
@@ -73,7 +81,7 @@ def test_nape_leaves_half_of_the_heads_without_positions():
     assert maps.alibi_slopes(5).tolist() == [0, 0] + [1.0, 0.5, pytest.approx(1 / 3)]
     model = families.sparse_model(families.dense_model("llama"), "asentmax", position="nape")
     (_, layer), *_ = models.attention_layers(model)
-    assert layer.sparse_scale.delta.shape == (2,)
+    assert layer.sparse_scale.delta_bias.shape == (2,)
 
 
 def test_nape_is_shift_invariant_where_rope_is_replaced():

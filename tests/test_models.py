@@ -181,7 +181,7 @@ def test_a_sparse_checkpoint_without_its_parameters_is_refused(sparse_folder):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(sparse_folder / "model.safetensors")
-    kept = {name: value for name, value in weights.items() if "beta_bias" not in name}
+    kept = {name: value for name, value in weights.items() if not name.endswith("ma_bias")}
     save_file(kept, sparse_folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 2 of its parameters, first model.layers.0.self_attn.sparse_scale"):
         AutoModelForCausalLM.from_pretrained(sparse_folder)
@@ -300,6 +300,27 @@ def test_device_map_loads_the_same_model(sparse, sparse_folder):
     model = AutoModelForCausalLM.from_pretrained(sparse_folder, device_map="cpu")
     ids = families.tokens(2, 9)
     assert torch.equal(logits(model, ids), logits(sparse, ids))
+
+
+def test_layers_on_disk_need_a_converted_folder(tmp_path, sparse, sparse_folder, dense_folder):
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with pytest.raises(ValueError, match="on disk.*hf-sparse-attention convert"):
+        AutoModelForCausalLM.from_pretrained(
+            dense_folder, attn_implementation="asentmax", device_map=places, offload_folder=tmp_path / "a"
+        )
+    model = AutoModelForCausalLM.from_pretrained(sparse_folder, device_map=places, offload_folder=tmp_path / "b")
+    ids = families.tokens(2, 9)
+    assert torch.equal(logits(model, ids), logits(sparse, ids))
+
+
+def test_a_config_with_a_change_alone(sparse_folder):
+    """The change reaches a model that has the rest of its settings, and is refused where nothing says the map."""
+    config = AutoConfig.from_pretrained(sparse_folder, sparse_attention={"alpha": 1.25})
+    with pytest.raises(ValueError, match="names no map"):
+        AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_pretrained(sparse_folder, config=config)
+    assert (model.config.sparse_attention["map"], model.config.sparse_attention["alpha"]) == ("asentmax", 1.25)
 
 
 def test_the_config_alone(sparse_folder, dense_folder):

@@ -112,7 +112,7 @@ def test_numbers_are_those_of_the_dense_weights(home, tmp_path, options, tile, m
     model = AutoModelForCausalLM.from_pretrained(folder)
     for (_, attention), row in zip(attention_layers(model), result["layers"], strict=True):
         if options["map"] == "adaptive_entmax":
-            alphas = 1 + torch.sigmoid(attention.sparse_alpha.shift)
+            alphas = 1 + torch.sigmoid(attention.sparse_alpha.alpha_bias)
             assert row["alpha"] == pytest.approx(alphas.tolist(), rel=1e-6)
         else:
             assert row["alpha"] == [2.0 if options["map"] == "sparsemax" else 1.5] * 4
@@ -135,9 +135,9 @@ def test_the_mean_scale_is_that_of_the_formula(home, tmp_path):
         part = {name: value.detach().double() for name, value in attention.sparse_scale.named_parameters()}
         hidden = hidden.double()
         start = math.log(math.expm1(0.05))
-        beta = torch.nn.functional.softplus(hidden @ part["beta_weight"].T + part["beta_bias"] + start)
-        gamma = 2 * torch.tanh(hidden @ part["gamma_weight"].T + part["gamma_bias"])
-        factor = 0.95 + part["delta"] + beta * log_n[:, None] ** gamma
+        beta = torch.nn.functional.softplus(hidden @ part["beta_bias_weight"].T + part["beta_bias"] + start)
+        gamma = 2 * torch.tanh(hidden @ part["gamma_bias_weight"].T + part["gamma_bias"])
+        factor = 0.95 + part["delta_bias"] + beta * log_n[:, None] ** gamma
         assert row["scale"] == pytest.approx(factor.mean((0, 1)).tolist(), rel=1e-5)
 
 

@@ -131,3 +131,15 @@ def test_tokenizer_must_fit(tmp_path, tokenizer):
         load_tokenizer(STORIES, 400)
     with pytest.raises(OSError, match="cannot be loaded"):
         load_tokenizer(tmp_path, 512)
+
+
+def test_a_mark_beyond_the_vocabulary_is_told_and_a_word_refused(caplog):
+    with_mark = load_tokenizer(STORIES, 512)
+    with_mark.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    check_tokenizer(with_mark, 512)
+    assert "<image>" in caplog.text
+    for change in ({"pad_token": "<padding>"}, ["a-word"]):
+        tokenizer = load_tokenizer(STORIES, 512)
+        tokenizer.add_tokens(change) if isinstance(change, list) else tokenizer.add_special_tokens(change)
+        with pytest.raises(ValueError, match="does not fit the model"):
+            check_tokenizer(tokenizer, 512)

@@ -28,7 +28,7 @@ def check_implementation(requested: str | None, config: PreTrainedConfig) -> str
     Raises:
         ValueError: if another one is requested.
     """
-    expected = config.sparse_attention["map"]
+    expected = SparseAttentionConfig.from_model_config(config).map
     if requested not in (None, expected):
         raise ValueError(
             f"this model computes {expected} and cannot run as {requested!r}, which is another function. Load it "
@@ -115,8 +115,10 @@ class SparsePreTrainedModel:
                 raise ValueError(f"attn_implementation is {name!r} but sparse_attention['map'] is {options['map']!r}")
             config = sparse_config(config, SparseAttentionConfig.from_dict(options))
         elif not is_dense and saved:
+            # A change may come with the config, and names then only what it changes.
+            changed, config.sparse_attention = config.sparse_attention, saved.get("sparse_attention")
             SparseAttentionConfig.from_model_config(config)
-            config.sparse_attention = _merged(saved["sparse_attention"], config.sparse_attention, options)
+            config.sparse_attention = _merged(config.sparse_attention, changed, options)
         config._from_dense = is_dense
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
@@ -127,6 +129,12 @@ class SparsePreTrainedModel:
             raise ValueError(
                 f"{pretrained_model_name_or_path} says it computes {config.sparse_attention['map']}, but lacks "
                 f"{len(lost)} of its parameters, first {lost[0]}: the checkpoint is incomplete"
+            )
+        if is_dense and "disk" in getattr(model, "hf_device_map", {}).values():
+            raise ValueError(
+                f"device_map puts layers of {pretrained_model_name_or_path} on disk, where the new parameters of "
+                f"{config.sparse_attention['map']} are not: convert it to a folder first, with "
+                f"hf-sparse-attention convert --model {pretrained_model_name_or_path} --output FOLDER"
             )
         if is_dense:
             # Adapters note this as their base. The dense folder's own name would load as softmax, and silently.
