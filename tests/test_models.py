@@ -181,7 +181,7 @@ def test_a_sparse_checkpoint_without_its_parameters_is_refused(sparse_folder):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(sparse_folder / "model.safetensors")
-    kept = {name: value for name, value in weights.items() if not name.endswith("ma_bias")}
+    kept = {name: value for name, value in weights.items() if not name.endswith("gamma_bias")}
     save_file(kept, sparse_folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks 2 of its parameters, first model.layers.0.self_attn.sparse_scale"):
         AutoModelForCausalLM.from_pretrained(sparse_folder)
