@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import hf_sparse_attention
+from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.text import read_documents
 
 data = Path(hf_sparse_attention.__file__).parent / "data"
@@ -20,9 +21,9 @@ output = sys.argv[1] if len(sys.argv) > 1 else "lora_output"
 
 tokenizer = AutoTokenizer.from_pretrained(data / "stories260K")
 tokenizer.pad_token = tokenizer.eos_token
-model = AutoModelForCausalLM.from_pretrained(
-    data / "stories260K", attn_implementation="asentmax", sparse_attention={"alpha": 1.5}
-)
+# An adapter names its base by folder: a dense folder that is converted while loading would be the wrong one.
+converted = convert_model(ConvertArguments(model=str(data / "stories260K"), output=f"{output}/converted"))
+model = AutoModelForCausalLM.from_pretrained(converted)
 adapters = LoraConfig(
     r=8,
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -50,6 +51,6 @@ trainer = Trainer(
 )
 trainer.train()
 merged = model.merge_and_unload()
-merged.save_pretrained(output)
-tokenizer.save_pretrained(output)
-print(f"{type(merged).__name__} saved to {output}; its config says {merged.config.sparse_attention}")
+merged.save_pretrained(f"{output}/merged")
+tokenizer.save_pretrained(f"{output}/merged")
+print(f"{type(merged).__name__} saved to {output}/merged; its config says {merged.config.sparse_attention}")

@@ -4,7 +4,7 @@ values that the words after it override. A leaf."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +12,10 @@ from typing import TypeVar
 from transformers import HfArgumentParser
 
 Arguments = TypeVar("Arguments")
+
+# Commands that write one folder say `output`, those that write several files into one say `output_dir`: either word is
+# taken for the other, and one model for a list of them.
+ALSO = {"output": "output_dir", "output_dir": "output", "model": "models", "models": "model"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -36,9 +40,23 @@ def parse_arguments(kind: type[Arguments], words: Sequence[str], *, program: str
     path = early.parse_known_args(list(words))[0].config
     types = {field.name: str(field.type) for field in fields(kind)}
     from_file = [] if path is None else _words_of(Path(path), types)
+    words = [_option(word, types) for word in words]
     parsed = vars(parser.parse_args([*from_file, *words]))
     parsed.pop("config")
     return kind(**parsed)
+
+
+def _name(name: str, known: Collection[str]) -> str:
+    """The field that a name on the command line or in a file stands for."""
+    name = name.replace("-", "_")
+    return ALSO[name] if name not in known and ALSO.get(name) in known else name
+
+
+def _option(word: str, known: Collection[str]) -> str:
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word[2:].partition("=")
+    return f"--{_name(option, known)}{equals}{value}" if _name(option, known) in known else word
 
 
 def _words_of(path: Path, known: dict[str, str]) -> list[str]:
@@ -54,16 +72,17 @@ def _words_of(path: Path, known: dict[str, str]) -> list[str]:
     }
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no config file {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, not names and values such as `model: path`")
-    values = {str(name).replace("-", "_"): value for name, value in values.items()}
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(str(name) for name in values if _name(str(name), known) not in known)
     if unknown:
         raise ValueError(f"{path} has unknown names {', '.join(unknown)}; known: {', '.join(known)}")
     words = []
-    for name, value in values.items():
+    for name, value in ((_name(str(name), known), value) for name, value in values.items()):
         if value is None or value == []:
             continue
         if isinstance(value, list):

@@ -23,22 +23,38 @@ class Command:
         arguments: its dataclass.
         function: what is called with it.
         summary: one line for the overview.
+        interrupted: how a run that was interrupted goes on.
     """
 
     module: str
     arguments: str
     function: str
     summary: str
+    interrupted: str = ""
 
 
 COMMANDS = {
     "demo": Command(
-        "demo", "DemoArguments", "run_demo", "convert, train, evaluate and publish an embedded model (CPU)"
+        "demo",
+        "DemoArguments",
+        "run_demo",
+        "convert, train, evaluate and publish an embedded model (CPU)",
+        interrupted="run it again to go on",
     ),
     "convert": Command("convert", "ConvertArguments", "convert_model", "dense model -> sparse model"),
-    "train": Command("train", "TrainArguments", "train_model", "continue the pretraining of a converted model"),
+    "train": Command(
+        "train",
+        "TrainArguments",
+        "train_model",
+        "continue the pretraining of a converted model",
+        interrupted="add --resume auto to go on from the last checkpoint",
+    ),
     "evaluate": Command(
-        "evaluate", "EvaluateArguments", "evaluate_models", "perplexity by length, models side by side"
+        "evaluate",
+        "EvaluateArguments",
+        "evaluate_models",
+        "perplexity by length, models side by side",
+        interrupted="run it again to go on: what was measured is kept",
     ),
     "report": Command(
         "report", "ReportArguments", "report_model", "what the attention does: support, sparsity, scale"
@@ -73,8 +89,8 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)
     name, *words = words
+    command = COMMANDS[name]
     try:
-        command = COMMANDS[name]
         room = importlib.import_module(f"{__package__}.{command.module}")
         arguments = parse_arguments(getattr(room, command.arguments), words, program=f"{PROGRAM} {name}")
         getattr(room, command.function)(arguments)
@@ -84,6 +100,6 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(": ".join(["interrupted", *filter(None, [command.interrupted])]), file=sys.stderr)
         return 130
     return 0

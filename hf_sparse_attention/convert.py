@@ -124,6 +124,12 @@ def convert_model(arguments: ConvertArguments) -> Path:
         + (f"      cast: {cast} to {str(model.dtype).removeprefix('torch.')}\n" if cast else "")
         + "The kept weights were read back and are equal bit for bit"
         + (" after the cast." if cast else ".")
+        + (
+            ""
+            if settings.position == "rope"
+            else f"\nThe {settings.position} model computes another function than the dense one, also at alpha 1: its "
+            "rotary positions are gone, and it has to be trained without them."
+        )
     )
     return output
 

@@ -40,6 +40,8 @@ class DemoArguments:
     overwrite: bool = field(default=False, metadata={"help": "remove an earlier demo in the output folder"})
 
     def __post_init__(self):
+        if self.map not in SPECIFICATIONS:
+            raise ValueError(f"map is {self.map!r}; choose one of {', '.join(SPECIFICATIONS)}")
         for name in ("steps", "batch_size", "windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -189,6 +191,8 @@ def _conclude(arguments: DemoArguments, output: Path, losses: dict[str, float], 
         "With your own model:\n"
         f"  hf-sparse-attention convert --model your/model --output converted --map {arguments.map}\n"
         "  hf-sparse-attention train --model converted --train_data your/*.jsonl --output run\n"
-        "  hf-sparse-attention evaluate --models your/model run/model --data held-out.txt\n"
+        "  hf-sparse-attention evaluate --models your/model sparse=run/model --data held-out.txt --output_dir "
+        "run/evaluation\n"
+        "  hf-sparse-attention report --model run/model --data held-out.txt --output_dir run/report\n"
         "  hf-sparse-attention push --model run/model --repo_id you/name"
     )

@@ -134,8 +134,8 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
         raise ValueError(f"{name} has no revision {revision!r}") from error
     except Exception as error:
         raise OSError(
-            f"{name} could not be fetched completely ({type(error).__name__}: {error}). What has arrived is kept: run "
-            "the command again to go on"
+            f"{name} is no folder here, and could not be fetched completely from the Hub ({type(error).__name__}: "
+            f"{error}). What has arrived is kept: run the command again to go on"
         ) from error
     return Path(folder)
 

@@ -83,8 +83,9 @@ def find_texts(paths: list[str]) -> list[tuple[str, str]]:
         elif _HUB_NAME.fullmatch(path) and _suffix(path) not in SUFFIXES and not os.path.exists(path):
             found.append(("hub", path))
         else:
+            hint = f" (it is a folder: write {path.rstrip('/')}/*.jsonl, say)" if os.path.isdir(path) else ""
             raise FileNotFoundError(
-                f"no text {path!r}: it is neither a file, a pattern that matches files, nor owner/name"
+                f"no text {path!r}: it is neither a file, a pattern that matches files, nor owner/name{hint}"
             )
     if not found:
         raise ValueError("no text was named")

@@ -273,7 +273,8 @@ def test_interrupted_download(tmp_path, dense, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(
-        OSError, match="owner/dense could not be fetched completely .*peer closed.*run the command again"
+        OSError,
+        match="owner/dense is no folder here, and could not be fetched completely .*peer closed.*run the command again",
     ):
         convert("owner/dense", tmp_path / "sparse")
     assert_nothing_left(tmp_path, "dense")

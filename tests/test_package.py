@@ -157,6 +157,36 @@ def test_a_config_file_says_what_a_command_line_says(tmp_path):
     assert (found.mixed_precision, found.compile, found.train_data) == ("no", False, ["a", "b"])
 
 
+def test_one_folder_has_two_names(tmp_path):
+    from hf_sparse_attention.arguments import parse_arguments
+    from hf_sparse_attention.convert import ConvertArguments
+    from hf_sparse_attention.evaluate import EvaluateArguments
+
+    for words in (["--model", "m", "--output-dir", "o"], ["--model=m", "--output_dir=o"]):
+        assert parse_arguments(ConvertArguments, words, program="convert").output == "o"
+    found = parse_arguments(
+        EvaluateArguments, ["--model", "a", "b", "--output", "o", "--data", "d"], program="evaluate"
+    )
+    assert (found.models, found.output_dir) == (["a", "b"], "o")
+    file = tmp_path / "a.yaml"
+    file.write_text("model: m\noutput-dir: o\n")
+    assert parse_arguments(ConvertArguments, ["--config", str(file)], program="convert").output == "o"
+    file.write_text("model: m\nout-put: o\n")
+    with pytest.raises(ValueError, match="unknown names out-put"):
+        parse_arguments(ConvertArguments, ["--config", str(file)], program="convert")
+    with pytest.raises(FileNotFoundError, match="no config file nowhere"):
+        parse_arguments(ConvertArguments, ["--config", "nowhere.yaml"], program="convert")
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_sparse_attention.train.train_model", interrupted)
+    assert cli.main(["train", "--model", "m", "--output", "o", "--train_data", "t"]) == 130
+    assert "--resume auto" in capsys.readouterr().err
+
+
 def test_readme_table_of_maps_is_computed():
     for row in hsa.MAPS.values():
         line = next((line for line in README.splitlines() if line.startswith(f"| `{row.name}`")), None)

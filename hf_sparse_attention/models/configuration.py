@@ -44,7 +44,10 @@ def check_convertible(config: PreTrainedConfig) -> Family:
     name = config.model_type
     if name in (f"sparse_{family}" for family in FAMILIES):
         saved = SparseAttentionConfig.from_model_config(config)
-        raise ValueError(f"the model is already sparse ({name}, map {saved.map}); load it with from_pretrained")
+        raise ValueError(
+            f"the model is already sparse ({name}, map {saved.map}): train it with `hf-sparse-attention train "
+            "--model`, or load it with from_pretrained"
+        )
     if name in REFUSED:
         raise ValueError(f"{name} needs {REFUSED[name]}, which sparse attention does not compute")
     if name not in FAMILIES:
