@@ -274,7 +274,7 @@ def test_interrupted_download(tmp_path, dense, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(
         OSError,
-        match="owner/dense is no folder here, and could not be fetched completely .*peer closed.*run the command again",
+        match="owner/dense is no folder here, and could not be fetched completely .*peer closed.*run the command",
     ):
         convert("owner/dense", tmp_path / "sparse")
     assert_nothing_left(tmp_path, "dense")
