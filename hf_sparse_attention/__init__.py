@@ -1,20 +1,19 @@
 """Sparse attention that is trained, not approximated, for Hugging Face Transformers.
 
-Importing registers every attention map as an `attn_implementation` and every sparse model with the Auto classes.
+Importing tells the Auto classes of every attention map and every sparse model; what computes them is imported with
+the first model.
 """
 
-from . import attention, models
-from .attention import implementation
 from .config import VERSION as __version__
 from .config import SparseAttentionConfig
 from .maps import MAPS
 from .models import CLASSES as _classes
 from .models import FAMILIES, set_alpha, sparse_config
+from .models import class_named as _class_named
+from .models import register as _register
 from .reference import entmax
 
-attention.register()
-models.register()
-globals().update(_classes)
+_register()
 
 __all__ = [
     "FAMILIES",
@@ -27,3 +26,17 @@ __all__ = [
     "sparse_config",
     *sorted(_classes),
 ]
+
+
+def __getattr__(name):
+    if name == "implementation":
+        from .attention import implementation
+
+        return implementation
+    if name in _classes:
+        return _class_named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -4,15 +4,17 @@ a model."""
 from __future__ import annotations
 
 from dataclasses import replace
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ..config import SparseAttentionConfig
-from .configuration import check_convertible, layer_window, sparse_config, sparse_layers
-from .families import CLASSES, FAMILIES, REFUSED, Family, family_of, sparse_class
-from .layers import SparseAttention
-from .pretrained import new_parameter_names
+from .classes import CLASSES, class_named, family_of, sparse_class
+from .configuration import check_convertible, layer_window, sparse_config, sparse_heads, sparse_layers
+from .families import FAMILIES, REFUSED, Family
+from .parameters import new_parameter_names
 from .registration import register
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "CLASSES",
@@ -21,6 +23,7 @@ __all__ = [
     "Family",
     "attention_layers",
     "check_convertible",
+    "class_named",
     "family_of",
     "layer_window",
     "new_parameter_names",
@@ -28,12 +31,22 @@ __all__ = [
     "set_alpha",
     "sparse_class",
     "sparse_config",
+    "sparse_heads",
     "sparse_layers",
 ]
 
 
+def __getattr__(name):
+    # Pickle looks here for a class by its name.
+    if name in CLASSES:
+        return class_named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def attention_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:
     """(layer number, attention module) of every layer whose attention is sparse."""
+    from .layers import SparseAttention
+
     found = [module for module in model.modules() if isinstance(module, SparseAttention) and module.is_sparse]
     return [(module.layer_idx, module) for module in found]
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ..config import GUARD, GUARDED_FIELDS, SparseAttentionConfig
-from .families import FAMILIES, REFUSED, Family, sparse_class
+from .classes import sparse_class
+from .families import FAMILIES, REFUSED, Family
 
 
 class SparseConfig:

@@ -1,14 +1,15 @@
 """The table of supported families: one row per decoder of Transformers whose attention goes through its
-AttentionInterface, and the sparse classes made of each."""
+AttentionInterface."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import transformers
 from torch import nn
-from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,32 @@ class Family:
     inner: str | None = None
     rotates: Callable[[nn.Module], bool] = lambda attention: True
 
+    @property
+    def folder(self) -> str:
+        return self.module or self.name
+
+    def class_prefix(self, kind: str) -> str:
+        """What the name of the sparse class of a kind starts with, after `Sparse`."""
+        return (self.inner or self.prefix) if kind in ("Config", "Model") else self.prefix
+
+    def dense_name(self, kind: str) -> str:
+        """The name of the family's own class of a kind ("Config", "Attention", "Model", "ForCausalLM", ...)."""
+        of_inner = kind in ("Config", "Model", "ForSequenceClassification")
+        return ((self.inner or self.prefix) if of_inner else self.prefix) + kind
+
+    def dense_module(self, kind: str) -> str:
+        """The module of Transformers the class of a kind is defined in."""
+        file = "configuration" if kind == "Config" else "modeling"
+        return f"transformers.models.{self.folder}.{file}_{self.folder}"
+
     def dense(self, kind: str) -> type | None:
-        """The family's own class of a kind ("Config", "Attention", "Model", "ForCausalLM", ...), or None."""
-        prefix = self.inner or self.prefix
-        folder = self.module or self.name
-        if kind == "Config":
-            module = importlib.import_module(f"transformers.models.{folder}.configuration_{folder}")
-        else:
-            module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-            prefix = prefix if kind in ("Model", "ForSequenceClassification") else self.prefix
-        return getattr(module, prefix + kind, None)
+        """The family's own class of a kind, or None. Imports its module."""
+        return getattr(importlib.import_module(self.dense_module(kind)), self.dense_name(kind), None)
+
+    def source(self) -> str:
+        """The text of the family's models in the installed Transformers, empty if it has none. Imports nothing."""
+        file = Path(transformers.__file__).parent / "models" / self.folder / f"modeling_{self.folder}.py"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 ROWS = (
@@ -78,20 +95,5 @@ REFUSED = {
     "llama4_text": "chunked attention",
 }
 
-# The rows the installed Transformers has, and every class made of them by its name; filled by registration.py.
+# The rows the installed Transformers has; filled by registration.py.
 FAMILIES: dict[str, Family] = {}
-CLASSES: dict[str, type] = {}
-
-
-def sparse_class(family: Family, kind: str) -> type | None:
-    """`SparseLlamaForCausalLM` and its like; None for a kind the dense family does not have."""
-    return CLASSES.get(f"Sparse{class_prefix(family, kind)}{kind}")
-
-
-def class_prefix(family: Family, kind: str) -> str:
-    return (family.inner or family.prefix) if kind in ("Config", "Model") else family.prefix
-
-
-def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a sparse config."""
-    return FAMILIES[config.model_type.removeprefix("sparse_")]

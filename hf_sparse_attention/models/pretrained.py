@@ -13,9 +13,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from ..attention import return_weights
 from ..config import SparseAttentionConfig
 from ..maps import MAPS, NEW_MODULES
+from .classes import family_of, sparse_class
 from .configuration import sparse_config, sparse_layers
-from .families import Family, family_of, sparse_class
+from .families import Family
 from .layers import document_starts
+from .parameters import new_parameter_names
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +37,6 @@ def check_implementation(requested: str | None, config: PreTrainedConfig) -> str
             f"without attn_implementation (or with {expected!r}), or convert the dense model again"
         )
     return expected
-
-
-def new_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters the dense model does not have."""
-    names = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, NEW_MODULES):
-            names += [f"{prefix}.{name}" for name, _ in module.named_parameters()]
-    return names
 
 
 class SparsePreTrainedModel:

@@ -1,9 +1,9 @@
-"""Makes the sparse classes of every family and registers them with the Auto classes."""
+"""Tells the Auto classes of every family the installed Transformers has. They hold entries that make, and import, a
+model class when a model is loaded; an entry of a dense config sends our names to the sparse class."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from transformers import (
@@ -12,27 +12,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.models.auto import tokenization_auto
 
 from ..config import SparseAttentionConfig
 from ..maps import MAPS
-from .configuration import SparseConfig, sparse_config
-from .families import CLASSES, FAMILIES, ROWS, Family, class_prefix, sparse_class
-from .layers import SparseAttention
-from .pretrained import SparseModel, SparsePreTrainedModel
+from .classes import CLASSES, KINDS, PACKAGE, class_name, sparse_class
+from .configuration import sparse_config
+from .families import FAMILIES, ROWS, Family
 
-# The classes are found under the package that holds this file, which is where pickle looks for them.
-PACKAGE = __name__.rpartition(".")[0]
-
-_MIXINS = {
-    "Config": SparseConfig,
-    "Attention": SparseAttention,
-    "Model": SparseModel,
-    "ForCausalLM": SparsePreTrainedModel,
-    "ForSequenceClassification": SparsePreTrainedModel,
-}
 _AUTO = {
     "Model": AutoModel,
     "ForCausalLM": AutoModelForCausalLM,
@@ -40,39 +28,69 @@ _AUTO = {
 }
 
 
-def _dispatch(dense: type[PreTrainedModel], sparse: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """What an Auto class holds for a dense config: the dense class, but our names lead to the sparse one."""
+class SparseEntry:
+    """Stands in an Auto class for the sparse class of a family."""
 
-    def refuse_options(kwargs):
-        if kwargs.pop("sparse_attention", None) is not None:
-            raise ValueError(f"sparse_attention=... needs attn_implementation=, one of {', '.join(MAPS)}")
+    def __init__(self, family: Family, kind: str):
+        self.family, self.kind = family, kind
+        self.__name__ = self.__qualname__ = class_name(family, kind)
+        self.__module__ = PACKAGE
+        self.config_class = sparse_class(family, "Config")
 
-    @classmethod
-    def from_pretrained(cls, path, *model_args, config=None, **kwargs):
+    def model_class(self) -> type:
+        return sparse_class(self.family, self.kind)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.model_class(), name)
+
+    def __call__(self, *arguments, **keywords):
+        return self.model_class()(*arguments, **keywords)
+
+    def __repr__(self):
+        return f"<{self.__module__}.{self.__name__}>"
+
+
+class DenseEntry(SparseEntry):
+    """Stands in an Auto class for the dense class of a family, which it loads unless one of our maps is asked for."""
+
+    def __init__(self, family: Family, kind: str):
+        super().__init__(family, kind)
+        self.__name__ = self.__qualname__ = family.dense_name(kind)
+        # Transformers takes a class from elsewhere for custom code, which would outrank a checkpoint's own
+        # `trust_remote_code` class.
+        self.__module__ = family.dense_module(kind)
+        self.config_class = family.dense("Config")
+
+    def model_class(self) -> type:
+        return self.family.dense(self.kind)
+
+    def from_pretrained(self, path, *model_args, config=None, **kwargs):
         name = kwargs.get("attn_implementation") or config._attn_implementation
         _refuse_sparse_folder(path)
         if name not in MAPS:
-            refuse_options(kwargs)
-            return dense.from_pretrained(path, *model_args, config=config, **kwargs)
+            _refuse_options(kwargs)
+            return self.model_class().from_pretrained(path, *model_args, config=config, **kwargs)
         kwargs.pop("attn_implementation", None)
-        options = kwargs.pop("sparse_attention", None)
-        return sparse.from_pretrained(path, *model_args, config=_converted(config, name, options), **kwargs)
+        config = _converted(config, name, kwargs.pop("sparse_attention", None))
+        return sparse_class(self.family, self.kind).from_pretrained(path, *model_args, config=config, **kwargs)
 
-    @classmethod
-    def _from_config(cls, config, **kwargs):
+    def _from_config(self, config, **kwargs):
         # Our name in the config alone comes from a dense class that makes its inner model. Were that one sparse, the
         # outer class would save it as a dense model; as it is, the first call is refused.
         name = kwargs.get("attn_implementation")
         if name not in MAPS:
-            refuse_options(kwargs)
-            return dense._from_config(config, **kwargs)
+            _refuse_options(kwargs)
+            return self.model_class()._from_config(config, **kwargs)
         kwargs.pop("attn_implementation", None)
-        return sparse._from_config(_converted(config, name, kwargs.pop("sparse_attention", None)), **kwargs)
+        config = _converted(config, name, kwargs.pop("sparse_attention", None))
+        return sparse_class(self.family, self.kind)._from_config(config, **kwargs)
 
-    # The module stays the dense one's: Transformers takes a class from elsewhere for custom code, which would outrank
-    # a checkpoint's own `trust_remote_code` class.
-    body = {"from_pretrained": from_pretrained, "_from_config": _from_config, "__module__": dense.__module__}
-    return type(dense.__name__, (dense,), body)
+
+def _refuse_options(kwargs: dict) -> None:
+    if kwargs.pop("sparse_attention", None) is not None:
+        raise ValueError(f"sparse_attention=... needs attn_implementation=, one of {', '.join(MAPS)}")
 
 
 def _refuse_sparse_folder(path) -> None:
@@ -92,44 +110,28 @@ def _converted(config: PreTrainedConfig, name: str, options: dict | None) -> Pre
     return sparse_config(config, SparseAttentionConfig.from_dict(options))
 
 
-def _build(family: Family) -> None:
-    """Makes and registers the classes of one family."""
-    for kind, mixin in _MIXINS.items():
-        dense = family.dense(kind)
-        if dense is None:
-            continue
-        body = {"__module__": PACKAGE, "__doc__": f"{dense.__name__} with the attention its config says."}
-        if kind == "Config":
-            body["model_type"] = f"sparse_{family.name}"
-        elif kind != "Attention":
-            body["config_class"] = sparse_class(family, "Config")
-        name = f"Sparse{class_prefix(family, kind)}{kind}"
-        CLASSES[name] = type(name, (mixin, dense), body)
-        setattr(sys.modules[PACKAGE], name, CLASSES[name])
-    # AutoTokenizer decides by model_type which class reads a tokenizer.json: the same one as for the dense model.
+def _add(family: Family, kinds: list[str]) -> None:
+    """Tells the Auto classes of one family."""
+    FAMILIES[family.name] = family
+    CLASSES.update({class_name(family, kind): (family, kind) for kind in kinds})
     sparse_type = f"sparse_{family.name}"
+    # AutoTokenizer decides by model_type which class reads a tokenizer.json: the same one as for the dense model.
     if family.name in tokenization_auto.TOKENIZER_MAPPING_NAMES:
         tokenization_auto.TOKENIZER_MAPPING_NAMES[sparse_type] = tokenization_auto.TOKENIZER_MAPPING_NAMES[family.name]
     if family.name in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()):
         tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(sparse_type)
-    AutoConfig.register(f"sparse_{family.name}", sparse_class(family, "Config"))
+    AutoConfig.register(sparse_type, sparse_class(family, "Config"))
     for kind, auto in _AUTO.items():
-        sparse = sparse_class(family, kind)
-        if sparse is not None:
-            auto.register(sparse_class(family, "Config"), sparse)
-            auto.register(family.dense("Config"), _dispatch(family.dense(kind), sparse), exist_ok=True)
-    FAMILIES[family.name] = family
+        if kind in kinds:
+            auto.register(sparse_class(family, "Config"), SparseEntry(family, kind))
+            auto.register(family.dense("Config"), DenseEntry(family, kind), exist_ok=True)
 
 
 def register() -> None:
-    """Makes the classes of every family the installed Transformers has, and tells the Auto classes."""
+    """Adds every family the installed Transformers has."""
     for family in ROWS:
-        try:
-            family.dense("Config")
-            module = sys.modules[family.dense("Attention").__module__]
-        except ModuleNotFoundError:
-            continue
+        source = family.source()
         # Older releases run some families with attention of their own, past the AttentionInterface.
-        if not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
-            continue
-        _build(family)
+        if "ALL_ATTENTION_FUNCTIONS" in source:
+            kinds = [kind for kind in KINDS if kind == "Config" or f"class {family.dense_name(kind)}(" in source]
+            _add(family, kinds)
