@@ -12,13 +12,15 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from training_cases import dense_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 import hf_sparse_attention
 from hf_sparse_attention.checkpoint import examine
+from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.hub import PushArguments, push_model, upload
 from hf_sparse_attention.hub.evidence import local_name, without_folders
+from hf_sparse_attention.models import MODULE, sparse_config
 
 TOKEN = "hf_" + "Abc123" * 6
 PLACE = "/machine/of/someone"
@@ -207,16 +209,20 @@ def test_sharded_weights_go_with_their_index(source, tmp_path):
 
 
 def test_without_the_package_nothing_loads(source, tmp_path):
+    # What push uploads, and what save_pretrained wrote.
     dry_run(source / "sparse", tmp_path / "up")
-    plain, trusted, own_class = python(
+    attempts = (
         "tell(lambda: AutoModelForCausalLM.from_pretrained(folder))\n"
         "tell(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))\n"
-        "tell(lambda: LlamaForCausalLM.from_pretrained(folder))\n",
-        hidden=True, folder=tmp_path / "up",
-    )  # fmt: skip
-    assert plain.startswith("FAILED") and "custom code" in plain
-    assert trusted.startswith("FAILED") and "pip install hf-sparse-attention" in trusted
-    assert own_class.startswith("FAILED") and "pip install hf-sparse-attention" in own_class
+        "tell(lambda: LlamaForCausalLM.from_pretrained(folder))\n"
+    )
+    copy(source / "sparse", tmp_path / "up-saved")
+    lines = python(attempts + "folder += '-saved'\n" + attempts, hidden=True, folder=tmp_path / "up")
+    assert len(lines) == 6
+    for plain, trusted, own_class in (lines[:3], lines[3:]):
+        assert plain.startswith("FAILED") and "custom code" in plain
+        assert trusted.startswith("FAILED") and "pip install hf-sparse-attention" in trusted
+        assert own_class.startswith("FAILED") and "pip install hf-sparse-attention" in own_class
 
 
 def test_with_the_package_no_flag_is_needed(source, tmp_path):
@@ -226,12 +232,30 @@ def test_with_the_package_no_flag_is_needed(source, tmp_path):
         "assert 'hf_sparse_attention' in sys.modules\n"
         "tell(lambda: AutoModelForCausalLM.from_pretrained(folder))\n"
         "tell(lambda: AutoTokenizer.from_pretrained(folder))\n"
-        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + '-saved')\n",
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + '-saved')\n"
+        "tell(lambda: AutoModelForCausalLM.from_pretrained(folder + '-saved', trust_remote_code=True))\n",
         hidden=False, folder=tmp_path / "up",
     )  # fmt: skip
     assert lines[:2] == ["LOADED SparseLlamaForCausalLM"] * 2 and lines[2].startswith("LOADED")
-    # Nothing of the package was copied into the folder that was saved.
-    assert not list((tmp_path / "up-saved").glob("*.py"))
+    assert lines[3] == "LOADED SparseLlamaForCausalLM"
+    # Nothing of the package was copied into the folder that was saved but the module of every folder.
+    (module,) = (tmp_path / "up-saved").glob("*.py")
+    assert module.name == f"{MODULE}.py" and module.read_bytes() == (tmp_path / "up" / module.name).read_bytes()
+
+
+def test_a_saved_config_names_the_classes_of_its_family(tmp_path):
+    config = sparse_config(GPTNeoXConfig(num_hidden_layers=1), SparseAttentionConfig(map="entmax"))
+    config.save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert names == {
+        "AutoConfig": f"{MODULE}.SparseGPTNeoXConfig",
+        "AutoModel": f"{MODULE}.SparseGPTNeoXModel",
+        "AutoModelForCausalLM": f"{MODULE}.SparseGPTNeoXForCausalLM",
+        "AutoModelForSequenceClassification": f"{MODULE}.SparseGPTNeoXForSequenceClassification",
+    }
+    module = {}
+    exec((tmp_path / f"{MODULE}.py").read_text(), module)
+    assert module["__getattr__"]("SparseGPTNeoXModel") is hf_sparse_attention.SparseGPTNeoXModel
 
 
 def test_every_number_of_the_card_is_in_a_file(model, tmp_path):

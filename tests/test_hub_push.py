@@ -242,6 +242,42 @@ def test_a_repository_that_ignores_weights_is_refused(client, server, models):
     assert ".gitignore of ann/story keeps out model.safetensors" in outcome.error and state(server) == before
 
 
+def push_with_transformers(model: str, way: str) -> dict:
+    """In the client's process: what a user of Transformers writes; returns what differs after coming back."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import hf_sparse_attention  # noqa: F401
+
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    if way == "config":
+        loaded.config.push_to_hub(REPOSITORY, private=True)
+        loaded.config.save_pretrained(f"{model}-config", push_to_hub=True, repo_id="ann/config")
+        return {"type": AutoConfig.from_pretrained(REPOSITORY).model_type}
+    if way == "save":
+        loaded.save_pretrained(f"{model}-saved", push_to_hub=True, repo_id=REPOSITORY, max_shard_size="40KB")
+    else:
+        loaded.push_to_hub(REPOSITORY, private=True, max_shard_size="40KB")
+    again = AutoModelForCausalLM.from_pretrained(REPOSITORY)
+    state = loaded.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    return {"type": again.config.model_type}
+
+
+@pytest.mark.parametrize("way", ["push", "save", "config"])
+def test_push_to_hub_of_transformers_carries_the_module(client, server, models, way):
+    outcome = client(push_with_transformers, str(models / "other"), way)
+    assert outcome.error is None, outcome.output
+    assert outcome.value == {"type": "sparse_llama"}
+    files = server.repositories[REPOSITORY].files()
+    assert json.loads(files["config.json"])["auto_map"]["AutoModelForCausalLM"].endswith(".SparseLlamaForCausalLM")
+    assert b"pip install hf-sparse-attention" in files["modeling_hf_sparse_attention.py"]
+    if way == "config":
+        assert "modeling_hf_sparse_attention.py" in server.repositories["ann/config"].files()
+    else:
+        assert len([name for name in files if name.endswith(".safetensors")]) > 1
+        assert b"- hf-sparse-attention\n" in files["README.md"] and b"- asentmax\n" in files["README.md"]
+
+
 CASES = [
     # kind, path, method, times, what the error says; None: the push completes
     (401, "/api/models", "GET", 99, "hf auth login"),

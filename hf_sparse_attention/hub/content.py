@@ -14,19 +14,22 @@ from safetensors import safe_open
 
 from ..checkpoint import Checkpoint, examine
 from ..loading import check_weights, companions_of
-from ..models import CLASSES, family_of, new_parameter_names, sparse_class
+from ..models import (
+    AUTO_CLASSES,
+    CLASSES,
+    MODULE,
+    auto_map,
+    family_of,
+    module_source,
+    new_parameter_names,
+    sparse_class,
+)
 
 logger = logging.getLogger(__name__)
 
-SHIM = "modeling_hf_sparse_attention"
 # Modules whose parameters a map adds to a dense model, by their name in a checkpoint.
 _ADDED = re.compile(r"\.sparse_(scale|alpha)\.")
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
-_AUTO = {
-    "Model": "AutoModel",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-}
 
 # A file of an upload: its place on the disk, or its bytes.
 Files = dict[str, "Path | bytes"]
@@ -77,7 +80,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
     """Which model class was saved: Model, ForCausalLM or ForSequenceClassification."""
     saved = (checkpoint.config.architectures or [None])[0]
     family = family_of(checkpoint.config)
-    for kind in _AUTO:
+    for kind in AUTO_CLASSES:
         found = sparse_class(family, kind)
         if found is not None and found.__name__ == saved:
             return kind
@@ -109,7 +112,7 @@ def _check_tensors(checkpoint: Checkpoint, weights: tuple[Path, ...]) -> int:
 
 def auto_class(checkpoint: Checkpoint) -> str:
     """The Auto class that loads the model."""
-    return _AUTO[kind_of(checkpoint)]
+    return AUTO_CLASSES[kind_of(checkpoint)]
 
 
 def collect(checkpoint: Checkpoint, card: str, licence: Path | None) -> Files:
@@ -127,7 +130,7 @@ def collect(checkpoint: Checkpoint, card: str, licence: Path | None) -> Files:
     if not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in found):
         logger.warning("%s has no tokenizer: users of the model will have to find one that fits", folder)
     found["config.json"] = _config(checkpoint)
-    found[f"{SHIM}.py"] = data_file(f"remote_code/{SHIM}.py")
+    found[f"{MODULE}.py"] = module_source()
     found["README.md"] = card.encode()
     _refuse_secrets(found)
     return dict(sorted(found.items()))
@@ -135,12 +138,7 @@ def collect(checkpoint: Checkpoint, card: str, licence: Path | None) -> Files:
 
 def _config(checkpoint: Checkpoint) -> bytes:
     config = json.loads((Path(checkpoint.path) / "config.json").read_text(encoding="utf-8"))
-    family = family_of(checkpoint.config)
-    classes = {"AutoConfig": sparse_class(family, "Config").__name__}
-    for kind in {"Model", kind_of(checkpoint)}:
-        if (found := sparse_class(family, kind)) is not None:
-            classes[_AUTO[kind]] = found.__name__
-    config["auto_map"] = {auto: f"{SHIM}.{name}" for auto, name in sorted(classes.items())}
+    config["auto_map"] = auto_map(family_of(checkpoint.config))
     config.pop("_name_or_path", None)
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 

@@ -13,16 +13,21 @@ from .families import CLASSES, FAMILIES, REFUSED, Family, family_of, sparse_clas
 from .layers import SparseAttention
 from .pretrained import new_parameter_names
 from .registration import register
+from .remote_code import AUTO_CLASSES, MODULE, auto_map, module_source
 
 __all__ = [
+    "AUTO_CLASSES",
     "CLASSES",
     "FAMILIES",
+    "MODULE",
     "REFUSED",
     "Family",
     "attention_layers",
+    "auto_map",
     "check_convertible",
     "family_of",
     "layer_window",
+    "module_source",
     "new_parameter_names",
     "register",
     "set_alpha",

@@ -7,7 +7,8 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ..config import GUARD, GUARDED_FIELDS, SparseAttentionConfig
-from .families import FAMILIES, REFUSED, Family, sparse_class
+from .families import FAMILIES, REFUSED, Family, family_of, sparse_class
+from .remote_code import auto_map, write_module
 
 
 class SparseConfig:
@@ -32,7 +33,16 @@ class SparseConfig:
         for name in GUARDED_FIELDS:
             if isinstance(values.get(name), str):
                 values[name] += GUARD
+        values["auto_map"] = auto_map(family_of(self))
         return values
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in Transformers, with the module beside it that `trust_remote_code=True` runs."""
+        super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
+        write_module(save_directory)
+        if push_to_hub:
+            # Not left to Transformers, which would list what is new before the module is written.
+            self.push_to_hub(kwargs.pop("repo_id", str(save_directory).rstrip("/").rpartition("/")[2]), **kwargs)
 
 
 def check_convertible(config: PreTrainedConfig) -> Family:

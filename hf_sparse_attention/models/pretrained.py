@@ -58,6 +58,8 @@ class SparsePreTrainedModel:
     def __init__(self, config, *args, **kwargs):
         SparseAttentionConfig.from_model_config(config)
         super().__init__(config, *args, **kwargs)
+        # What push_to_hub writes into the card.
+        self.model_tags = ["hf-sparse-attention", "sparse-attention", config.sparse_attention["map"]]
         if getattr(config, "_from_dense", False):
             # from_pretrained says in one line what Transformers would list: that these start at zero.
             self._keys_to_ignore_on_load_missing = [r"\.sparse_(scale|alpha)\."]

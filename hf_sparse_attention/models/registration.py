@@ -6,14 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import tokenization_auto
 
 from ..config import SparseAttentionConfig
@@ -22,6 +16,7 @@ from .configuration import SparseConfig, sparse_config
 from .families import CLASSES, FAMILIES, ROWS, Family, class_prefix, sparse_class
 from .layers import SparseAttention
 from .pretrained import SparseModel, SparsePreTrainedModel
+from .remote_code import AUTO_CLASSES
 
 # The classes are found under the package that holds this file, which is where pickle looks for them.
 PACKAGE = __name__.rpartition(".")[0]
@@ -32,11 +27,6 @@ _MIXINS = {
     "Model": SparseModel,
     "ForCausalLM": SparsePreTrainedModel,
     "ForSequenceClassification": SparsePreTrainedModel,
-}
-_AUTO = {
-    "Model": AutoModel,
-    "ForCausalLM": AutoModelForCausalLM,
-    "ForSequenceClassification": AutoModelForSequenceClassification,
 }
 
 
@@ -113,8 +103,8 @@ def _build(family: Family) -> None:
     if family.name in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()):
         tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(sparse_type)
     AutoConfig.register(f"sparse_{family.name}", sparse_class(family, "Config"))
-    for kind, auto in _AUTO.items():
-        sparse = sparse_class(family, kind)
+    for kind, name in AUTO_CLASSES.items():
+        sparse, auto = sparse_class(family, kind), getattr(transformers, name)
         if sparse is not None:
             auto.register(sparse_class(family, "Config"), sparse)
             auto.register(family.dense("Config"), _dispatch(family.dense(kind), sparse), exist_ok=True)
