@@ -18,6 +18,7 @@ from ..models import (
     AUTO_CLASSES,
     CLASSES,
     MODULE,
+    NEW_PARAMETER,
     auto_map,
     family_of,
     module_source,
@@ -27,9 +28,7 @@ from ..models import (
 
 logger = logging.getLogger(__name__)
 
-# Modules whose parameters a map adds to a dense model, by their name in a checkpoint.
-_ADDED = re.compile(r"\.sparse_(scale|alpha)\.")
-_SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+_SECRET = re.compile(rb"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}")
 
 # A file of an upload: its place on the disk, or its bytes.
 Files = dict[str, "Path | bytes"]
@@ -44,8 +43,8 @@ def sound_model(path: str) -> tuple[Checkpoint, int]:
     """The model of a folder, found sound, and the number of its parameters.
 
     Raises:
-        OSError: if there is no model, or its weights are missing or cut off.
-        ValueError: for a dense model, an adapter, pickled weights, or a config and weights of two different models.
+        OSError: if there is no model, or its weights are missing, pickled or cut off.
+        ValueError: for a dense model, an adapter, or a config and weights of two different models.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -54,26 +53,13 @@ def sound_model(path: str) -> tuple[Checkpoint, int]:
         raise ValueError(
             f"{path} is an adapter, not a model: train with --lora_save merge, or merge it into its model"
         )
-    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
-        raise ValueError(
-            f"the weights of {path} are pickled (.bin), which runs code on loading: save the model again with "
-            "save_pretrained, which writes safetensors"
-        )
     checkpoint = examine(str(folder))
     if checkpoint.sparse is None:
         raise ValueError(
             f"{path} is a dense model ({checkpoint.config.model_type}): convert it first, or upload it with "
             "push_to_hub"
         )
-    return checkpoint, _check_tensors(checkpoint, weights_of(folder))
-
-
-def weights_of(folder: Path) -> tuple[Path, ...]:
-    """The weight files, checked to be whole and safetensors."""
-    weights = check_weights(folder)
-    if any(file.suffix != ".safetensors" for file in weights):
-        raise ValueError(f"{folder} has no safetensors weights: save the model again with save_pretrained")
-    return weights
+    return checkpoint, _check_tensors(checkpoint, check_weights(folder))
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
@@ -100,7 +86,7 @@ def _check_tensors(checkpoint: Checkpoint, weights: tuple[Path, ...]) -> int:
                 count += torch.Size(tensors.get_slice(name).get_shape()).numel()
     with torch.device("meta"):
         model = sparse_class(family_of(checkpoint.config), kind_of(checkpoint))(checkpoint.config)
-    wanted, found = set(new_parameter_names(model)), {name for name in stored if _ADDED.search(name)}
+    wanted, found = set(new_parameter_names(model)), {name for name in stored if NEW_PARAMETER.search(name)}
     for names, fault in ((wanted - found, "lacks"), (found - wanted, "has beyond those of this map")):
         if names:
             raise ValueError(
@@ -122,8 +108,8 @@ def collect(checkpoint: Checkpoint, card: str, licence: Path | None) -> Files:
         ValueError: if one of them holds an access token.
     """
     folder = Path(checkpoint.path)
-    found: Files = {file.name: file for file in (*weights_of(folder), *companions_of(folder))}
-    if len(weights_of(folder)) > 1:
+    found: Files = {file.name: file for file in (*check_weights(folder), *companions_of(folder))}
+    if len(check_weights(folder)) > 1:
         found["model.safetensors.index.json"] = folder / "model.safetensors.index.json"
     if licence is not None:
         found.setdefault(licence.name, licence)

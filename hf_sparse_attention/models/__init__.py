@@ -11,7 +11,7 @@ from ..config import SparseAttentionConfig
 from .configuration import check_convertible, layer_window, sparse_config, sparse_layers
 from .families import CLASSES, FAMILIES, REFUSED, Family, family_of, sparse_class
 from .layers import SparseAttention
-from .pretrained import new_parameter_names
+from .pretrained import NEW_PARAMETER, ONLY_SAFETENSORS, new_parameter_names
 from .registration import register
 from .remote_code import AUTO_CLASSES, MODULE, auto_map, module_source
 
@@ -20,6 +20,8 @@ __all__ = [
     "CLASSES",
     "FAMILIES",
     "MODULE",
+    "NEW_PARAMETER",
+    "ONLY_SAFETENSORS",
     "REFUSED",
     "Family",
     "attention_layers",

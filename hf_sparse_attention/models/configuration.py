@@ -28,6 +28,13 @@ class SparseConfig:
             if isinstance(value, str):
                 setattr(self, name, value.removesuffix(GUARD))
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in Transformers, for a config that was saved: it says everything of its attention."""
+        if config_dict.get("sparse_attention") is not None:
+            SparseAttentionConfig.from_saved(config_dict["sparse_attention"])
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self):
         values = super().to_dict()
         for name in GUARDED_FIELDS:

@@ -4,6 +4,7 @@ converts a dense checkpoint on loading, and keeps packed documents apart."""
 from __future__ import annotations
 
 import logging
+import re
 
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
@@ -19,6 +20,12 @@ from .layers import document_starts
 
 logger = logging.getLogger(__name__)
 
+# Modules whose parameters a map adds to a dense model, by their name in a checkpoint.
+NEW_PARAMETER = re.compile(r"\.sparse_(scale|alpha)\.")
+ONLY_SAFETENSORS = (
+    "Only safetensors weights are loaded: a .bin file is a pickle, which can run code. Load the model where you trust "
+    "it and write it with save_pretrained"
+)
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -62,7 +69,7 @@ class SparsePreTrainedModel:
         self.model_tags = ["hf-sparse-attention", "sparse-attention", config.sparse_attention["map"]]
         if getattr(config, "_from_dense", False):
             # from_pretrained says in one line what Transformers would list: that these start at zero.
-            self._keys_to_ignore_on_load_missing = [r"\.sparse_(scale|alpha)\."]
+            self._keys_to_ignore_on_load_missing = [NEW_PARAMETER.pattern]
         self._adopt()
         # The classes of Transformers end their constructor with this; parameters were added since.
         self.post_init()
@@ -97,8 +104,12 @@ class SparsePreTrainedModel:
                 can differ from what it was saved with.
 
         Raises:
-            ValueError: if a sparse checkpoint lacks parameters of its map, or is asked to compute another map.
+            ValueError: if a sparse checkpoint lacks parameters of its map, or is asked to compute another map; for
+                use_safetensors=False.
+            OSError: if there are no safetensors weights: pickled ones are not loaded.
         """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors is False, but pickled weights are not loaded: leave it out")
         options = kwargs.pop("sparse_attention", None)
         if isinstance(options, SparseAttentionConfig):
             options = options.to_dict()
@@ -120,15 +131,27 @@ class SparsePreTrainedModel:
             SparseAttentionConfig.from_model_config(config)
             config.sparse_attention = _merged(saved["sparse_attention"], config.sparse_attention, options)
         config._from_dense = is_dense
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True,
+                use_safetensors=True, **kwargs,
+            )  # fmt: skip
+        except OSError as error:
+            if ".safetensors" not in str(error):
+                raise
+            raise OSError(f"{error} {ONLY_SAFETENSORS}") from error
         del model.config._from_dense
         lost = sorted(set(info["missing_keys"]) & set(new_parameter_names(model)))
         if lost and not is_dense and kwargs.get("state_dict") is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} says it computes {config.sparse_attention['map']}, but lacks "
                 f"{len(lost)} of its parameters, first {lost[0]}: the checkpoint is incomplete"
+            )
+        foreign = sorted(name for name in info["unexpected_keys"] if NEW_PARAMETER.search(name))
+        if foreign:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} says it computes {config.sparse_attention['map']}, but has "
+                f"{len(foreign)} parameters of another map, first {foreign[0]}: config.json was changed by hand"
             )
         if is_dense:
             # Adapters note this as their base. The dense folder's own name would load as softmax, and silently.

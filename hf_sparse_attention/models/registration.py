@@ -41,6 +41,7 @@ def _dispatch(dense: type[PreTrainedModel], sparse: type[PreTrainedModel]) -> ty
     def from_pretrained(cls, path, *model_args, config=None, **kwargs):
         name = kwargs.get("attn_implementation") or config._attn_implementation
         _refuse_sparse_folder(path)
+        _refuse_sparse_block(config)
         if name not in MAPS:
             refuse_options(kwargs)
             return dense.from_pretrained(path, *model_args, config=config, **kwargs)
@@ -53,6 +54,7 @@ def _dispatch(dense: type[PreTrainedModel], sparse: type[PreTrainedModel]) -> ty
         # Our name in the config alone comes from a dense class that makes its inner model. Were that one sparse, the
         # outer class would save it as a dense model; as it is, the first call is refused.
         name = kwargs.get("attn_implementation")
+        _refuse_sparse_block(config)
         if name not in MAPS:
             refuse_options(kwargs)
             return dense._from_config(config, **kwargs)
@@ -71,6 +73,14 @@ def _refuse_sparse_folder(path) -> None:
     saved = json.loads(file.read_text(encoding="utf-8")).get("model_type", "") if file.is_file() else ""
     if str(saved).removeprefix("sparse_") in FAMILIES and str(saved).startswith("sparse_"):
         raise ValueError(f"{path} is a {saved} model and cannot be loaded with a dense config; leave config= out")
+
+
+def _refuse_sparse_block(config: PreTrainedConfig) -> None:
+    if getattr(config, "sparse_attention", None) is not None:
+        raise ValueError(
+            f"the config has `sparse_attention` but model_type {config.model_type!r}, which would run it as softmax: "
+            f"it should be 'sparse_{config.model_type}'; config.json was changed by hand"
+        )
 
 
 def _converted(config: PreTrainedConfig, name: str, options: dict | None) -> PreTrainedConfig:
