@@ -66,7 +66,8 @@ def block(model: Path) -> dict:
 def summary(model: Path, **changes) -> dict:
     """What `train` writes."""
     values = {
-        "base_model": "someone/dense-1b", "base_commit": "a" * 40, "sparse_attention": block(model), "map": "asentmax",
+        "base_model": "someone/dense-1b", "base_commit": "a" * 40, "sparse_attention": block(model),
+        "fingerprint": examine(str(model)).fingerprint, "map": "asentmax",
         "steps": 1234, "tokens": 56_789_012, "epochs": 0.375, "block_size": 1024, "blocks_per_step": 48,
         "skipped_steps": 3, "learning_rate": 0.00017, "new_learning_rate": 0.0023,
         "options": {"schedule": "cosine", "warmup_share": 0.02, "final_share": 0.1, "alpha_schedule": "linear",
@@ -122,7 +123,8 @@ def report(model: Path, **changes) -> dict:
     }
     values = {
         "format": 1, "model": f"{PLACE}/run/model", "sparse_attention": block(model),
-        "arguments": {"data": [f"{PLACE}/held.txt"]}, "windows": 6, "length": 512, "mean": mean, "layers": [],
+        "fingerprint": examine(str(model)).fingerprint, "arguments": {"data": [f"{PLACE}/held.txt"]},
+        "windows": 6, "length": 512, "mean": mean, "layers": [],
     }  # fmt: skip
     return {**values, **changes}
 
@@ -350,6 +352,11 @@ def test_files_of_another_model_are_refused_or_left_out(model, tmp_path, caplog)
     for option, path in (("summary", "summary.json"), ("report", "report/report.json")):
         with pytest.raises(ValueError, match="map is 'entmax' there and 'asentmax' here"):
             dry_run(model, tmp_path / "no", **{option: str(model.parent / path)})
+    # Another run of the same recipe.
+    for option, content in (("summary", summary(model)), ("report", report(model))):
+        path = write(tmp_path / f"{option}.json", {**content, "fingerprint": "another"})
+        with pytest.raises(ValueError, match="belongs to a model with other weights"):
+            dry_run(model, tmp_path / "no", **{option: str(path)})
     with pytest.raises(ValueError, match="no row with this model's weights"):
         dry_run(model, tmp_path / "no", results=str(model.parent / "evaluation" / "results.json"))
     with pytest.raises(FileNotFoundError, match="report is nowhere"):

@@ -8,16 +8,26 @@ import logging
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import CUTS, Blob, HubServer
-from training_cases import dense_folder
+from safetensors.torch import load_file
+from training_cases import ROOT, dense_folder, run, write_text
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hf_sparse_attention.convert import ConvertArguments, convert_model
+from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
+from hf_sparse_attention.hub import PushArguments, push_model
+from hf_sparse_attention.report import ReportArguments, report_model
 
 TOKEN, READER = "hf_" + "Abc123" * 6, "hf_" + "Reads1" * 6
 REPOSITORY = "ann/story"
@@ -71,8 +81,6 @@ def recorded(function, arguments: tuple, environment: dict) -> Outcome:
 
 def push(model: str, **options):
     """In the client's process: a push; (commit, url of a pull request, what the card's file says)."""
-    from hf_sparse_attention.hub import PushArguments, push_model
-
     done = push_model(PushArguments(model=model, **{"repo_id": REPOSITORY, **options}))
     return (str(done), None) if isinstance(done, Path) else (done.oid, done.pr_url)
 
@@ -118,8 +126,6 @@ def _with_options(function, arguments, options):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Converted models: `sharded` in two files, `other` with other weights in one."""
-    from hf_sparse_attention.convert import ConvertArguments, convert_model
-
     folder = tmp_path_factory.mktemp("models")
     for name, seed, shard in (("sharded", 0, "40KB"), ("other", 1, "5GB")):
         dense_folder(folder / "dense" / name, seed=seed, shard=shard)
@@ -130,7 +136,6 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(models, tmp_path_factory):
     """The files of a push, by the model's name and the branch."""
-    from hf_sparse_attention.hub import PushArguments, push_model
 
     def files(name: str, revision: str | None = None) -> dict[str, bytes]:
         if (name, revision) not in known:
@@ -157,12 +162,6 @@ def state(server) -> dict | None:
 
 def download(repo_id: str, **options) -> dict[str, bytes]:
     """In the client's process: a snapshot, its files, and whether the model loads with the same weights."""
-    import huggingface_hub
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    import hf_sparse_attention  # noqa: F401
-
     folder = Path(huggingface_hub.snapshot_download(repo_id, **options))
     model = AutoModelForCausalLM.from_pretrained(repo_id, **options)
     stored = {}
@@ -244,10 +243,6 @@ def test_a_repository_that_ignores_weights_is_refused(client, server, models):
 
 def push_with_transformers(model: str, way: str) -> dict:
     """In the client's process: what a user of Transformers writes; returns what differs after coming back."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import hf_sparse_attention  # noqa: F401
-
     loaded = AutoModelForCausalLM.from_pretrained(model)
     if way == "config":
         loaded.config.push_to_hub(REPOSITORY, private=True)
@@ -401,3 +396,124 @@ def test_two_hundred_random_cuts(client, server, models, expected):
     ends = check_random_cuts(client, server, models, expected, range(200))
     print(json.dumps(ends))
     assert min(ends.values()) > 5, ends
+
+
+def train_and_push(folder: str, **changes) -> dict:
+    """In the client's process: a short run that ends on the Hub."""
+    return run(Path(folder), steps=2, push_to_hub=True, hub_model_id=REPOSITORY, **changes)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """dense/, train.txt and eval.txt."""
+    dense_folder(tmp_path / "dense")
+    write_text(tmp_path / "train.txt", 200)
+    write_text(tmp_path / "eval.txt", seed=1)
+    return tmp_path
+
+
+def test_train_ends_on_the_hub(client, server, texts):
+    server.fault(503, "/commit/", "POST")
+    outcome = client(train_and_push, str(texts), hub_private=True)
+    # The run is kept, and the way to go on is said.
+    assert f"its model is in {texts / 'run' / 'model'}, but not on the Hub" in outcome.error
+    assert f"push --model {texts / 'run' / 'model'} --repo_id ann/story --private" in outcome.error
+    trained = (texts / "run" / "model" / "model.safetensors").read_bytes()
+    outcome = client(train_and_push, str(texts), hub_private=True, resume="auto")
+    assert outcome.error is None and "nothing to do" in outcome.output
+    repository = server.repositories[REPOSITORY]
+    files = repository.files()
+    assert repository.private and files["model.safetensors"] == trained
+    card = files["README.md"].decode()
+    assert "| steps | 2 |" in card and f"| held-out loss | {outcome.value['eval_loss'][0][1]:.4f} at step 0" in card
+    # A run of its own.
+    outcome = client(train_and_push, str(texts), output=str(texts / "other"), seed=3)
+    assert outcome.error is None and server.repositories[REPOSITORY].files()["model.safetensors"] != trained
+
+
+def test_what_keeps_a_run_from_the_hub_is_said_before_it(client, server, texts):
+    for changes, says in (
+        ({"hub_model_id": None}, "needs hub_model_id"),
+        ({"hub_model_id": "story"}, "hub_model_id is 'story'; write owner/name"),
+        ({"map": "none"}, "publishes sparse models"),
+        ({"lora_rank": 2, "lora_save": "adapter"}, "lora_save is 'adapter'"),
+        ({"push_to_hub": False}, "hub_model_id needs push_to_hub"),
+    ):
+        outcome = client(_run_with, str(texts), {"push_to_hub": True, "hub_model_id": REPOSITORY, **changes})
+        assert outcome.error.startswith("ValueError") and says in outcome.error
+    assert not (texts / "run").exists() and not server.requests
+
+
+def _run_with(folder: str, changes: dict) -> dict:
+    return run(Path(folder), **changes)
+
+
+FRESH = """
+import json, sys
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+repo_id, trust = sys.argv[1], sys.argv[2] == "trust"
+if not trust:
+    import hf_sparse_attention
+model = AutoModelForCausalLM.from_pretrained(repo_id, **({"trust_remote_code": True} if trust else {}))
+tokenizer = AutoTokenizer.from_pretrained(repo_id)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
+card = ModelCard.load(repo_id)
+numbers = {result.metric_name: result.metric_value for result in card.data.eval_results}
+rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if line.startswith("| ")]
+print(json.dumps({"class": type(model).__name__, "tokens": tokens, "numbers": numbers, "rows": rows}))
+"""
+
+
+def test_the_whole_cycle(client, server, texts, tmp_path):
+    """Convert, train, evaluate, report, push; a fresh process loads it by its name, writes the same, and reads the
+    same numbers."""
+    sparse, folder = texts / "sparse", texts / "run"
+    convert_model(ConvertArguments(model=str(texts / "dense"), output=str(sparse)))
+    summary = run(texts, model=str(sparse), steps=12, new_learning_rate=0.05)
+    data = [str(texts / "eval.txt")]
+    results = evaluate_models(
+        EvaluateArguments(
+            models=[f"dense={texts / 'dense'}", f"sparse={folder / 'model'}"], data=data, lengths=[16, 32],
+            output_dir=str(folder / "evaluation"), concatenate=True, limit=4, device="cpu",
+        )
+    )  # fmt: skip
+    report_model(
+        ReportArguments(
+            model=str(folder / "model"), data=data, output_dir=str(folder / "report"), length=32, windows=2,
+            concatenate=True, device="cpu",
+        )
+    )  # fmt: skip
+    assert client(push, str(folder / "model"), private=True).error is None
+    assert server.repositories[REPOSITORY].private
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    wanted = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
+    cells = {cell["length"]: cell["perplexity"] for cell in results["cells"] if cell["model"] == "sparse"}
+    zeros = json.loads((folder / "report" / "report.json").read_text())["mean"]["zeros"]
+    for way in ("import", "trust"):
+        environment = {
+            **os.environ, **server.environment, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / way),
+            "PYTHONPATH": str(ROOT.parent), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", FRESH, REPOSITORY, way], env=environment, capture_output=True, text=True,
+            cwd=tmp_path, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["class"] == "SparseLlamaForCausalLM" and found["tokens"] == wanted
+        assert found["numbers"] == {f"perplexity, windows of {n} tokens": cells[n] for n in (16, 32)}
+        for row in (
+            ["steps", "12"],
+            ["tokens", f"{summary['tokens']:,}"],
+            ["training loss at the end", f"{summary['train_loss']:.4f}"],
+            ["visible keys whose weight is exactly 0", f"{zeros:.1%}"],
+        ):
+            assert row in found["rows"]
