@@ -344,6 +344,47 @@ def test_what_a_failed_push_made_is_said(client, server, models):
     assert "hf auth login" in outcome.error
 
 
+def test_who_commits_in_between_is_not_overwritten(client, server, models):
+    repository = server.create(REPOSITORY)
+
+    def commit_first(number, method, path):
+        if "/commit/" in path:
+            repository.commit("main", {"config.json": Blob(b"of another", False)}, "another")
+
+    server.plan = commit_first
+    outcome = client(push, str(models / "other"))
+    assert "changed while this commit was made: push again" in outcome.error
+    assert "main has got a commit that is not this one meanwhile" in outcome.error
+    assert repository.files() == {"config.json": b"of another"}
+
+
+def convert_and_push(model: str, folder: str) -> dict:
+    """In the client's process: a model of the Hub is converted and pushed."""
+    from huggingface_hub import ModelCard
+
+    convert_model(ConvertArguments(model=model, output=f"{folder}/sparse"))
+    push(f"{folder}/sparse")
+    return ModelCard.load(REPOSITORY).data.to_dict()
+
+
+def test_base_model_and_licence_are_those_of_the_hub(client, server, models, tmp_path):
+    dense = {file.name: file.read_bytes() for file in (models / "dense" / "other").iterdir()}
+    card = b"---\nlicense: llama3.1\n---\n# dense\n"
+    commit = server.create("bob/dense", files={**dense, "README.md": card}).find("main")
+    outcome = client(convert_and_push, "bob/dense", str(tmp_path))
+    assert outcome.error is None, outcome.output
+    assert outcome.value["base_model"] == "bob/dense" and outcome.value["base_model_relation"] == "finetune"
+    assert outcome.value["license"] == "llama3.1"
+    files = server.repositories[REPOSITORY].files()
+    assert files["LICENSE"] == dense["LICENSE"] and commit in files["README.md"].decode()
+    # Pickled weights are not even fetched.
+    torch.save({}, tmp_path / "weights")
+    server.create("bob/pickled", files={"config.json": dense["config.json"],
+                                        "pytorch_model.bin": (tmp_path / "weights").read_bytes()})  # fmt: skip
+    outcome = client(convert_and_push, "bob/pickled", str(tmp_path / "two"))
+    assert "a .bin file is a pickle" in outcome.error and not server.sent("pytorch_model")
+
+
 def random_plan(seed: int):
     """A fault at a random request; half of them stay to the end."""
     draw = random.Random(seed)
