@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -302,6 +303,26 @@ def test_missing_numbers_are_said_to_be_missing(model, tmp_path):
     ):  # fmt: skip
         assert line in text, line
     assert "50.0%" in text and "1,234" in text
+
+
+def test_no_number_of_the_training_is_made_up(model, tmp_path):
+    """Whatever the summary lacks, the card says that it is missing, and nothing else of it changes."""
+    evidence(model)
+    full = summary(model)
+    before = dry_run(model, tmp_path / "whole").content.splitlines()
+    shown = {"steps", "tokens", "epochs", "block_size", "blocks_per_step", "skipped_steps", "learning_rate",
+             "new_learning_rate", "train_loss", "eval_loss", "train_data", "eval_data", "hardware",
+             "mixed_precision", "seconds", "tokens_per_second", "versions", "command", "options"}  # fmt: skip
+    assert shown <= set(full)
+    for name in sorted(shown):
+        write(model.parent / "summary.json", {key: value for key, value in full.items() if key != name})
+        after = dry_run(model, tmp_path / name).content.splitlines()
+        changed = [line for line in after if line not in before and not line.startswith("| recipe")]
+        allowed = r"missing|^- someone/stories$|^datasets:$" + (r"|longer texts are beyond" * (name == "block_size"))
+        assert changed and all(re.search(allowed, line) for line in changed), (name, changed)
+    for name in ("fingerprint", "base_model", "sparse_attention"):
+        write(model.parent / "summary.json", {key: value for key, value in full.items() if key != name})
+        assert "there is no training summary" in dry_run(model, tmp_path / name).text
 
 
 def test_a_converted_model_is_said_to_be_untrained(model, tmp_path):

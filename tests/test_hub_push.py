@@ -358,6 +358,32 @@ def test_who_commits_in_between_is_not_overwritten(client, server, models):
     assert repository.files() == {"config.json": b"of another"}
 
 
+def push_interrupted(model: str) -> str:
+    """In the client's process: a push in which the user loses patience at the first wait."""
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    before, time.sleep = time.sleep, interrupt
+    try:
+        push(model)
+    except KeyboardInterrupt:
+        return "interrupted"
+    finally:
+        time.sleep = before
+
+
+def test_an_interrupted_push_says_what_is_there(client, server, models, expected):
+    server.fault(500, "/lfs/ann/story/", "PUT")
+    outcome = client(push_interrupted, str(models / "other"))
+    assert outcome.value == "interrupted", outcome.output
+    assert "interrupted: Nothing was committed; ann/story, made by this push, is there and holds" in outcome.output
+    server.fault("lose-answer", "/commit/", "POST")
+    outcome = client(push_interrupted, str(models / "other"))
+    assert outcome.value == "interrupted" and "interrupted: The commit is there, whole: http" in outcome.output
+    assert holds(server, expected("other"))
+
+
 def convert_and_push(model: str, folder: str) -> dict:
     """In the client's process: a model of the Hub is converted and pushed."""
     from huggingface_hub import ModelCard

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _STALE = (
     "adapter_config.json", "adapter_model*",
 )  # fmt: skip
 _SECRET = re.compile(r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{8,}")
+_UNCHANGED = "Nothing was changed on the Hub"
 # Seconds until a commit whose answer was lost is looked for again.
 _PAUSES = (0, 1, 3)
 
@@ -73,6 +75,8 @@ class _Upload:
         # The commit that the new one follows, and the pull requests that are there already.
         self.parent: str | None = None
         self.requests: set[str] = set()
+        self.added: list[CommitOperationAdd] = []
+        self.stale: list[str] = []
 
     def run(self, message: str) -> CommitInfo:
         with self._explained():
@@ -83,23 +87,23 @@ class _Upload:
                 f"first, or name another repository. {_UNCHANGED}"
             )
         # Files in folders, which "*" matches as well, are none that a loader looks at.
-        stale = [
+        self.stale = [
             file.rfilename
             for file in there.siblings or ()
             if file.rfilename not in self.files
             and "/" not in file.rfilename
             and any(fnmatchcase(file.rfilename, pattern) for pattern in _STALE)
         ]
-        added = [
+        self.added = [
             CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
             for name, content in self.files.items()
         ]
+        branch = constants.DEFAULT_REVISION if self.new_branch else self.to.branch
         with self._explained():
             self.api.preupload_lfs_files(
-                self.to.repo_id, added, revision=constants.DEFAULT_REVISION if self.new_branch else self.to.branch,
-                create_pr=self.to.create_pr, free_memory=False,
-            )  # fmt: skip
-        ignored = [operation.path_in_repo for operation in added if getattr(operation, "_should_ignore", False)]
+                self.to.repo_id, self.added, revision=branch, create_pr=self.to.create_pr, free_memory=False
+            )
+        ignored = [operation.path_in_repo for operation in self.added if getattr(operation, "_should_ignore", False)]
         if ignored:
             raise ValueError(
                 f".gitignore of {self.to.repo_id} keeps out {', '.join(ignored)}, without which the model is not "
@@ -109,7 +113,7 @@ class _Upload:
             if self.new_branch:
                 self.changing = True
                 self.api.create_branch(self.to.repo_id, branch=self.to.branch, revision=self.parent, exist_ok=True)
-            commit = self._commit(added, stale, message)
+            commit = self._commit(message)
         if commit.oid == self.parent:
             print(f"{commit.commit_url} holds exactly this already: nothing to do")
         else:
@@ -140,12 +144,12 @@ class _Upload:
             self.requests = set(self._pull_requests())
         return there
 
-    def _commit(self, added: list[CommitOperationAdd], stale: list[str], message: str) -> CommitInfo:
+    def _commit(self, message: str) -> CommitInfo:
         self.changing = True
         try:
             return self.api.create_commit(
                 self.to.repo_id,
-                [*(CommitOperationDelete(name) for name in stale), *added],
+                [*(CommitOperationDelete(name) for name in self.stale), *self.added],
                 commit_message=message,
                 revision=self.to.revision,
                 create_pr=self.to.create_pr,
@@ -157,12 +161,12 @@ class _Upload:
             if answer is not None and answer.response.status_code < 500:
                 raise
             # The commit may have been made, and only the answer lost.
-            commit = self._find_commit(added, stale, message)
+            commit = self._find_commit(message)
             if commit is None:
                 raise
             return commit
 
-    def _find_commit(self, added: list[CommitOperationAdd], stale: list[str], message: str) -> CommitInfo | None:
+    def _find_commit(self, message: str) -> CommitInfo | None:
         """The commit that holds what was sent, if there is one."""
         for pause in _PAUSES:
             time.sleep(pause)
@@ -170,7 +174,7 @@ class _Upload:
                 new = sorted(set(self._pull_requests()) - self.requests) if self.to.create_pr else [self.to.branch]
                 for reference in new:
                     there = self.api.model_info(self.to.repo_id, revision=reference, files_metadata=True)
-                    if there.sha == self.parent or not _holds(there, added, stale):
+                    if there.sha == self.parent or not self._arrived(there):
                         continue
                     request = (
                         f"{self.to.url}/discussions/{reference.rpartition('/')[2]}" if self.to.create_pr else None
@@ -179,6 +183,26 @@ class _Upload:
             except Exception:
                 continue
         return None
+
+    def _arrived(self, there) -> bool:
+        """Whether a commit has every file that was sent, byte for byte, and none that was to go."""
+        files = {file.rfilename: file for file in there.siblings or ()}
+        if any(name in files for name in self.stale):
+            return False
+        for operation in self.added:
+            file = files.get(operation.path_in_repo)
+            if file is None:
+                return False
+            if file.lfs is not None:
+                same = file.lfs.sha256 == operation.upload_info.sha256.hex()
+            else:
+                with operation.as_file() as opened:
+                    content = opened.read()
+                # The name that git gives to a file.
+                same = file.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            if not same:
+                return False
+        return True
 
     def _pull_requests(self) -> list[str]:
         references = self.api.list_repo_refs(self.to.repo_id, include_pull_requests=True)
@@ -190,6 +214,9 @@ class _Upload:
         answers may repeat the request with its token."""
         try:
             yield
+        except KeyboardInterrupt:
+            print(f"interrupted: {self._state()}", file=sys.stderr)
+            raise
         except Exception as error:
             answer = _answer_of(error)
             if answer is not None:
@@ -215,7 +242,7 @@ class _Upload:
                 new = set(self._pull_requests()) - self.requests
                 return f"There is a new pull request, {min(new)}: look at {self.to.url}" if new else _UNCHANGED
             try:
-                there = self.api.model_info(self.to.repo_id, revision=self.to.revision)
+                there = self.api.model_info(self.to.repo_id, revision=self.to.revision, files_metadata=True)
             except RevisionNotFoundError:
                 there = None
         except Exception as error:
@@ -224,6 +251,8 @@ class _Upload:
                 "again is safe"
             )
         if there is not None and self.parent not in (None, there.sha):
+            if self._arrived(there):
+                return f"The commit is there, whole: {self.to.url}/commit/{there.sha}"
             return f"{self.to.branch} has got a commit that is not this one meanwhile: look at {self.to.url}/commits"
         made = []
         names = {file.rfilename for file in there.siblings or ()} if there is not None else set()
@@ -234,30 +263,6 @@ class _Upload:
         if not made:
             return _UNCHANGED
         return f"Nothing was committed; {' and '.join(made)}. Push again to fill it, or delete it at {self.to.url}"
-
-
-_UNCHANGED = "Nothing was changed on the Hub"
-
-
-def _holds(there, added: list[CommitOperationAdd], stale: list[str]) -> bool:
-    """Whether a commit has every file that was sent, byte for byte, and none that was to go."""
-    files = {file.rfilename: file for file in there.siblings or ()}
-    if any(name in files for name in stale):
-        return False
-    for operation in added:
-        file = files.get(operation.path_in_repo)
-        if file is None:
-            return False
-        if file.lfs is not None:
-            same = file.lfs.sha256 == operation.upload_info.sha256.hex()
-        else:
-            with operation.as_file() as opened:
-                content = opened.read()
-            # The name that git gives to a file.
-            same = file.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        if not same:
-            return False
-    return True
 
 
 def _answer_of(error: BaseException | None) -> HfHubHTTPError | None:
