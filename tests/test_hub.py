@@ -20,11 +20,16 @@ from hf_sparse_attention.checkpoint import examine
 from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.hub import PushArguments, push_model, upload
+from hf_sparse_attention.hub.content import data_file
 from hf_sparse_attention.hub.evidence import local_name, without_folders
 from hf_sparse_attention.models import MODULE, sparse_config
 
 TOKEN = "hf_" + "Abc123" * 6
 PLACE = "/machine/of/someone"
+CARDS = [
+    file for file in (Path(hf_sparse_attention.__file__).parents[1] / "model_cards").glob("*.md")
+    if file.name != "README.md"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +328,17 @@ def test_no_number_of_the_training_is_made_up(model, tmp_path):
     for name in ("fingerprint", "base_model", "sparse_attention"):
         write(model.parent / "summary.json", {key: value for key, value in full.items() if key != name})
         assert "there is no training summary" in dry_run(model, tmp_path / name).text
+
+
+@pytest.mark.parametrize("file", CARDS, ids=[file.stem for file in CARDS])
+def test_cards_of_this_project_are_rendered_from_the_template(file):
+    card = ModelCard.load(file)
+    assert card.data.library_name == "transformers" and card.data.license and card.data.eval_results
+    fixed = [line for line in data_file("model_cards/template.md").decode().splitlines() if "$" not in line]
+    lines = card.content.splitlines()
+    assert [line for line in fixed if line not in lines and "import AutoModel" not in line] == []
+    assert "missing" not in card.text and not re.search(r"(?<![\w.`])/\w+/", card.text.replace("https://", ""))
+    assert file.name in (file.parent / "README.md").read_text()
 
 
 def test_a_converted_model_is_said_to_be_untrained(model, tmp_path):

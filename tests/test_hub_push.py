@@ -30,6 +30,8 @@ from hf_sparse_attention.hub import PushArguments, push_model
 from hf_sparse_attention.report import ReportArguments, report_model
 
 TOKEN, READER = "hf_" + "Abc123" * 6, "hf_" + "Reads1" * 6
+# A token that does not look like one.
+PLAIN = "of-another-kind-4711"
 REPOSITORY = "ann/story"
 
 
@@ -87,7 +89,7 @@ def push(model: str, **options):
 
 @pytest.fixture(scope="module")
 def server():
-    with HubServer({TOKEN: "ann"}, readers={READER: "bob"}) as server:
+    with HubServer({TOKEN: "ann", PLAIN: "ann"}, readers={READER: "bob"}) as server:
         yield server
 
 
@@ -302,8 +304,8 @@ def test_a_push_completes_or_changes_nothing(client, server, models, expected, k
     server.create(REPOSITORY, files={"README.md": b"of before", "model.safetensors": b"of before"})
     before = state(server)
     headers = {"Retry-After": "7"} if kind == 429 else {}
-    server.fault(kind, path, method, times=times, say=f"no: Bearer {TOKEN}, made to fail", headers=headers)
-    outcome = client(push, str(models / "sharded"))
+    server.fault(kind, path, method, times=times, say=f"no: {TOKEN}, {PLAIN}, made to fail", headers=headers)
+    outcome = client(push, str(models / "sharded"), token=PLAIN)
     if says is None:
         assert outcome.error is None, outcome.error
         assert holds(server, expected("sharded"))
