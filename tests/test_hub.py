@@ -203,6 +203,8 @@ def test_the_folder_is_whole_and_loads_with_equal_logits(model, tmp_path, capsys
     assert type(second).__name__ == "SparseLlamaForCausalLM"
     assert torch.equal(first(ids).logits, second(ids).logits)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "up")) == 512
+    # What was measured of the one is true of the other.
+    assert examine(str(tmp_path / "up")).fingerprint == examine(str(model)).fingerprint
     # A pushed folder can be pushed again.
     dry_run(tmp_path / "up", tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "up" / "config.json").read_bytes()
