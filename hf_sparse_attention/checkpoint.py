@@ -53,7 +53,7 @@ class Checkpoint:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
-def examine(path: str) -> Checkpoint:
+def examine(path: str | Path) -> Checkpoint:
     """Looks at a checkpoint.
 
     Raises:
@@ -63,7 +63,7 @@ def examine(path: str) -> Checkpoint:
     folder = Path(path).expanduser()
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(f"{path} is an adapter, not a model: merge it into its base model first")
-    source = find_model(path)
+    source = find_model(str(path))
     is_sparse = source.config.model_type.startswith("sparse_")
     if not is_sparse and getattr(source.config, "sparse_attention", None) is not None:
         raise ValueError(

@@ -56,6 +56,13 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
+def _other(version: Any) -> str:
+    """What to try where another version of the package may know more."""
+    if version in (None, VERSION):
+        return ""
+    return f". It was written by hf-sparse-attention {version}, this is {VERSION}: pip install --upgrade may help"
+
+
 @dataclass(frozen=True)
 class SparseAttentionConfig:
     """What the attention of a sparse model computes.
@@ -94,20 +101,27 @@ class SparseAttentionConfig:
     format: int = FORMAT
 
     def __post_init__(self):
-        if self.map not in SPECIFICATIONS:
-            raise ValueError(f"sparse_attention.map is {self.map!r}; choose one of {', '.join(SPECIFICATIONS)}")
+        if not isinstance(self.version, str):
+            raise TypeError(f"sparse_attention.version is {self.version!r}; it must be a version such as {VERSION!r}")
+        if isinstance(self.format, bool) or not isinstance(self.format, int) or not 1 <= self.format <= FORMAT:
+            raise ValueError(
+                f"sparse_attention.format is {self.format!r}, written by hf-sparse-attention {self.version}; this is "
+                f"{VERSION}, which reads formats from 1 to {FORMAT}: pip install --upgrade hf-sparse-attention"
+            )
+        for name, choices in (("map", SPECIFICATIONS), ("position", POSITIONS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(
+                    f"sparse_attention.{name} is {value!r}; choose one of {', '.join(choices)}{_other(self.version)}"
+                )
         specification = SPECIFICATIONS[self.map]
         alpha = specification.alpha if self.alpha is None else self.alpha
+        allowed = f"{self.map} takes {specification.lowest:g} <= alpha <= {specification.highest:g}"
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise TypeError(f"sparse_attention.alpha is {alpha!r}; it must be a number")
+            raise TypeError(f"sparse_attention.alpha is {alpha!r}; it must be a number, {allowed}")
         if not isfinite(alpha) or not specification.lowest <= alpha <= specification.highest:
-            raise ValueError(
-                f"sparse_attention.alpha is {alpha}; {self.map} takes {specification.lowest:g} <= alpha <= "
-                f"{specification.highest:g}"
-            )
+            raise ValueError(f"sparse_attention.alpha is {alpha}; {allowed}")
         object.__setattr__(self, "alpha", float(alpha))
-        if self.position not in POSITIONS:
-            raise ValueError(f"sparse_attention.position is {self.position!r}; choose one of {', '.join(POSITIONS)}")
         if isinstance(self.layers, str):
             if self.layers not in LAYERS:
                 raise ValueError(
@@ -125,13 +139,9 @@ class SparseAttentionConfig:
                 f"sparse_attention.heads is {self.heads!r} with position {self.position!r}: heads that stay dense "
                 "need the positions of their layer; use position 'rope' or heads 'all'"
             )
-        if self.train_length is not None and (not isinstance(self.train_length, int) or self.train_length < 1):
-            raise ValueError(f"sparse_attention.train_length is {self.train_length!r}; it must be an integer from 1")
-        if not isinstance(self.format, int) or self.format > FORMAT:
-            raise ValueError(
-                f"sparse_attention.format is {self.format!r}, written by hf-sparse-attention {self.version}; this is "
-                f"{VERSION}, which reads formats up to {FORMAT}: pip install --upgrade hf-sparse-attention"
-            )
+        length = self.train_length
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+            raise ValueError(f"sparse_attention.train_length is {length!r}; it must be an integer from 1")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SparseAttentionConfig:
@@ -141,8 +151,22 @@ class SparseAttentionConfig:
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"sparse_attention has unknown fields {', '.join(unknown)}; known: {', '.join(known)}")
+            raise ValueError(
+                f"sparse_attention has unknown fields {', '.join(unknown)}; known: {', '.join(known)}"
+                f"{_other(values.get('version'))}"
+            )
         return cls(**values)
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any]) -> SparseAttentionConfig:
+        """As `from_dict`, for a block that was saved: every field is in it, and none is filled in for it."""
+        checked = cls.from_dict(values)
+        if missing := [item.name for item in fields(cls) if item.name not in values]:
+            raise ValueError(
+                f"sparse_attention lacks {', '.join(missing)}, so it does not say what the attention computes: "
+                "config.json was changed by hand"
+            )
+        return checked
 
     @classmethod
     def from_model_config(cls, config) -> SparseAttentionConfig:

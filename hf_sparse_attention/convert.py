@@ -221,17 +221,15 @@ def _shard_size(source: Source, model: PreTrainedModel) -> int:
 def _check_kept(model: PreTrainedModel, source: Source, folder: Path, tensors: Tensors) -> int:
     """Reads back what was written and compares it with the source, tensor by tensor; returns how many were cast.
 
-    A source in another layout than the model's (a .bin file, experts regrouped on loading) is compared with the loaded
-    model instead.
+    A source in another layout than the model's (experts regrouped on loading) is compared with the loaded model.
 
     Raises:
         RuntimeError: if any kept tensor differs.
     """
     original = {}
     for file in source.weights:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
-                original |= dict.fromkeys(opened.keys(), file)
+        with safe_open(file, framework="pt") as opened:
+            original |= dict.fromkeys(opened.keys(), file)
     kept, cast, written = set(tensors.kept), 0, set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:

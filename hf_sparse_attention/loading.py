@@ -16,15 +16,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .config import SPECIFICATIONS, SparseAttentionConfig
-from .models import check_convertible, new_parameter_names, sparse_config
+from .models import ONLY_SAFETENSORS, check_convertible, new_parameter_names, sparse_config
 
 # What is fetched of a model on the Hub beside its weights, and what of it goes along into a converted folder.
 COMPANIONS = (
     "tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE = ("model.safetensors", "pytorch_model.bin")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What a converted folder that was not trained yet says about where it came from.
 RECORD = "conversion.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,8 +97,6 @@ def find_model(
     else:
         config = _config(_download(name, revision, ["config.json"]), name, check)
         folder = _download(name, revision, ["config.json", *COMPANIONS, "*.safetensors*"])
-        if not any(folder.glob("*.safetensors")):
-            folder = _download(name, revision, ["*.bin", "*.bin.index.json"])
         # The Hub's cache keeps a model in a folder named after its commit.
         commit = folder.name
     return Source(name, folder, commit, config, check_weights(folder, name))
@@ -144,27 +141,26 @@ def check_weights(folder: Path, name: str | None = None) -> tuple[Path, ...]:
     """Every weight file of a folder, opened.
 
     Raises:
-        FileNotFoundError: if there are none, or one that the index names is missing.
+        FileNotFoundError: if there are none but pickled ones, or one that the index names is missing.
         OSError: if a file is cut off or is not what its name says.
     """
     name = name or str(folder)
-    files = next(([folder / single] for single in SINGLE if (folder / single).is_file()), None)
-    index = next((folder / index for index in INDEXES if (folder / index).is_file()), None)
-    expected: dict[str, set[str]] = {}
-    if index is not None and (files is None or files[0].suffix == ".bin"):
+    files, expected = [folder / SINGLE], {}
+    if not files[0].is_file():
+        index = folder / INDEX
+        if not index.is_file():
+            raise FileNotFoundError(f"{name} has no weights, neither {SINGLE} nor {INDEX}. {ONLY_SAFETENSORS}")
         try:
             for tensor, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
                 expected.setdefault(shard, set()).add(tensor)
         except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
             raise OSError(f"{name}/{index.name} is not an index of weights: {error}") from error
+        if pickled := sorted(shard for shard in expected if not shard.endswith(".safetensors")):
+            raise OSError(f"{name}/{index.name} names {pickled[0]}. {ONLY_SAFETENSORS}")
         files = [folder / shard for shard in sorted(expected)]
-    if not files:
-        raise FileNotFoundError(f"{name} has no weights: neither {SINGLE[0]} nor {INDEXES[0]} (nor their .bin forms)")
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{name} lacks {file.name}, one of its {len(files)} weight files")
-        if file.suffix == ".bin":
-            continue
         try:
             with safe_open(file, framework="pt") as tensors:
                 absent = expected.get(file.name, set()) - set(tensors.keys())

@@ -3,27 +3,33 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
-from huggingface_hub.errors import BadRequestError, HfHubHTTPError, HTTPError
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from training_cases import dense_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 import hf_sparse_attention
 from hf_sparse_attention.checkpoint import examine
+from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.convert import ConvertArguments, convert_model
-from hf_sparse_attention.hub import PushArguments, push, push_model
+from hf_sparse_attention.hub import PushArguments, push_model, upload
+from hf_sparse_attention.hub.content import data_file
 from hf_sparse_attention.hub.evidence import local_name, without_folders
+from hf_sparse_attention.models import MODULE, sparse_config
 
 TOKEN = "hf_" + "Abc123" * 6
 PLACE = "/machine/of/someone"
+CARDS = [
+    file for file in (Path(hf_sparse_attention.__file__).parents[1] / "model_cards").glob("*.md")
+    if file.name != "README.md"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,8 @@ def block(model: Path) -> dict:
 def summary(model: Path, **changes) -> dict:
     """What `train` writes."""
     values = {
-        "base_model": "someone/dense-1b", "base_commit": "a" * 40, "sparse_attention": block(model), "map": "asentmax",
+        "base_model": "someone/dense-1b", "base_commit": "a" * 40, "sparse_attention": block(model),
+        "fingerprint": examine(str(model)).fingerprint, "map": "asentmax",
         "steps": 1234, "tokens": 56_789_012, "epochs": 0.375, "block_size": 1024, "blocks_per_step": 48,
         "skipped_steps": 3, "learning_rate": 0.00017, "new_learning_rate": 0.0023,
         "options": {"schedule": "cosine", "warmup_share": 0.02, "final_share": 0.1, "alpha_schedule": "linear",
@@ -122,7 +129,8 @@ def report(model: Path, **changes) -> dict:
     }
     values = {
         "format": 1, "model": f"{PLACE}/run/model", "sparse_attention": block(model),
-        "arguments": {"data": [f"{PLACE}/held.txt"]}, "windows": 6, "length": 512, "mean": mean, "layers": [],
+        "fingerprint": examine(str(model)).fingerprint, "arguments": {"data": [f"{PLACE}/held.txt"]},
+        "windows": 6, "length": 512, "mean": mean, "layers": [],
     }  # fmt: skip
     return {**values, **changes}
 
@@ -195,6 +203,8 @@ def test_the_folder_is_whole_and_loads_with_equal_logits(model, tmp_path, capsys
     assert type(second).__name__ == "SparseLlamaForCausalLM"
     assert torch.equal(first(ids).logits, second(ids).logits)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "up")) == 512
+    # What was measured of the one is true of the other.
+    assert examine(str(tmp_path / "up")).fingerprint == examine(str(model)).fingerprint
     # A pushed folder can be pushed again.
     dry_run(tmp_path / "up", tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "up" / "config.json").read_bytes()
@@ -209,16 +219,20 @@ def test_sharded_weights_go_with_their_index(source, tmp_path):
 
 
 def test_without_the_package_nothing_loads(source, tmp_path):
+    # What push uploads, and what save_pretrained wrote.
     dry_run(source / "sparse", tmp_path / "up")
-    plain, trusted, own_class = python(
+    attempts = (
         "tell(lambda: AutoModelForCausalLM.from_pretrained(folder))\n"
         "tell(lambda: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True))\n"
-        "tell(lambda: LlamaForCausalLM.from_pretrained(folder))\n",
-        hidden=True, folder=tmp_path / "up",
-    )  # fmt: skip
-    assert plain.startswith("FAILED") and "custom code" in plain
-    assert trusted.startswith("FAILED") and "pip install hf-sparse-attention" in trusted
-    assert own_class.startswith("FAILED") and "pip install hf-sparse-attention" in own_class
+        "tell(lambda: LlamaForCausalLM.from_pretrained(folder))\n"
+    )
+    copy(source / "sparse", tmp_path / "up-saved")
+    lines = python(attempts + "folder += '-saved'\n" + attempts, hidden=True, folder=tmp_path / "up")
+    assert len(lines) == 6
+    for plain, trusted, own_class in (lines[:3], lines[3:]):
+        assert plain.startswith("FAILED") and "custom code" in plain
+        assert trusted.startswith("FAILED") and "pip install hf-sparse-attention" in trusted
+        assert own_class.startswith("FAILED") and "pip install hf-sparse-attention" in own_class
 
 
 def test_with_the_package_no_flag_is_needed(source, tmp_path):
@@ -228,12 +242,30 @@ def test_with_the_package_no_flag_is_needed(source, tmp_path):
         "assert 'hf_sparse_attention' in sys.modules\n"
         "tell(lambda: AutoModelForCausalLM.from_pretrained(folder))\n"
         "tell(lambda: AutoTokenizer.from_pretrained(folder))\n"
-        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + '-saved')\n",
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder + '-saved')\n"
+        "tell(lambda: AutoModelForCausalLM.from_pretrained(folder + '-saved', trust_remote_code=True))\n",
         hidden=False, folder=tmp_path / "up",
     )  # fmt: skip
     assert lines[:2] == ["LOADED SparseLlamaForCausalLM"] * 2 and lines[2].startswith("LOADED")
-    # Nothing of the package was copied into the folder that was saved.
-    assert not list((tmp_path / "up-saved").glob("*.py"))
+    assert lines[3] == "LOADED SparseLlamaForCausalLM"
+    # Nothing of the package was copied into the folder that was saved but the module of every folder.
+    (module,) = (tmp_path / "up-saved").glob("*.py")
+    assert module.name == f"{MODULE}.py" and module.read_bytes() == (tmp_path / "up" / module.name).read_bytes()
+
+
+def test_a_saved_config_names_the_classes_of_its_family(tmp_path):
+    config = sparse_config(GPTNeoXConfig(num_hidden_layers=1), SparseAttentionConfig(map="entmax"))
+    config.save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert names == {
+        "AutoConfig": f"{MODULE}.SparseGPTNeoXConfig",
+        "AutoModel": f"{MODULE}.SparseGPTNeoXModel",
+        "AutoModelForCausalLM": f"{MODULE}.SparseGPTNeoXForCausalLM",
+        "AutoModelForSequenceClassification": f"{MODULE}.SparseGPTNeoXForSequenceClassification",
+    }
+    module = {}
+    exec((tmp_path / f"{MODULE}.py").read_text(), module)
+    assert module["__getattr__"]("SparseGPTNeoXModel") is hf_sparse_attention.SparseGPTNeoXModel
 
 
 def test_every_number_of_the_card_is_in_a_file(model, tmp_path):
@@ -278,6 +310,37 @@ def test_missing_numbers_are_said_to_be_missing(model, tmp_path):
     ):  # fmt: skip
         assert line in text, line
     assert "50.0%" in text and "1,234" in text
+
+
+def test_no_number_of_the_training_is_made_up(model, tmp_path):
+    """Whatever the summary lacks, the card says that it is missing, and nothing else of it changes."""
+    evidence(model)
+    full = summary(model)
+    before = dry_run(model, tmp_path / "whole").content.splitlines()
+    shown = {"steps", "tokens", "epochs", "block_size", "blocks_per_step", "skipped_steps", "learning_rate",
+             "new_learning_rate", "train_loss", "eval_loss", "train_data", "eval_data", "hardware",
+             "mixed_precision", "seconds", "tokens_per_second", "versions", "command", "options"}  # fmt: skip
+    assert shown <= set(full)
+    for name in sorted(shown):
+        write(model.parent / "summary.json", {key: value for key, value in full.items() if key != name})
+        after = dry_run(model, tmp_path / name).content.splitlines()
+        changed = [line for line in after if line not in before and not line.startswith("| recipe")]
+        allowed = r"missing|^- someone/stories$|^datasets:$" + (r"|longer texts are beyond" * (name == "block_size"))
+        assert changed and all(re.search(allowed, line) for line in changed), (name, changed)
+    for name in ("fingerprint", "base_model", "sparse_attention"):
+        write(model.parent / "summary.json", {key: value for key, value in full.items() if key != name})
+        assert "there is no training summary" in dry_run(model, tmp_path / name).text
+
+
+@pytest.mark.parametrize("file", CARDS, ids=[file.stem for file in CARDS])
+def test_cards_of_this_project_are_rendered_from_the_template(file):
+    card = ModelCard.load(file)
+    assert card.data.library_name == "transformers" and card.data.license and card.data.eval_results
+    fixed = [line for line in data_file("model_cards/template.md").decode().splitlines() if "$" not in line]
+    lines = card.content.splitlines()
+    assert [line for line in fixed if line not in lines and "import AutoModel" not in line] == []
+    assert "missing" not in card.text and not re.search(r"(?<![\w.`])/\w+/", card.text.replace("https://", ""))
+    assert file.name in (file.parent / "README.md").read_text()
 
 
 def test_a_converted_model_is_said_to_be_untrained(model, tmp_path):
@@ -328,6 +391,11 @@ def test_files_of_another_model_are_refused_or_left_out(model, tmp_path, caplog)
     for option, path in (("summary", "summary.json"), ("report", "report/report.json")):
         with pytest.raises(ValueError, match="map is 'entmax' there and 'asentmax' here"):
             dry_run(model, tmp_path / "no", **{option: str(model.parent / path)})
+    # Another run of the same recipe.
+    for option, content in (("summary", summary(model)), ("report", report(model))):
+        path = write(tmp_path / f"{option}.json", {**content, "fingerprint": "another"})
+        with pytest.raises(ValueError, match="belongs to a model with other weights"):
+            dry_run(model, tmp_path / "no", **{option: str(path)})
     with pytest.raises(ValueError, match="no row with this model's weights"):
         dry_run(model, tmp_path / "no", results=str(model.parent / "evaluation" / "results.json"))
     with pytest.raises(FileNotFoundError, match="report is nowhere"):
@@ -374,7 +442,7 @@ def test_refused_models(source, model, tmp_path):
     (model / "model.safetensors").unlink()
     refused("no weights", OSError)
     torch.save(weights, model / "pytorch_model.bin")
-    refused("pickled")
+    refused("is a pickle", OSError)
     write(model / "adapter_config.json", {})
     refused("is an adapter")
 
@@ -382,7 +450,7 @@ def test_refused_models(source, model, tmp_path):
 def test_refused_options(model, tmp_path):
     with pytest.raises(ValueError, match="repo_id is missing"):
         PushArguments(model=str(model))
-    for name in ("a/b/c", "some one/x", "-x/y", "x..y"):
+    for name in ("a/b/c", "some one/x", "-x/y", "x..y", "story"):
         with pytest.raises(ValueError, match="write owner/name"):
             PushArguments(model=str(model), repo_id=name)
     (tmp_path / "full").mkdir()
@@ -404,128 +472,13 @@ def test_a_model_without_tokenizer_is_only_warned_of(model, tmp_path, caplog):
     assert "no tokenizer" in caplog.text
 
 
-class FakeHub:
-    """Stands for HfApi: keeps what it was asked for; `fail` is raised when the commit arrives."""
-
-    def __init__(self, *, there=(), private=None, fail=None):
-        self.calls, self.commits, self.there, self.private, self.fail = [], [], there, private, fail
-
-    def __call__(self, **options):
-        return self
-
-    def create_repo(self, repo_id, *, private, exist_ok):
-        assert exist_ok
-        self.calls.append(("create_repo", repo_id, private))
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_branch(self, repo_id, *, branch, exist_ok):
-        self.calls.append(("create_branch", branch))
-
-    def model_info(self, repo_id, *, revision):
-        siblings = [SimpleNamespace(rfilename=name) for name in self.there]
-        return SimpleNamespace(sha="b" * 40, private=self.private, siblings=siblings)
-
-    def create_commit(self, repo_id, operations, **options):
-        if self.fail is not None:
-            raise self.fail
-        self.commits.append((repo_id, list(operations), options))
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1", pr_url=None)
-
-
-def answer(status: int, said: str = "", kind: type = HfHubHTTPError) -> HfHubHTTPError:
-    request = SimpleNamespace(headers={"authorization": f"Bearer {TOKEN}"}, url="https://hub", method="POST")
-    response = SimpleNamespace(status_code=status, headers={}, request=request)
-    return kind(f"{status} for Bearer {TOKEN}", response=response, server_message=said)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A function that puts a FakeHub in place, online and with a token."""
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", False)
-
-    def put(**options) -> FakeHub:
-        fake = FakeHub(**options)
-        monkeypatch.setattr(push, "HfApi", fake)
-        return fake
-
-    return put
-
-
-def test_one_commit_with_every_file(model, tmp_path, hub, capsys):
-    dry_run(model, tmp_path / "up", repo_id="someone/story")
-    fake = hub(there=("README.md", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt",
-                      "onnx/model.safetensors", "adapter_config.json"))  # fmt: skip
-    commit = push_model(PushArguments(model=str(model), repo_id="someone/story", private=True))
-    assert commit.commit_url in capsys.readouterr().out
-    assert fake.calls == [("create_repo", "someone/story", True)]
-    ((repo_id, operations, options),) = fake.commits
-    sent = {
-        operation.path_in_repo: operation.path_or_fileobj
-        if isinstance(operation.path_or_fileobj, bytes)
-        else Path(operation.path_or_fileobj).read_bytes()
-        for operation in operations
-        if isinstance(operation, CommitOperationAdd)
-    }
-    assert sent == {file.name: file.read_bytes() for file in (tmp_path / "up").iterdir()}
-    # Weights of an earlier upload, which a loader might prefer to the new ones, go in the same commit.
-    assert {operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationDelete)} == {
-        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json",
-    }  # fmt: skip
-    assert options["parent_commit"] == "b" * 40 and not options["create_pr"] and options["revision"] is None
-    assert options["commit_message"].startswith("Sparse model, map asentmax")
-
-
-def test_revision_and_pull_request_are_passed_on(model, hub):
-    fake = hub()
-    push_model(PushArguments(model=str(model), repo_id="someone/story", revision="alpha", message="words"))
-    assert ("create_branch", "alpha") in fake.calls
-    assert fake.commits[0][2]["revision"] == "alpha" and fake.commits[0][2]["commit_message"] == "words"
-    fake = hub()
-    push_model(PushArguments(model=str(model), repo_id="someone/story", create_pr=True))
-    assert fake.commits[0][2]["create_pr"] and fake.calls == [("create_repo", "someone/story", None)]
-
-
-def test_private_is_never_dropped(model, hub):
-    fake = hub(private=False)
-    with pytest.raises(ValueError, match="exists and is public"):
-        push_model(PushArguments(model=str(model), repo_id="someone/story", private=True))
-    assert not fake.commits
-
-
-@pytest.mark.parametrize(
-    ("fail", "match"),
-    [
-        (answer(400, "bad card", BadRequestError), "see what it says.*bad card"),
-        (answer(401), "hf auth login"),
-        (answer(403, f"token {TOKEN} is read-only"), "write access.*It says: token .token. is read-only"),
-        (answer(404), "check the name"),
-        (answer(409), "push again"),
-        (answer(412), "push again"),
-        (answer(429), "slow down"),
-        (answer(503), "fault of its own"),
-        (HTTPError(f"cut off, {TOKEN}"), "broke off .HTTPError"),
-        (OSError("checksum"), "broke off .OSError: checksum"),
-    ],
-)
-def test_refusals_of_the_hub_say_what_to_do(model, hub, fail, match, capfd, caplog):
-    hub(fail=fail)
-    with caplog.at_level(logging.DEBUG), pytest.raises(OSError, match=match) as caught:
-        push_model(PushArguments(model=str(model), repo_id="someone/story"))
-    assert "Nothing was committed" in str(caught.value)
-    # The chain is cut, so no traceback shows what the server repeated.
-    assert caught.value.__suppress_context__ and caught.value.__cause__ is None
-    shown = capfd.readouterr()
-    assert TOKEN not in str(caught.value) + shown.out + shown.err + caplog.text
-
-
 def test_offline_or_logged_out_is_said_before_any_work(model, monkeypatch):
     arguments = PushArguments(model="absent", repo_id="someone/story")
-    monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(upload.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"):
         push_model(arguments)
-    monkeypatch.setattr(push.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(push, "get_token", lambda: None)
+    monkeypatch.setattr(upload.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(upload, "get_token", lambda: None)
     with pytest.raises(OSError, match="hf auth login"):
         push_model(arguments)
 

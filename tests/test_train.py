@@ -200,8 +200,8 @@ def test_run_leaves_a_whole_model(here, home, tmp_path):
     assert model.config.sparse_attention["map"] == "asentmax" and model.config.sparse_attention["alpha"] == 1.5
     assert AutoTokenizer.from_pretrained(folder / "model").vocab_size == 512
     assert sorted(path.name for path in (folder / "model").iterdir()) == [
-        "LICENSE", "config.json", "generation_config.json", "model.safetensors", "summary.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "LICENSE", "config.json", "generation_config.json", "model.safetensors", "modeling_hf_sparse_attention.py",
+        "summary.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert summary["tokens"] == 8 * 4 * 32 and summary["base_model"] == str(home / "dense")

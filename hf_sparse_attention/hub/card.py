@@ -1,5 +1,5 @@
 """What is known about a model -> its model card. Every number comes from a file that convert, train, evaluate or
-report wrote; one that is not there is said to be missing. The text around them is data/model_card.md."""
+report wrote; one that is not there is said to be missing. The text around them is data/model_cards/template.md."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def render(evidence: Evidence, *, name: str, repo_id: str | None, revision: str 
         ValueError: if the metadata are not what the Hub accepts.
     """
     settings = evidence.checkpoint.sparse
-    body = Template(data_file("model_card.md").decode()).substitute(
+    body = Template(data_file("model_cards/template.md").decode()).substitute(
         name=name,
         introduction=_introduction(evidence),
         status=_status(evidence),

@@ -14,19 +14,21 @@ from safetensors import safe_open
 
 from ..checkpoint import Checkpoint, examine
 from ..loading import check_weights, companions_of
-from ..models import CLASSES, family_of, new_parameter_names, sparse_class
+from ..models import (
+    AUTO_CLASSES,
+    CLASSES,
+    MODULE,
+    NEW_PARAMETER,
+    auto_map,
+    family_of,
+    module_source,
+    new_parameter_names,
+    sparse_class,
+)
 
 logger = logging.getLogger(__name__)
 
-SHIM = "modeling_hf_sparse_attention"
-# Modules whose parameters a map adds to a dense model, by their name in a checkpoint.
-_ADDED = re.compile(r"\.sparse_(scale|alpha)\.")
-_SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
-_AUTO = {
-    "Model": "AutoModel",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-}
+_SECRET = re.compile(rb"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}")
 
 # A file of an upload: its place on the disk, or its bytes.
 Files = dict[str, "Path | bytes"]
@@ -41,8 +43,8 @@ def sound_model(path: str) -> tuple[Checkpoint, int]:
     """The model of a folder, found sound, and the number of its parameters.
 
     Raises:
-        OSError: if there is no model, or its weights are missing or cut off.
-        ValueError: for a dense model, an adapter, pickled weights, or a config and weights of two different models.
+        OSError: if there is no model, or its weights are missing, pickled or cut off.
+        ValueError: for a dense model, an adapter, or a config and weights of two different models.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -51,33 +53,20 @@ def sound_model(path: str) -> tuple[Checkpoint, int]:
         raise ValueError(
             f"{path} is an adapter, not a model: train with --lora_save merge, or merge it into its model"
         )
-    if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
-        raise ValueError(
-            f"the weights of {path} are pickled (.bin), which runs code on loading: save the model again with "
-            "save_pretrained, which writes safetensors"
-        )
     checkpoint = examine(str(folder))
     if checkpoint.sparse is None:
         raise ValueError(
             f"{path} is a dense model ({checkpoint.config.model_type}): convert it first, or upload it with "
             "push_to_hub"
         )
-    return checkpoint, _check_tensors(checkpoint, weights_of(folder))
-
-
-def weights_of(folder: Path) -> tuple[Path, ...]:
-    """The weight files, checked to be whole and safetensors."""
-    weights = check_weights(folder)
-    if any(file.suffix != ".safetensors" for file in weights):
-        raise ValueError(f"{folder} has no safetensors weights: save the model again with save_pretrained")
-    return weights
+    return checkpoint, _check_tensors(checkpoint, check_weights(folder))
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
     """Which model class was saved: Model, ForCausalLM or ForSequenceClassification."""
     saved = (checkpoint.config.architectures or [None])[0]
     family = family_of(checkpoint.config)
-    for kind in _AUTO:
+    for kind in AUTO_CLASSES:
         found = sparse_class(family, kind)
         if found is not None and found.__name__ == saved:
             return kind
@@ -97,7 +86,7 @@ def _check_tensors(checkpoint: Checkpoint, weights: tuple[Path, ...]) -> int:
                 count += torch.Size(tensors.get_slice(name).get_shape()).numel()
     with torch.device("meta"):
         model = sparse_class(family_of(checkpoint.config), kind_of(checkpoint))(checkpoint.config)
-    wanted, found = set(new_parameter_names(model)), {name for name in stored if _ADDED.search(name)}
+    wanted, found = set(new_parameter_names(model)), {name for name in stored if NEW_PARAMETER.search(name)}
     for names, fault in ((wanted - found, "lacks"), (found - wanted, "has beyond those of this map")):
         if names:
             raise ValueError(
@@ -109,7 +98,7 @@ def _check_tensors(checkpoint: Checkpoint, weights: tuple[Path, ...]) -> int:
 
 def auto_class(checkpoint: Checkpoint) -> str:
     """The Auto class that loads the model."""
-    return _AUTO[kind_of(checkpoint)]
+    return AUTO_CLASSES[kind_of(checkpoint)]
 
 
 def collect(checkpoint: Checkpoint, card: str, licence: Path | None) -> Files:
@@ -119,15 +108,15 @@ def collect(checkpoint: Checkpoint, card: str, licence: Path | None) -> Files:
         ValueError: if one of them holds an access token.
     """
     folder = Path(checkpoint.path)
-    found: Files = {file.name: file for file in (*weights_of(folder), *companions_of(folder))}
-    if len(weights_of(folder)) > 1:
+    found: Files = {file.name: file for file in (*check_weights(folder), *companions_of(folder))}
+    if len(check_weights(folder)) > 1:
         found["model.safetensors.index.json"] = folder / "model.safetensors.index.json"
     if licence is not None:
         found.setdefault(licence.name, licence)
     if not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in found):
         logger.warning("%s has no tokenizer: users of the model will have to find one that fits", folder)
     found["config.json"] = _config(checkpoint)
-    found[f"{SHIM}.py"] = data_file(f"remote_code/{SHIM}.py")
+    found[f"{MODULE}.py"] = module_source()
     found["README.md"] = card.encode()
     _refuse_secrets(found)
     return dict(sorted(found.items()))
@@ -135,12 +124,7 @@ def collect(checkpoint: Checkpoint, card: str, licence: Path | None) -> Files:
 
 def _config(checkpoint: Checkpoint) -> bytes:
     config = json.loads((Path(checkpoint.path) / "config.json").read_text(encoding="utf-8"))
-    family = family_of(checkpoint.config)
-    classes = {"AutoConfig": sparse_class(family, "Config").__name__}
-    for kind in {"Model", kind_of(checkpoint)}:
-        if (found := sparse_class(family, kind)) is not None:
-            classes[_AUTO[kind]] = found.__name__
-    config["auto_map"] = {auto: f"{SHIM}.{name}" for auto, name in sorted(classes.items())}
+    config["auto_map"] = auto_map(family_of(checkpoint.config))
     config.pop("_name_or_path", None)
     return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 

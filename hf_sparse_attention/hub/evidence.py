@@ -195,6 +195,9 @@ def _check_summary(content: dict, checkpoint: Checkpoint) -> None:
     _check_block(content, checkpoint)
     if not isinstance(content["base_model"], str):
         raise TypeError("base_model is not a name")
+    # Two runs of the same recipe differ in nothing else.
+    if content["fingerprint"] != checkpoint.fingerprint:
+        raise ValueError("belongs to a model with other weights: name the summary.json of its own training")
 
 
 def _check_results(content: dict, checkpoint: Checkpoint) -> None:
@@ -221,7 +224,7 @@ def _label(results: dict, checkpoint: Checkpoint) -> str:
 
 def _check_report(content: dict, checkpoint: Checkpoint) -> None:
     _check_block(content, checkpoint)
-    if content.get("fingerprint", checkpoint.fingerprint) != checkpoint.fingerprint:
+    if content["fingerprint"] != checkpoint.fingerprint:
         raise ValueError("belongs to a model with other weights: run `report` again")
     if not isinstance(content.get("mean", {}), dict):
         raise TypeError("mean holds no names and values")

@@ -3,15 +3,11 @@ anything is sent, and a commit is there whole or not at all."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..config import VERSION
@@ -19,14 +15,7 @@ from ..files import is_empty, whole_folder
 from .card import render
 from .content import Files, collect, sound_model
 from .evidence import check_licence, gather
-
-# What an earlier upload may have left at the top of a repository and a loader would take for weights of this model.
-_STALE = (
-    "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json",
-    "adapter_config.json", "adapter_model*",
-)  # fmt: skip
-_UNCHANGED = "Nothing was committed; a repository that is new stays empty"
-_SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+from .upload import Destination, check_online, send_files
 
 
 def _help(text: str) -> dict[str, str]:
@@ -67,12 +56,19 @@ class PushArguments:
         if self.repo_id is None and self.dry_run is None:
             raise ValueError("repo_id is missing: name the model on the Hub as owner/name, or a folder with --dry_run")
         if self.repo_id is not None:
-            try:
-                validate_repo_id(self.repo_id)
-            except HFValidationError as error:
-                raise ValueError(f"repo_id is {self.repo_id!r}; write owner/name. {error}") from None
+            check_repo_id(self.repo_id)
         if self.license is not None:
             check_licence(self.license)
+
+
+def check_repo_id(repo_id: str, field_name: str = "repo_id") -> None:
+    """Raises ValueError for what is no owner/name: with a name alone the card could not say what to load."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{field_name} is {repo_id!r}; write owner/name. {error}") from None
+    if "/" not in repo_id:
+        raise ValueError(f"{field_name} is {repo_id!r}; write owner/name, such as your-name/{repo_id}")
 
 
 def push_model(arguments: PushArguments) -> Path | CommitInfo:
@@ -83,10 +79,10 @@ def push_model(arguments: PushArguments) -> Path | CommitInfo:
             where a private one was asked for.
         FileExistsError: if the folder of a dry run holds anything.
         OSError: if a file is missing or cannot be written, or the Hub cannot be reached or refuses. Nothing is
-            committed then.
+            committed then, and the error says what is on the Hub.
     """
     if arguments.dry_run is None:
-        _check_online()
+        check_online()
     else:
         _check_output(Path(arguments.dry_run).expanduser(), Path(arguments.model).expanduser())
     checkpoint, parameters = sound_model(arguments.model)
@@ -103,7 +99,8 @@ def push_model(arguments: PushArguments) -> Path | CommitInfo:
     files = collect(checkpoint, card, evidence.licence.file)
     message = arguments.message or f"Sparse model, map {checkpoint.map}, by hf-sparse-attention {VERSION}"
     if arguments.dry_run is None:
-        return _upload(files, arguments, message)
+        to = Destination(arguments.repo_id, arguments.revision, arguments.create_pr, arguments.private)
+        return send_files(files, to, message)
     return _write(files, arguments, message)
 
 
@@ -150,88 +147,3 @@ def _write(files: Files, arguments: PushArguments, message: str) -> Path:
 
 def _size(content: Path | bytes) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def _check_online() -> None:
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set, so nothing can be sent: unset it, or write a folder with --dry_run")
-    if get_token() is None:
-        raise OSError("no access token of the Hub: run `hf auth login`, or set HF_TOKEN, with one that may write")
-
-
-def _upload(files: Files, arguments: PushArguments, message: str) -> CommitInfo:
-    api = HfApi(library_name="hf-sparse-attention", library_version=VERSION)
-    with _explained_refusal(arguments):
-        repo_id = api.create_repo(arguments.repo_id, private=arguments.private or None, exist_ok=True).repo_id
-        if not arguments.create_pr and arguments.revision not in (None, "main"):
-            api.create_branch(repo_id, branch=arguments.revision, exist_ok=True)
-        there = api.model_info(repo_id, revision=arguments.revision)
-    if arguments.private and there.private is False:
-        raise ValueError(
-            f"{repo_id} exists and is public, so --private cannot hold: make it private in its settings first, or "
-            "name another repository. Nothing was committed"
-        )
-    # Files in folders, which "*" matches as well, are none that a loader looks at.
-    stale = [
-        file.rfilename
-        for file in there.siblings or ()
-        if file.rfilename not in files
-        and "/" not in file.rfilename
-        and any(fnmatchcase(file.rfilename, pattern) for pattern in _STALE)
-    ]
-    with _explained_refusal(arguments):
-        commit = api.create_commit(
-            repo_id,
-            [CommitOperationDelete(name) for name in stale]
-            + [
-                CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
-                for name, content in files.items()
-            ],
-            commit_message=message,
-            revision=arguments.revision,
-            create_pr=arguments.create_pr,
-            # Whoever commits in between makes this one fail rather than be mixed with it.
-            parent_commit=there.sha,
-        )
-    print(commit.pr_url or commit.commit_url)
-    return commit
-
-
-@contextmanager
-def _explained_refusal(arguments: PushArguments) -> Iterator[None]:
-    """Whatever the client raises becomes an OSError that says what to do; the chain is cut, as what a server answers
-    may repeat the request with its token."""
-    try:
-        yield
-    except HfHubHTTPError as error:
-        raise OSError(f"{_explained(error, arguments)} {_UNCHANGED}") from None
-    except Exception as error:
-        raise OSError(
-            f"the push to {arguments.repo_id} broke off ({type(error).__name__}: {_without_token(str(error))}): push "
-            f"again to go on. {_UNCHANGED}"
-        ) from None
-
-
-def _explained(error: HfHubHTTPError, arguments: PushArguments) -> str:
-    """What the Hub refused, and what to do."""
-    status, place = error.response.status_code, arguments.repo_id
-    said = _without_token(" ".join((error.server_message or "").split()))
-    ways = {
-        401: "the access token is not valid: run `hf auth login`, or set HF_TOKEN to a new one",
-        403: f"the access token may not write to {place}: use one with write access for its owner, or --create_pr",
-        404: f"{place} or its branch {arguments.revision or 'main'} is not there, or your token may not see it: check "
-        "the name",
-        409: f"{place} changed or is being changed at the same time: push again",
-        412: f"{place} changed while this commit was made: push again",
-        413: "a file is larger than the Hub takes: save the model in smaller shards",
-        429: "the Hub asks to slow down: wait some minutes and push again",
-    }
-    way = ways.get(status, "the Hub has a fault of its own: push again later" if status >= 500 else "see what it says")
-    return f"the Hub refused ({status}): {way}." + (f" It says: {said}." if said else "")
-
-
-def _without_token(text: str) -> str:
-    token = get_token()
-    if token:
-        text = text.replace(token, "(token)")
-    return _SECRET.sub("(token)", text)

@@ -10,22 +10,29 @@ from ..config import SparseAttentionConfig
 from .classes import CLASSES, class_named, family_of, sparse_class
 from .configuration import check_convertible, layer_window, sparse_config, sparse_heads, sparse_layers
 from .families import FAMILIES, REFUSED, Family
-from .parameters import new_parameter_names
+from .parameters import NEW_PARAMETER, ONLY_SAFETENSORS, new_parameter_names
 from .registration import register
+from .remote_code import AUTO_CLASSES, MODULE, auto_map, module_source
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "AUTO_CLASSES",
     "CLASSES",
     "FAMILIES",
+    "MODULE",
+    "NEW_PARAMETER",
+    "ONLY_SAFETENSORS",
     "REFUSED",
     "Family",
     "attention_layers",
+    "auto_map",
     "check_convertible",
     "class_named",
     "family_of",
     "layer_window",
+    "module_source",
     "new_parameter_names",
     "register",
     "set_alpha",

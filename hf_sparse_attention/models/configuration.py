@@ -7,8 +7,9 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ..config import GUARD, GUARDED_FIELDS, SparseAttentionConfig
-from .classes import sparse_class
+from .classes import family_of, sparse_class
 from .families import FAMILIES, REFUSED, Family
+from .remote_code import auto_map, write_module
 
 
 class SparseConfig:
@@ -28,12 +29,28 @@ class SparseConfig:
             if isinstance(value, str):
                 setattr(self, name, value.removesuffix(GUARD))
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in Transformers, for a config that was saved: it says everything of its attention."""
+        if config_dict.get("sparse_attention") is not None:
+            SparseAttentionConfig.from_saved(config_dict["sparse_attention"])
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self):
         values = super().to_dict()
         for name in GUARDED_FIELDS:
             if isinstance(values.get(name), str):
                 values[name] += GUARD
+        values["auto_map"] = auto_map(family_of(self))
         return values
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As in Transformers, with the module beside it that `trust_remote_code=True` runs."""
+        super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
+        write_module(save_directory)
+        if push_to_hub:
+            # Not left to Transformers, which would list what is new before the module is written.
+            self.push_to_hub(kwargs.pop("repo_id", str(save_directory).rstrip("/").rpartition("/")[2]), **kwargs)
 
 
 def check_convertible(config: PreTrainedConfig) -> Family:

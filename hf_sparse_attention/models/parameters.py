@@ -1,10 +1,19 @@
-"""Which parameters of a model the dense one does not have."""
+"""Which tensors of a checkpoint the dense model does not have, and which files of tensors are read at all."""
 
 from __future__ import annotations
+
+import re
 
 from torch import nn
 
 from ..maps import NEW_MODULES
+
+# Modules whose parameters a map adds to a dense model, by their name in a checkpoint.
+NEW_PARAMETER = re.compile(r"\.sparse_(scale|alpha)\.")
+ONLY_SAFETENSORS = (
+    "Only safetensors weights are loaded: a .bin file is a pickle, which can run code. Load the model where you trust "
+    "it and write it with save_pretrained"
+)
 
 
 def new_parameter_names(model: nn.Module) -> list[str]:

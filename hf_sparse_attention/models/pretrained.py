@@ -17,7 +17,7 @@ from .classes import family_of, sparse_class
 from .configuration import sparse_config, sparse_layers
 from .families import Family
 from .layers import document_starts
-from .parameters import new_parameter_names
+from .parameters import NEW_PARAMETER, ONLY_SAFETENSORS, new_parameter_names
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,11 @@ class SparsePreTrainedModel:
     def __init__(self, config, *args, **kwargs):
         SparseAttentionConfig.from_model_config(config)
         super().__init__(config, *args, **kwargs)
+        # What push_to_hub writes into the card.
+        self.model_tags = ["hf-sparse-attention", "sparse-attention", config.sparse_attention["map"]]
         if getattr(config, "_from_dense", False):
             # from_pretrained says in one line what Transformers would list: that these start at zero.
-            self._keys_to_ignore_on_load_missing = [r"\.sparse_(scale|alpha)\."]
+            self._keys_to_ignore_on_load_missing = [NEW_PARAMETER.pattern]
         self._adopt()
         # The classes of Transformers end their constructor with this; parameters were added since.
         self.post_init()
@@ -88,8 +90,12 @@ class SparsePreTrainedModel:
                 can differ from what it was saved with.
 
         Raises:
-            ValueError: if a sparse checkpoint lacks parameters of its map, or is asked to compute another map.
+            ValueError: if a sparse checkpoint lacks parameters of its map, or is asked to compute another map; for
+                use_safetensors=False.
+            OSError: if there are no safetensors weights: pickled ones are not loaded.
         """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors is False, but pickled weights are not loaded: leave it out")
         options = kwargs.pop("sparse_attention", None)
         if isinstance(options, SparseAttentionConfig):
             options = options.to_dict()
@@ -113,9 +119,15 @@ class SparsePreTrainedModel:
             SparseAttentionConfig.from_model_config(config)
             config.sparse_attention = _merged(config.sparse_attention, changed, options)
         config._from_dense = is_dense
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True,
+                use_safetensors=True, **kwargs,
+            )  # fmt: skip
+        except OSError as error:
+            if ".safetensors" not in str(error):
+                raise
+            raise OSError(f"{error} {ONLY_SAFETENSORS}") from error
         del model.config._from_dense
         lost = sorted(set(info["missing_keys"]) & set(new_parameter_names(model)))
         if lost and not is_dense and kwargs.get("state_dict") is None:
@@ -128,6 +140,12 @@ class SparsePreTrainedModel:
                 f"device_map puts layers of {pretrained_model_name_or_path} on disk, where the new parameters of "
                 f"{config.sparse_attention['map']} are not: convert it to a folder first, with "
                 f"hf-sparse-attention convert --model {pretrained_model_name_or_path} --output FOLDER"
+            )
+        foreign = sorted(name for name in info["unexpected_keys"] if NEW_PARAMETER.search(name))
+        if foreign:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} says it computes {config.sparse_attention['map']}, but has "
+                f"{len(foreign)} parameters of another map, first {foreign[0]}: config.json was changed by hand"
             )
         if is_dense:
             # Adapters note this as their base. The dense folder's own name would load as softmax, and silently.

@@ -6,13 +6,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-)
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import tokenization_auto
 
 from ..config import SparseAttentionConfig
@@ -20,12 +15,7 @@ from ..maps import MAPS
 from .classes import CLASSES, KINDS, PACKAGE, class_name, sparse_class
 from .configuration import sparse_config
 from .families import FAMILIES, ROWS, Family
-
-_AUTO = {
-    "Model": AutoModel,
-    "ForCausalLM": AutoModelForCausalLM,
-    "ForSequenceClassification": AutoModelForSequenceClassification,
-}
+from .remote_code import AUTO_CLASSES
 
 
 class SparseEntry:
@@ -69,6 +59,7 @@ class DenseEntry(SparseEntry):
     def from_pretrained(self, path, *model_args, config=None, **kwargs):
         name = kwargs.get("attn_implementation") or config._attn_implementation
         _refuse_sparse_folder(path)
+        _refuse_sparse_block(config)
         if name not in MAPS:
             _refuse_options(kwargs)
             return self.model_class().from_pretrained(path, *model_args, config=config, **kwargs)
@@ -80,6 +71,7 @@ class DenseEntry(SparseEntry):
         # Our name in the config alone comes from a dense class that makes its inner model. Were that one sparse, the
         # outer class would save it as a dense model; as it is, the first call is refused.
         name = kwargs.get("attn_implementation")
+        _refuse_sparse_block(config)
         if name not in MAPS:
             _refuse_options(kwargs)
             return self.model_class()._from_config(config, **kwargs)
@@ -99,6 +91,14 @@ def _refuse_sparse_folder(path) -> None:
     saved = json.loads(file.read_text(encoding="utf-8")).get("model_type", "") if file.is_file() else ""
     if str(saved).removeprefix("sparse_") in FAMILIES and str(saved).startswith("sparse_"):
         raise ValueError(f"{path} is a {saved} model and cannot be loaded with a dense config; leave config= out")
+
+
+def _refuse_sparse_block(config: PreTrainedConfig) -> None:
+    if getattr(config, "sparse_attention", None) is not None:
+        raise ValueError(
+            f"the config has `sparse_attention` but model_type {config.model_type!r}, which would run it as softmax: "
+            f"it should be 'sparse_{config.model_type}'; config.json was changed by hand"
+        )
 
 
 def _converted(config: PreTrainedConfig, name: str, options: dict | None) -> PreTrainedConfig:
@@ -121,8 +121,9 @@ def _add(family: Family, kinds: list[str]) -> None:
     if family.name in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()):
         tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(sparse_type)
     AutoConfig.register(sparse_type, sparse_class(family, "Config"))
-    for kind, auto in _AUTO.items():
+    for kind, name in AUTO_CLASSES.items():
         if kind in kinds:
+            auto = getattr(transformers, name)
             auto.register(sparse_class(family, "Config"), SparseEntry(family, kind))
             auto.register(family.dense("Config"), DenseEntry(family, kind), exist_ok=True)
 

@@ -121,6 +121,11 @@ class TrainArguments:
         default_factory=list, metadata=_help("trackers that accelerate knows, such as tensorboard or wandb")
     )
     run_name: str = field(default="hf-sparse-attention", metadata=_help("project name at the trackers"))
+    push_to_hub: bool = field(
+        default=False, metadata=_help("at the end push the model, with a card of this run; the token is as for `push`")
+    )
+    hub_model_id: str | None = field(default=None, metadata=_help("owner/name that push_to_hub pushes to"))
+    hub_private: bool = field(default=False, metadata=_help("make the repository of push_to_hub private if it is new"))
 
 
 def check_numbers(arguments: TrainArguments) -> None:

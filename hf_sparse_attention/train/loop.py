@@ -23,6 +23,7 @@ from .arguments import TrainArguments, check_numbers
 from .data import held_out_batches, held_out_blocks, packed_blocks, rows_of_process, streamed_blocks, tensors_of
 from .measures import attention_statistics, held_out_loss
 from .packing import ShuffledBlocks, batch_of
+from .publish import check_push, push_run
 from .recipe import alpha_at, fused_adamw, idle_parameters, parameter_groups, rate_at, with_lora
 from .run import (
     Metrics,
@@ -44,10 +45,11 @@ def train_model(arguments: TrainArguments) -> dict:
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
         FileExistsError: if output is in use and the run is neither to go on nor to be replaced.
-        OSError: if the model or data is missing or corrupt, or the disk is full.
+        OSError: if the model or data is missing or corrupt, the disk is full, or the model could not be pushed.
         RuntimeError: if the loss is not finite and `on_nan` is stop.
     """
     check_numbers(arguments)
+    check_push(arguments)
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
         from accelerate.tracking import filter_trackers
@@ -97,6 +99,8 @@ def train_model(arguments: TrainArguments) -> dict:
     identity = identity_of(arguments, per_step, block_size, tokenizer)
     if arguments.resume == "auto" and (finished := finished_summary(output, identity)) is not None:
         accelerator.print(f"{output} holds this run, finished: nothing to do")
+        if arguments.push_to_hub and accelerator.is_main_process:
+            push_run(output, arguments)
         return finished
 
     checkpoint = checkpoint_to_go_on_from(output, arguments, identity)
@@ -255,6 +259,8 @@ def train_model(arguments: TrainArguments) -> dict:
         print_summary(output, summary)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if arguments.push_to_hub and accelerator.is_main_process:
+        push_run(output, arguments)
     return summary
 
 

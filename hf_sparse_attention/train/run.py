@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..checkpoint import examine
 from ..config import VERSION
 from ..files import flush_file, remove_partial, whole_folder, write_json
 from ..loading import Source, companions_of, count_parameters
@@ -26,6 +27,7 @@ from .state import load_state, read_state, whole_states
 FREE = {
     "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "report_to", "run_name", "log_every",
     "eval_every", "on_nan", "lora_save", "save_dtype", "batch_size", "gradient_accumulation", "compile", "cpu",
+    "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
 
 
@@ -241,7 +243,8 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def save_model(folder: Path, source: Source, model: PreTrainedModel, arguments: TrainArguments, summary: dict) -> None:
-    """A folder ready for the Hub: weights, config, tokenizer and the summary, whole or not at all."""
+    """A folder ready for the Hub: weights, config, tokenizer and the summary, whole or not at all. The summary gets
+    the fingerprint of the model."""
     if arguments.lora_rank and arguments.lora_save == "merge":
         model = model.merge_and_unload()
     if arguments.save_dtype is not None:
@@ -253,6 +256,10 @@ def save_model(folder: Path, source: Source, model: PreTrainedModel, arguments: 
         model.save_pretrained(partial_folder)
         for file in companions_of(source.folder):
             shutil.copyfile(file, partial_folder / file.name)
+        # Ties what is said here to these weights; an adapter alone is no model.
+        summary["fingerprint"] = (
+            examine(partial_folder).fingerprint if (partial_folder / "config.json").exists() else None
+        )
         write_json(partial_folder / "summary.json", summary)
 
 
