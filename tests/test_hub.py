@@ -294,7 +294,7 @@ def test_every_number_of_the_card_is_in_a_file(model, tmp_path):
     assert "512" in result.metric_name and result.dataset_name == "held.txt"
 
 
-def test_missing_numbers_are_said_to_be_missing(model, tmp_path):
+def test_missing_numbers_are_said_to_be_missing(model, tmp_path, caplog):
     evidence(model)
     partial = summary(model)
     for name in ("tokens", "hardware", "eval_loss", "command", "options"):
@@ -310,6 +310,9 @@ def test_missing_numbers_are_said_to_be_missing(model, tmp_path):
     ):  # fmt: skip
         assert line in text, line
     assert "50.0%" in text and "1,234" in text
+    # And to the one who pushes, with the way out; the report is there.
+    assert f"--output_dir {model.parent}/evaluation, or name them with --results" in caplog.text.replace("`", "")
+    assert "--report" not in caplog.text
 
 
 def test_no_number_of_the_training_is_made_up(model, tmp_path):

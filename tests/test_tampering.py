@@ -37,7 +37,10 @@ CHANGES = [
     ),
     ({"format": 0}, "format is 0"),
     ({"version": 3}, "version is 3; it must be"),
-    ({"softcap": 5}, "unknown fields softcap; known: map, alpha, position, layers, heads, train_length, version, format$"),
+    (
+        {"softcap": 5},
+        "unknown fields softcap; known: map, alpha, position, layers, heads, train_length, version, format$",
+    ),
     ({"softcap": 5, "version": "9.9"}, "unknown fields softcap; known: .*written by .* 9.9"),
 ]
 

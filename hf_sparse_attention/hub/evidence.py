@@ -113,6 +113,16 @@ def gather(
     looked = _read(
         report, [beside / "report" / "report.json"], "report", lambda content: _check_report(content, checkpoint)
     )
+    for found, flag, place, command in (
+        (measured, "results", beside / "evaluation", "evaluate --models"),
+        (looked, "report", beside / "report", "report --model"),
+    ):
+        if found is None:
+            logger.warning(
+                "the card will say that its %s are missing: write them with `hf-sparse-attention %s %s --data TEXT "
+                "--output_dir %s`, or name them with --%s",
+                "results" if flag == "results" else "figures of the attention", command, folder, place, flag,
+            )  # fmt: skip
     base = _base(training, conversion)
     return Evidence(
         checkpoint=checkpoint,
