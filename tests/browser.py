@@ -26,7 +26,7 @@ KEYS = {
     "ArrowRight": 39,
     "ArrowDown": 40,
 }
-PATIENCE = 60
+PATIENCE = 20
 
 
 def chromium() -> str | None:

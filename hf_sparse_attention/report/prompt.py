@@ -203,7 +203,7 @@ class _Look:
         kept = np.bincount(head * len(self.queries) + row, minlength=shape[0] * shape[1]).reshape(shape)
         return LayerWeights(
             number, window, support, kept.astype(np.int32), rest, column[order].astype(np.int32),
-            weight[order].astype(np.float32), largest,
+            np.maximum(weight[order].astype(np.float32), SMALLEST), largest,
         )  # fmt: skip
 
 
@@ -232,7 +232,9 @@ def _block_maxima(weights: torch.Tensor, block: int) -> np.ndarray:
     """(heads, queries, keys) -> the largest weight of every block x block square."""
     queries, keys = weights.shape[-2:]
     padded = torch.nn.functional.pad(weights, (0, -keys % block, 0, -queries % block))
-    return padded.unflatten(-1, (-1, block)).amax(-1).unflatten(-2, (-1, block)).amax(-2).float().cpu().numpy()
+    largest = padded.unflatten(-1, (-1, block)).amax(-1).unflatten(-2, (-1, block)).amax(-2)
+    # What is not 0 in float64 is not 0 here.
+    return torch.where(largest > 0, largest.float().clamp(min=float(SMALLEST)), 0.0).cpu().numpy()
 
 
 def _heaviest(rows: torch.Tensor, carries: torch.Tensor, count: torch.Tensor, most: int | None) -> torch.Tensor:

@@ -199,7 +199,7 @@ function set(changes) {
 
 function fromAddress() {
   const number = (name) => (/^\d+$/.test(asked.get(name) ?? "") ? Number(asked.get(name)) : null);
-  if (asked.get("measure") in measures) state.measure = asked.get("measure");
+  if (Object.hasOwn(measures, asked.get("measure"))) state.measure = asked.get("measure");
   const row = layerOf(number("layer") ?? state.layer);
   if (row) state.layer = row.layer;
   const head = number("head");
