@@ -68,13 +68,16 @@ def report_model(arguments: ReportArguments) -> dict:
         "arguments": {key: value for key, value in asdict(arguments).items() if key not in _PLACES},
     }
     write_json(folder / "report.json", report)
-    write_text(folder / "report.md", _page(report, checkpoint))
+    written = ["report.json"]
     if arguments.html:
         look.save_page(folder / "report.html")
+        written.append("report.html")
     if arguments.figure:
         for title, figure in look.figures(drawn or typical_heads(report["layers"])).items():
             for kind in arguments.formats:
                 write_bytes(folder / f"{title}.{kind}", figures.picture(figure, kind))
+                written.append(f"{title}.{kind}")
+    write_text(folder / "report.md", _page(report, checkpoint, written))
     print(plain(*_table(report["layers"])))
     print(f"written to {folder}" + (f"; open {folder / 'report.html'} in a browser" if arguments.html else ""))
     return report
@@ -103,7 +106,7 @@ def _table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
-def _page(report: dict, checkpoint: Checkpoint) -> str:
+def _page(report: dict, checkpoint: Checkpoint, written: list[str]) -> str:
     settings = checkpoint.sparse
     lines = [
         f"# What the attention of {Path(report['model']).name} does",
@@ -115,7 +118,7 @@ def _page(report: dict, checkpoint: Checkpoint) -> str:
         "",
         *(f"- {name}: {meaning}" for name, meaning in NUMBERS.items()),
         "",
-        "Per head: report.json, report.html and heads.png.",
+        f"Per head: {', '.join(written)}.",
         "",
     ]
     return "\n".join(lines)
