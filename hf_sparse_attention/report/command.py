@@ -53,7 +53,7 @@ def report_model(arguments: ReportArguments) -> dict:
     look = None
     if arguments.html or arguments.figure:
         look = look_at(
-            model, tokenizer, arguments.prompt or _beginning(documents, tokenizer, arguments.page_tokens),
+            model, tokenizer, arguments.prompt or _beginning(documents, tokenizer, arguments),
             windows=windows.tokens, dense=arguments.dense, name=arguments.model, page_tokens=arguments.page_tokens,
             page_weights=arguments.page_weights, prompt_tokens=arguments.prompt_tokens,
         )  # fmt: skip
@@ -83,11 +83,17 @@ def report_model(arguments: ReportArguments) -> dict:
     return report
 
 
-def _beginning(documents: list[str], tokenizer, tokens: int) -> str:
-    """The first document that is long enough to look at, or its beginning."""
-    # More characters than so many tokens have: of a whole book most would be encoded for nothing.
-    starts = (document[: 16 * tokens] for document in documents)
-    return next((text for text in starts if len(tokenizer(text)["input_ids"]) > 1), documents[0])
+def _beginning(documents: list[str], tokenizer, arguments: ReportArguments) -> str:
+    """The first document that is long enough to look at, up to the tokens that are looked at."""
+    tokens = max(arguments.page_tokens, arguments.prompt_tokens)
+    for document in documents:
+        # More characters than so many tokens have: of a whole book most would be encoded for nothing.
+        text = document[: 16 * tokens]
+        encoded = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+        if len(encoded["input_ids"]) > 1:
+            ends = [end for _, end in encoded.get("offset_mapping", [])[:tokens]]
+            return text[: max(ends, default=None)]
+    raise ValueError("no document has two tokens, which attention needs: name a --prompt")
 
 
 def _table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
