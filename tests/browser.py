@@ -6,6 +6,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,7 +27,13 @@ KEYS = {
     "ArrowRight": 39,
     "ArrowDown": 40,
 }
-PATIENCE = 20
+PATIENCE = 60
+# Chromium reads from descriptor 3 and writes to 4; the two are first put out of the way of each other.
+_START = (
+    "import os, sys; ends = [os.dup(int(end)) for end in sys.argv[1:3]]; os.dup2(ends[0], 3); os.dup2(ends[1], 4); "
+    "os.set_inheritable(3, True); os.set_inheritable(4, True); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
+)
 
 
 def chromium() -> str | None:
@@ -41,16 +48,10 @@ class Browser:
         self.profile = tempfile.mkdtemp(prefix="report-browser-")
         to_browser, self.writing = os.pipe()
         self.reading, from_browser = os.pipe()
-
-        def pipes():
-            # Chromium reads from descriptor 3 and writes to 4. First out of the way of each other.
-            high = os.dup(to_browser), os.dup(from_browser)
-            os.dup2(high[0], 3)
-            os.dup2(high[1], 4)
-
+        words = [chromium(), *FLAGS, f"--user-data-dir={self.profile}", "about:blank"]
         self.process = subprocess.Popen(
-            [chromium(), *FLAGS, f"--user-data-dir={self.profile}", "about:blank"], preexec_fn=pipes, close_fds=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", _START, str(to_browser), str(from_browser), *words],
+            pass_fds=(to_browser, from_browser), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_browser)
         os.close(from_browser)

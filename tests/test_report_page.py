@@ -339,3 +339,31 @@ def test_what_is_left_out_is_said(browser, model, tokenizer, home, tmp_path):
     kept, rest = look.dense.layers[layer].kept[head, place], look.dense.layers[layer].rest[head, place]
     assert f"{query + 1} keys of {query + 1} carry weight, none is exactly zero" in dense
     assert (f"The {kept} heaviest are drawn; the others hold " in dense) == (rest > 0)
+
+
+@pytest.mark.parametrize("map_name", ["ssmax", "adaptive_entmax"])
+def test_a_softmax_map_and_a_learned_alpha(browser, home, tokenizer, tmp_path, map_name):
+    folder = sparse_folder(home, f"{map_name}-1", map=map_name, layers=[1])
+    model = AutoModelForCausalLM.from_pretrained(folder).double()
+    look = look_at(model, tokenizer, TEXT, page_tokens=50, prompt_tokens=4)
+    look.save_page(tmp_path / "page.html")
+    browser.open(tmp_path / "page.html", "#measure=alpha")
+    assert browser.complaints() == []
+    # The layer that stayed dense is not among the heads.
+    assert browser.evaluate("[...document.querySelectorAll('[role=rowheader]')].map((c) => c.textContent)") == ["1"]
+    cells = browser.evaluate("[...document.querySelectorAll('[role=gridcell]')].map((cell) => cell.ariaLabel)")
+    alphas = look.report["layers"][0]["alpha"]
+    assert cells == [f"layer 1, head {head}: {alpha:.3f}" for head, alpha in enumerate(alphas)]
+    summary = browser.evaluate("document.getElementById('summary').textContent")
+    browser.click("[role=radio][value=zeros]")
+    hatched = browser.evaluate("document.querySelectorAll('[role=gridcell].zero').length")
+    if map_name == "ssmax":
+        assert summary.startswith("No attention weight is exactly zero") and hatched == 4
+        assert "no zeros: softmax" in browser.evaluate("document.getElementById('legend').textContent")
+        count = browser.evaluate("document.querySelector('.count').textContent")
+        assert count.startswith("50 keys of 50 carry weight, none is exactly zero")
+    else:
+        assert "of the attention weights are exactly zero" in summary and hatched == 0
+        assert min(alphas) < max(alphas)
+        facts = browser.evaluate("document.getElementById('facts').textContent")
+        assert f"alpha {min(alphas):.3f} to {max(alphas):.3f} by head" in facts
