@@ -1,5 +1,6 @@
 """What the page keeps of a prompt's attention, against the dense weights; and its bytes, against what went in."""
 
+import math
 import zlib
 from base64 import b64decode
 
@@ -10,7 +11,8 @@ from report_cases import TEXT, sparse_folder
 from training_cases import STORIES, dense_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from hf_sparse_attention.report import encoding, look_at_prompt, prompt
+from hf_sparse_attention.models import attention_layers
+from hf_sparse_attention.report import encoding, look_at_prompt, measure_attention, prompt
 from hf_sparse_attention.report.dense import load_dense_like
 
 
@@ -146,6 +148,17 @@ def test_a_dense_model_that_cannot_be_compared(home, tmp_path):
         look_at_prompt(LlamaForCausalLM.from_pretrained(home / "dense"), tokenizer, TEXT)
     with pytest.raises(ValueError, match="has 1 tokens"):
         look_at_prompt(model, tokenizer, "")
+
+
+def test_what_is_no_number_is_not_sparse(home):
+    """No weight of a broken model is above 0: it would look like the sparsest of all."""
+    model, tokenizer = load(sparse_folder(home))
+    with torch.no_grad():
+        attention_layers(model)[1][1].k_proj.weight[3, 5] = math.nan
+    with pytest.raises(ValueError, match="layer 1 has queries or keys that are not finite"):
+        look_at_prompt(model, tokenizer, TEXT)
+    with pytest.raises(ValueError, match="layer 1 has queries or keys that are not finite"):
+        measure_attention(model, torch.tensor([tokenizer(TEXT)["input_ids"][:20]]))
 
 
 def test_tokens_keep_their_spaces():

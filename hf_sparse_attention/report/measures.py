@@ -49,7 +49,8 @@ def measure_attention(model: nn.Module, windows: torch.Tensor) -> list[dict]:
         with one number per head: positions count the queries of a window that see a key, from 1, in [start, end).
 
     Raises:
-        ValueError: if the model has no sparse layer, so that there is nothing to measure.
+        ValueError: if the model has no sparse layer, so that there is nothing to measure, or its queries and keys are
+            not finite.
     """
     measures = Measures()
     shown = 0.2 if sys.stderr.isatty() else 30
@@ -70,6 +71,7 @@ class Measures:
     def __call__(self, module, query, key, tau, *, alpha, query_scale, **structure) -> None:
         if not module.is_sparse:
             return
+        check_finite(module.layer_idx, query, key)
         batch, heads, queries, _ = query.shape
         sums = self.layers.setdefault(
             module.layer_idx,
@@ -115,6 +117,15 @@ class Measures:
             }
             for layer, sums in sorted(self.layers.items())
         ]
+
+
+def check_finite(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises ValueError where scores are no numbers: none of their weights is above 0, which would pass for sparse."""
+    if not bool(query.isfinite().all() & key.isfinite().all()):
+        raise ValueError(
+            f"layer {layer} has queries or keys that are not finite in {query.dtype}: the model's weights are broken, "
+            "or they need another dtype (bfloat16 or float32)"
+        )
 
 
 def _add_by_position(positions: dict, visible_BN, support_BHN, scale_BHN) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from .. import reference
 from ..attention import record
 from ..models import attention_layers
-from .measures import evaluating
+from .measures import check_finite, evaluating
 
 # Shapes: H heads, Q queries that are kept, N tokens, C blocks of tokens, E weights that are kept.
 
@@ -125,7 +125,8 @@ def look_at_prompt(
         queries: (Q,) exactly the queries to keep, ascending; then there is no budget.
 
     Raises:
-        ValueError: for a dense model, a prompt of fewer than 2 tokens, or attention that is not causal.
+        ValueError: for a dense model, a prompt of fewer than 2 tokens, attention that is not causal, or queries and
+            keys that are not finite.
     """
     if not attention_layers(model):
         raise ValueError(f"{type(model).__name__} has no sparse attention to look at")
@@ -151,6 +152,7 @@ class _Look:
     def __call__(self, module, query, key, tau, *, alpha, query_scale, **structure) -> None:
         if not module.is_sparse:
             return
+        check_finite(module.layer_idx, query, key)
         window = _window(structure, self.tokens)
         softmax = tau is None or (isinstance(alpha, float) and alpha == 1.0)
         if tau is None:
