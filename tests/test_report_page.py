@@ -5,6 +5,8 @@ import base64
 import hashlib
 import json
 import re
+import runpy
+import sys
 from html.parser import HTMLParser
 
 import browser as chromium
@@ -367,3 +369,14 @@ def test_a_softmax_map_and_a_learned_alpha(browser, home, tokenizer, tmp_path, m
         assert min(alphas) < max(alphas)
         facts = browser.evaluate("document.getElementById('facts').textContent")
         assert f"alpha {min(alphas):.3f} to {max(alphas):.3f} by head" in facts
+
+
+def test_the_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = page.PARTS.parents[2] / "examples" / "look_at_attention.py"
+    monkeypatch.setattr(sys, "argv", [str(example)])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "layer 4: exact zeros" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "attention-attention.svg", "attention-heads.svg", "attention-positions.svg", "attention.html",
+    ]  # fmt: skip
