@@ -172,9 +172,9 @@ def train_model(arguments: TrainArguments) -> dict:
             metrics.write(step, "eval", loss=loss, **alpha)
         if target is not None and arguments.statistics_blocks:
             looked = attention_statistics(wrapped, tensors_of(watched, slice(None), accelerator.device))
-            run["attention"], layers = looked
+            run["attention"], by_layer = looked
             metrics.write(step, "attention", **alpha, **run["attention"])
-            metrics.write(step, "layers", **layers)
+            metrics.write(step, "layers", **by_layer)
         wrapped.train()
 
     if start == 0:
