@@ -116,6 +116,7 @@ def run_demo(arguments: DemoArguments) -> dict:
             length=TRAINED_LENGTH,
             windows=4,
             concatenate=True,
+            dense=str(DENSE),
             device="cpu",
         )
     )
@@ -186,7 +187,7 @@ def _conclude(arguments: DemoArguments, output: Path, losses: dict[str, float], 
         f"  {arguments.map + '/':<23} the trained sparse model (model/) and its metrics.jsonl\n"
         f"  softmax/                the dense model trained on the same tokens\n"
         f"  evaluation/             results.md, results.png: loss by length and position\n"
-        f"  report/                 heads.png, attention.png: which keys carry weight\n"
+        f"  report/                 report.html, to open in a browser: where each head looks\n"
         f"  upload/                 model card and files as they would be pushed\n\n"
         "With your own model:\n"
         f"  hf-sparse-attention convert --model your/model --output converted --map {arguments.map}\n"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 try:
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
@@ -175,12 +176,55 @@ def _hatch(axes, where: np.ndarray) -> None:
         axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **ZERO))
 
 
-def attention(maps: Sequence[tuple[str, np.ndarray, np.ndarray]], tokens: Sequence[str], *, title: str) -> Figure:
-    """One picture per (title, weights (queries, keys), visible (queries, keys)).
+def positions(curves: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]], *, title: str) -> Figure:
+    """Support and factor by position, a line per (name, positions (P,), visible keys (P,), support (P, heads), factor
+    (P, heads)): the mean over heads, in a band from the least head to the largest."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    few = len(curves) <= len(COLOURS)
+    shades = colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
+    for index, (name, position, visible, support, factor) in enumerate(curves):
+        colour = COLOURS[index] if few else shades[index]
+        for axes, values in ((left, support), (right, factor)):
+            axes.plot(position, values.mean(1), color=colour, linewidth=1.6, label=name)
+            # Bands of many layers would hide each other.
+            if few:
+                axes.fill_between(position, values.min(1), values.max(1), color=colour, alpha=0.12, linewidth=0)
+        if not any(np.array_equal(visible, other[2]) for other in curves[:index]):
+            shown = "all visible keys: softmax" if index == 0 else None
+            left.plot(position, visible, color="#777777", linewidth=1.1, linestyle=(0, (4, 2)), label=shown)
+    left.set_yscale("log", base=2)
+    left.set(xlabel="position of the query", ylabel="keys that carry weight")
+    right.set(xlabel="position of the query", ylabel="factor on the query")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.grid(True, color="#e4e4e4", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    handles, names = left.get_legend_handles_labels()
+    # Of many layers the first, the last and some between.
+    step = max(1, -(-len(handles) // 10))
+    shown = [item for item in range(len(handles)) if item % step == 0 or item == len(handles) - 1]
+    handles, names = [handles[item] for item in shown], [names[item] for item in shown]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), frameon=False, fontsize=8)
+    figure.suptitle(f"{title}: mean over heads" + (", least to largest head" if few else ""), parse_math=False)
+    return figure
+
+
+def attention(
+    maps: Sequence[tuple[str, np.ndarray, np.ndarray]],
+    tokens: Sequence[str],
+    *,
+    title: str,
+    columns: int | None = None,
+) -> Figure:
+    """One picture per (title, weights (queries, keys), visible (queries, keys)), `columns` (default 3) in a row.
 
     Colour is the weight on a logarithmic scale; an exact zero is hatched grey; a key that a query cannot see is blank.
     """
-    across = min(3, len(maps))
+    across = min(columns or 3, len(maps))
     down = -(-len(maps) // across)
     side = 5.2 if len(tokens) <= LABELLED_TOKENS else 4.6
     figure = Figure(figsize=(side * across + 0.9, side * down + 0.9), layout="constrained")

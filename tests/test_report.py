@@ -6,35 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from report_cases import TEXT, sparse_folder
 from training_cases import STORIES, dense_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from hf_sparse_attention import cli, figures, implementation, report
+from hf_sparse_attention import cli, figures, implementation
 from hf_sparse_attention.attention import record
 from hf_sparse_attention.models import attention_layers
-from hf_sparse_attention.report import Measures, ReportArguments, report_model
+from hf_sparse_attention.report import Measures, ReportArguments, command, measures, report_model
 from hf_sparse_attention.tasks import TokenizedText
-
-TEXT = " ".join(f"Tom saw {number} dogs in the park, and the little cat was happy." for number in range(60))
-
-
-def sparse_folder(home, name="sparse", *, seed=0, **options):
-    """The random dense model with a map, its new parameters moved away from their neutral start."""
-    map_name = options.pop("map", "asentmax")
-    model = AutoModelForCausalLM.from_pretrained(
-        home / "dense", attn_implementation=map_name, **({"sparse_attention": options} if options else {})
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer, attention in attention_layers(model):
-            # Scores far enough apart that some keys, and some tiles, get nothing.
-            attention.q_proj.weight.mul_(1 + layer)
-            for part in (attention.sparse_scale, attention.sparse_alpha):
-                for parameter in [] if part is None else part.parameters():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    model.save_pretrained(home / name)
-    AutoTokenizer.from_pretrained(home / "dense").save_pretrained(home / name)
-    return home / name
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +28,7 @@ def home(tmp_path_factory):
 def arguments(home, output, **changes):
     values = {
         "model": str(home / "sparse"), "data": [str(home / "text.txt")], "output_dir": str(output), "length": 150,
-        "windows": 3, "device": "cpu", "figure": False,
+        "windows": 3, "device": "cpu", "figure": False, "html": False,
     }  # fmt: skip
     return ReportArguments(**{**values, **changes})
 
@@ -58,9 +38,9 @@ def counted(weights, visible):
     queries = len(weights)
     support = sum(int((row > 0).sum()) for row in weights)
     tiles = empty = 0
-    for first in range(0, queries, report.TILE):
-        for left in range(0, queries, report.TILE):
-            here = slice(first, first + report.TILE), slice(left, left + report.TILE)
+    for first in range(0, queries, measures.TILE):
+        for left in range(0, queries, measures.TILE):
+            here = slice(first, first + measures.TILE), slice(left, left + measures.TILE)
             if visible[here].any():
                 tiles += 1
                 empty += not (weights[here] > 0).any()
@@ -100,7 +80,7 @@ def check(result, found):
 )
 @pytest.mark.parametrize("tile", [10, 64])
 def test_numbers_are_those_of_the_dense_weights(home, tmp_path, options, tile, monkeypatch):
-    monkeypatch.setattr(report, "TILE", tile)
+    monkeypatch.setattr(measures, "TILE", tile)
     folder = sparse_folder(home, "-".join(options.values()), **options)
     result = report_model(arguments(home, tmp_path / "out", model=str(folder)))
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -180,10 +160,10 @@ def test_padding_is_not_visible(home):
     for padding in (0, 40):
         ids = torch.nn.functional.pad(tokens, (padding, 0), value=2)
         mask = torch.nn.functional.pad(torch.ones_like(tokens), (padding, 0))
-        measures = Measures()
-        with record(measures), torch.no_grad():
+        sums = Measures()
+        with record(sums), torch.no_grad():
             model(ids, attention_mask=mask, use_cache=False)
-        measured.append(measures.layers)
+        measured.append(sums.layers)
     for layer, sums in measured[0].items():
         assert sums["visible"] == measured[1][layer]["visible"] == 90 * 91 / 2
         assert torch.equal(sums["support"], measured[1][layer]["support"])
@@ -199,10 +179,10 @@ def test_files_table_and_picture(home, tmp_path, capsys):
     zeros = np.mean(result["layers"][1]["zeros"])
     assert f"{zeros:.1%}" in shown and f"{zeros:.1%}" in page
     assert result["mean"]["zeros"] == pytest.approx(np.mean([row["zeros"] for row in result["layers"]]))
-    for name in ("heads.png", "attention.png"):
+    for name in ("heads.png", "attention.png", "positions.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "attention.png", "heads.png", "report.json", "report.md",
+        "attention.png", "heads.png", "positions.png", "report.json", "report.md",
     ]  # fmt: skip
     assert (
         report_model(arguments(home, tmp_path / "again", figure=True, prompt="Tom $aw a _cat 🐈"))["layers"]
@@ -265,7 +245,7 @@ def test_an_attention_picture_tells_zero_small_and_unseen_apart():
 )
 def test_wrong_arguments_are_named_before_any_work(home, tmp_path, changes, message, monkeypatch):
     sparse_folder(home)
-    monkeypatch.setattr(report, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(command, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises((ValueError, OSError), match=message):
         report_model(arguments(home, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
@@ -276,6 +256,6 @@ def test_a_dense_model_has_nothing_to_report(home, tmp_path, capsys):
     assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 2
     assert "is dense: every visible key carries weight" in capsys.readouterr().err
     words[2] = str(sparse_folder(home))
-    words += ["--length", "100", "--windows", "1", "--no_figure"]
+    words += ["--length", "100", "--windows", "1", "--no_figure", "--no_html"]
     assert cli.main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "report.json").exists()

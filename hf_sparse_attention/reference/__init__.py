@@ -2,7 +2,15 @@
 
 from .output import attention, attention_weights
 from .simplex import entmax
-from .support import block_occupancy, support_size
+from .support import block_occupancy, support_size, weight_tiles
 from .threshold import weights_from_tau
 
-__all__ = ["attention", "attention_weights", "block_occupancy", "entmax", "support_size", "weights_from_tau"]
+__all__ = [
+    "attention",
+    "attention_weights",
+    "block_occupancy",
+    "entmax",
+    "support_size",
+    "weight_tiles",
+    "weights_from_tau",
+]

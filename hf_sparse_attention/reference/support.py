@@ -1,8 +1,10 @@
-"""Query, key and tau -> how many keys carry weight, and which blocks of the weights are not all zero, tile by tile."""
+"""Query, key and tau -> the weights tile by tile, how many keys carry weight, and which blocks are not all zero."""
+
+from collections.abc import Iterator
 
 import torch
 
-from .tiles import Structure, check, compute_dtype, scaled_scores, tiles
+from .tiles import Tile, check, compute_dtype, scaled_scores, tiles
 
 
 def support_size(
@@ -23,8 +25,8 @@ def support_size(
     )
     sizes = torch.zeros(query.shape[:3], dtype=torch.int32, device=query.device)
     grouped = sizes.unflatten(1, (structure.key_heads, -1))
-    for tile, nonzero in _nonzero_tiles(structure, query, key, tau):
-        tile.query_rows(grouped).copy_(nonzero.sum(-1))
+    for tile, weights in _weights_of(structure, query, key, tau):
+        tile.query_rows(grouped).copy_((weights > 0).sum(-1))
     return sizes
 
 
@@ -53,7 +55,8 @@ def block_occupancy(
     query_blocks, key_blocks = -(-query.shape[2] // block), -(-key.shape[2] // block)
     occupied = torch.zeros(*query.shape[:2], query_blocks, key_blocks, dtype=torch.bool, device=query.device)
     grouped = occupied.unflatten(1, (structure.key_heads, -1))
-    for tile, nonzero in _nonzero_tiles(structure, query, key, tau, align=block):
+    for tile, weights in _weights_of(structure, query, key, tau, align=block):
+        nonzero = weights > 0
         queries, keys = nonzero.shape[-2:]
         padded = torch.nn.functional.pad(nonzero, (0, -keys % block, 0, -queries % block))
         squares = padded.unflatten(-1, (-1, block)).any(-1).unflatten(-2, (-1, block)).any(-2)
@@ -68,7 +71,30 @@ def block_occupancy(
     return occupied
 
 
-def _nonzero_tiles(structure: Structure, query, key, tau, *, align: int = 1):
+def weight_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    tau: torch.Tensor,
+    *,
+    align: int = 1,
+    alpha: float | torch.Tensor = 1.5,
+    scaling: float | None = None,
+    causal: bool = True,
+    visible: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> Iterator[tuple[Tile, torch.Tensor]]:
+    """The weights of attention(), never more than a tile of them at once: (tile, weights (b, g, R, n, k)).
+
+    A tile has every key its queries see, and starts at multiples of `align`; queries that see no key are in none.
+    """
+    structure = check(
+        query, key, alpha=alpha, scaling=scaling, causal=causal, visible=visible, slopes=slopes, mask=mask
+    )
+    return _weights_of(structure, query, key, tau, align=align)
+
+
+def _weights_of(structure, query, key, tau, *, align: int = 1) -> Iterator[tuple[Tile, torch.Tensor]]:
     if tau.shape != query.shape[:3]:
         raise ValueError(f"tau has shape {tuple(tau.shape)}; it is (batch, heads, queries) = {tuple(query.shape[:3])}")
     dtype = compute_dtype(query)
@@ -79,4 +105,4 @@ def _nonzero_tiles(structure: Structure, query, key, tau, *, align: int = 1):
         level_BGRN1 = curve.level(tau.to(dtype).unflatten(1, (structure.key_heads, -1)).unsqueeze(-1))
         for tile in tiles(structure, len(query), key.shape[2], align=align):
             scaled = scaled_scores(structure, tile, query_BGRND, key_BGDK, curve.factor)
-            yield tile, curve.of_heads(tile.key_heads).weights(scaled, tile.query_rows(level_BGRN1))[0] > 0
+            yield tile, curve.of_heads(tile.key_heads).weights(scaled, tile.query_rows(level_BGRN1))[0]

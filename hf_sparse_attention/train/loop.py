@@ -175,8 +175,10 @@ def train_model(arguments: TrainArguments) -> dict:
             run["held_out"].append([step, loss])
             metrics.write(step, "eval", loss=loss, **alpha)
         if target is not None and arguments.statistics_blocks:
-            run["attention"] = attention_statistics(wrapped, tensors_of(watched, slice(None), accelerator.device))
+            looked = attention_statistics(wrapped, tensors_of(watched, slice(None), accelerator.device))
+            run["attention"], by_layer = looked
             metrics.write(step, "attention", **alpha, **run["attention"])
+            metrics.write(step, "layers", **by_layer)
         wrapped.train()
 
     if start == 0:

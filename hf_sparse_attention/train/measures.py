@@ -28,16 +28,20 @@ def held_out_loss(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], 
     return total / labels
 
 
-def attention_statistics(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means over every sparse layer, head and query of a batch.
+def attention_statistics(
+    model: nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Means over the heads and queries of a batch, in one forward pass.
 
     Returns:
-        support: number of keys with a weight; visible: number of keys that could have one; zeros: share of these whose
-        weight is exactly zero; scale: the map's factor on the query, 1 without one; head_alpha: mean alpha, where the
-        heads learn it.
+        over all sparse layers: support, the number of keys with a weight; visible, the number of keys that could have
+        one; zeros, the share of these whose weight is exactly zero; scale, the map's factor on the query, 1 without
+        one; head_alpha, the mean alpha, where the heads learn it.
+        of each sparse layer: support, zeros, scale and alpha, as "support/7" and so on, the number that of the layer.
     """
     model.eval()
-    sums: dict[str, list[torch.Tensor]] = {"support": [], "visible": [], "scale": [], "head_alpha": []}
+    found: dict[int, list[torch.Tensor]] = {}
+    learned: list[bool] = []
 
     def look(module, query, key, tau, *, query_scale, alpha, visible, causal, **arguments):
         if not module.is_sparse:
@@ -53,13 +57,23 @@ def attention_statistics(model: nn.Module, batch: dict[str, torch.Tensor]) -> di
             support = seen
         else:
             support = support_size(query, key, tau, alpha=alpha, visible=visible, causal=causal, **arguments).float()
-        sums["support"].append(support.mean())
-        sums["visible"].append(seen.mean())
-        sums["scale"].append(seen.new_ones(()) if query_scale is None else query_scale.float().mean())
-        if isinstance(alpha, torch.Tensor):
-            sums["head_alpha"].append(alpha.detach().float().mean())
+        scale = seen.new_ones(()) if query_scale is None else query_scale.float().mean()
+        mean_alpha = torch.as_tensor(alpha, device=query.device).float().mean()
+        learned.append(isinstance(alpha, torch.Tensor))
+        found[module.layer_idx] = [support.mean(), seen.mean(), scale, mean_alpha]
 
     with torch.no_grad(), record(look):
         model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
-    means = {name: torch.stack(values).mean().item() for name, values in sums.items() if values}
-    return {**means, "zeros": 1 - means["support"] / means["visible"]} if means else {}
+    if not found:
+        return {}, {}
+    # One copy from the device for all layers.
+    table = torch.stack([torch.stack(row) for row in found.values()]).double().cpu()
+    support, visible, scale, alpha = table.mean(0).tolist()
+    means = {"support": support, "visible": visible, "scale": scale}
+    means |= {"head_alpha": alpha} if any(learned) else {}
+    layers = {}
+    for layer, (support_here, visible_here, *others) in sorted(zip(found, table.tolist(), strict=True)):
+        numbers = (support_here, 1 - support_here / visible_here, *others)
+        names = ("support", "zeros", "scale", "alpha")
+        layers |= {f"{name}/{layer}": number for name, number in zip(names, numbers, strict=True)}
+    return {**means, "zeros": 1 - support / visible}, layers
