@@ -37,6 +37,9 @@ COMMANDS = {
     ),
     "convert": Command("convert", "ConvertArguments", "convert_model", "dense model -> sparse model"),
     "train": Command("train", "TrainArguments", "train_model", "continue the pretraining of a converted model"),
+    "train-task": Command(
+        "train", "TrainTaskArguments", "train_task", "a small model from scratch on a synthetic task"
+    ),
     "evaluate": Command(
         "evaluate", "EvaluateArguments", "evaluate_models", "perplexity by length, models side by side"
     ),
@@ -53,7 +56,7 @@ COMMANDS = {
 def overview() -> str:
     """What `hf-sparse-attention` prints without a command."""
     lines = [f"usage: {PROGRAM} COMMAND [options]", "", "Sparse attention that is trained, for Transformers.", ""]
-    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", f"{PROGRAM} COMMAND --help lists the options; --config FILE.yaml reads them from a file."]
     return "\n".join(lines)
 

@@ -6,5 +6,7 @@ accelerate launch --num_processes 8 -m hf_sparse_attention.train --config recipe
 
 from .arguments import TrainArguments
 from .loop import train_model
+from .task_arguments import TrainTaskArguments
+from .task_loop import train_task
 
-__all__ = ["TrainArguments", "train_model"]
+__all__ = ["TrainArguments", "TrainTaskArguments", "train_model", "train_task"]
