@@ -129,7 +129,7 @@ def score(
     """
     found, most = [], None
     for block in blocks:
-        batch = max(1, batch_tokens // block.tokens.shape[1])
+        batch = max(1, min(len(block), batch_tokens // block.tokens.shape[1]))
         most = batch if most is None else min(most, batch)
         first = 0
         while first < len(block):

@@ -30,8 +30,8 @@ def _dictionary(alphabet: int, entries: int) -> np.ndarray:
 class MultiQueryRecall(SyntheticTask):
     """`BOS haystack SEP answer EOS` where the haystack has n tokens and its questions follow it, see below. Length n.
 
-    The haystack holds `floor(share * n / 6)` pairs `k k : v v |` and else fillers `.`, every order of pairs and fillers
-    equally likely. Keys are different entries of a dictionary of `entries` out of all pairs of letters, values are any
+    The haystack holds `floor(share * n / 6)` pairs `k k : v v |` and else fillers `.`, in any order, all equally
+    likely. Keys are different entries of a dictionary of `entries` out of all pairs of letters, values are any
     entries of it. After the haystack stand `queries` of its keys as `k k |`, different ones in any order; the answer
     has their values as `v v |` in that order.
 

@@ -127,8 +127,8 @@ class FlipFlop(SyntheticTask):
     written last; at every `r` the answer is that bit. Length n.
 
     The first instruction is `w`, the last `r`, the others `w`, `i`, `r` with probability 0.1, 0.8, 0.1; bits after `w`
-    and `i` are uniform: FFL(0.8) of Liu et al. `BOS w 1 i 0 r 1 w 0 r 0` is answered by `1` at the first `r` and `0` at
-    the second. (The ASEntmax paper gives no definition; its authors' README writes with 0.8 or 0.1 and asks for the
+    and `i` are uniform: FFL(0.8) of Liu et al. `BOS w 1 i 0 r 1 w 0 r 0` is answered by `1` at the first `r` and `0`
+    at the second. (The ASEntmax paper gives no definition; its authors' README writes with 0.8 or 0.1 and asks for the
     last bit alone. We ask for every one.)
     """
 

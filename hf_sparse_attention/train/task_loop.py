@@ -95,7 +95,7 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
         raise FileExistsError(f"output {output} is a file, not a folder")
     for name in names:
         record = output / name / "run.json"
-        if not (output / name).exists() or arguments.overwrite:
+        if not (output / name).exists():
             continue
         if not record.is_file():
             raise FileExistsError(

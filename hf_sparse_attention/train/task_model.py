@@ -1,4 +1,4 @@
-"""Options enter, a small untrained model leaves: a Llama of the sizes asked for, with the map and positions asked for."""
+"""Options enter, a small untrained model leaves: a Llama of the sizes, map and positions that were asked for."""
 
 from __future__ import annotations
 
