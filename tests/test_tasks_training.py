@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -36,7 +35,7 @@ def options(output, **changes) -> TrainTaskArguments:
 
 
 def weights(folder):
-    return {name: value for name, value in torch.load(folder, weights_only=True)["step"]["model"].items()}
+    return torch.load(folder, weights_only=True)["step"]["model"]
 
 
 def lines(run):
@@ -129,7 +128,12 @@ def test_score_counts_samples_and_halves_batches(monkeypatch):
 
     counted = []
     found = score(model, task.fixed_blocks(6, 120), batch_tokens=10**6, answer=cramped, progress=counted.append)
-    assert found == pytest.approx(whole) and sum(counted) == found["samples"] == 120 and max(sizes[2:]) <= 12
+    assert (
+        found == pytest.approx(whole)
+        and sum(counted) == found["samples"] == 120
+        and sizes[:3] == [50, 25, 12]
+        and max(sizes[3:]) <= 12
+    )
     with pytest.raises(torch.OutOfMemoryError):
         monkeypatch.setattr(exact_match, "teacher_forced", cramped)
         score(model, task.fixed_blocks(6, 1), batch_tokens=1, answer=lambda *_: cramped(model, range(21)))
@@ -348,18 +352,20 @@ def test_what_else_is_in_output_is_respected(tmp_path):
 def test_every_option_is_an_option_of_the_run():
     """Each is either part of what a run is, or named among those that are not."""
     known = set(asdict(options("unused")))
-    assert task_loop.FREE < known
+    assert known > task_loop.FREE
     assert set(task_loop._identity(options("unused"))) == known - task_loop.FREE
 
 
 @pytest.mark.slow
+# Raised inside PyTorch by its compiler, which loads its own parts and looks at what it traces.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_step_gives_the_same_losses(tmp_path):
     found = [
         train_task(options(tmp_path / str(compiled), steps=20, compile=compiled))["runs"][0]["validation"][0]["loss"]
         for compiled in (False, True)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
-    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.gpu

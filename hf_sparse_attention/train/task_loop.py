@@ -101,6 +101,8 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
             raise FileExistsError(
                 f"{output / name} is there and holds no run (it has no run.json); name another output"
             )
+        if arguments.overwrite:
+            continue
         if arguments.resume == "never":
             raise FileExistsError(
                 f"{output / name} is there: go on with --resume auto, or replace it with --overwrite"
