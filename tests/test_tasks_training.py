@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention import cli
+from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.config import POSITIONS
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks import exact_match
@@ -19,7 +21,7 @@ from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
 from hf_sparse_attention.train import TrainTaskArguments, task_loop, train_task
 from hf_sparse_attention.train.recipe import rate_at
-from hf_sparse_attention.train.task_arguments import MAPS
+from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_model import answer_loss, new_model
 from hf_sparse_attention.train.task_step import TaskStep
 
@@ -380,3 +382,20 @@ def test_a_captured_step_gives_the_same_losses(tmp_path, name, compiled):
         found.append([line["loss"] for line in lines(output / "rate-0.01-seed-0") if line["kind"] == "train"])
     assert all(math.isfinite(loss) for loss in found[1])
     assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "examples" / "reproduction").glob("*.yaml"))
+
+
+def test_there_is_a_recipe_for_every_task():
+    assert {path.stem for path in RECIPES} == set(SYNTHETIC)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_are_valid_and_of_their_task(path):
+    arguments = parse_arguments(TrainTaskArguments, ["--config", str(path), "--output", "runs"], program="")
+    check_task_arguments(arguments)
+    task = arguments.chosen_task()
+    assert task.name == path.stem and arguments.training_lengths() == task.default_lengths
+    model = new_model(arguments, task, 0)
+    assert model.config.num_hidden_layers == arguments.layers and model.config.sparse_attention["map"] == "asentmax"
