@@ -6,16 +6,17 @@ token of it: `teacher_forced` does it in one pass, `generated` by `model.generat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .samples import EOS, NO_TARGET, PAD, Samples
+from .samples import NO_TARGET, PAD, Samples
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,23 @@ def generated(model: nn.Module, samples: Samples, *, tags: bool) -> Answers:
             what the model would have said, and the input goes on as it is.
 
     Raises:
-        ValueError: for samples whose answers do not begin and end at the same tokens.
+        ValueError: for an answer with a gap.
     """
     if tags:
         return _generated_tags(model, samples)
     asked = samples.targets != NO_TARGET
-    first, last = int(asked.any(0).argmax()), asked.shape[1] - int(asked.any(0)[::-1].argmax())
-    if not asked[:, first:last].all():
-        raise ValueError("samples of different lengths cannot be generated together")
-    prompt, answer = samples.tokens[:, : first + 1], samples.targets[:, first:last]
-    output = _generate(model, prompt, answer.shape[1], eos_token_id=EOS)[:, prompt.shape[1] :]
-    said = np.full_like(answer, PAD)
-    said[:, : output.shape[1]] = output
-    right = (said == answer).sum(1)
-    return Answers(right == answer.shape[1], right, np.full(len(samples), answer.shape[1]), None)
+    first, count = asked.argmax(1), asked.sum(1)
+    right = np.zeros(len(samples), dtype=np.int64)
+    # Those whose answers begin and end at the same tokens go together.
+    for begin, size in sorted(set(zip(first.tolist(), count.tolist(), strict=True))):
+        rows = np.flatnonzero((first == begin) & (count == size))
+        if not asked[rows, begin : begin + size].all():
+            raise ValueError("an answer that is asked in pieces cannot be generated")
+        answer = samples.targets[rows, begin : begin + size]
+        # What comes after a token that ends the answer is not part of it.
+        output = _generate(model, samples.tokens[rows, : begin + 1], size)[:, begin + 1 :]
+        right[rows] = (output == answer).sum(1)
+    return Answers(right == count, right, count, None)
 
 
 class _GivenInput(LogitsProcessor):
@@ -93,8 +97,7 @@ def _generated_tags(model: nn.Module, samples: Samples) -> Answers:
     asked = samples.targets != NO_TARGET
     inputs = _GivenInput(torch.from_numpy(samples.tokens).to(next(model.parameters()).device))
     width = samples.tokens.shape[1]
-    # No token ends it: the input may hold any.
-    _generate(model, samples.tokens[:, :1], width, eos_token_id=None, logits_processor=LogitsProcessorList([inputs]))
+    _generate(model, samples.tokens[:, :1], width, logits_processor=LogitsProcessorList([inputs]))
     said = torch.stack(inputs.said, dim=1).cpu().numpy()
     right = ((said == samples.targets) & asked).sum(1)
     return Answers(right == asked.sum(1), right, asked.sum(1), None)
@@ -103,11 +106,24 @@ def _generated_tags(model: nn.Module, samples: Samples) -> Answers:
 @torch.inference_mode()
 def _generate(model: nn.Module, prompt: np.ndarray, new_tokens: int, **options) -> np.ndarray:
     tokens = torch.from_numpy(prompt).to(next(model.parameters()).device)
-    output = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new_tokens, do_sample=False,
-        pad_token_id=PAD, **options,
-    )  # fmt: skip
+    # Exactly so many tokens: no token ends it, neither one of the model's own.
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, min_new_tokens=0, do_sample=False, num_beams=1, eos_token_id=[], pad_token_id=PAD
+    )
+    with _own_settings(model, settings):
+        output = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
     return output.cpu().numpy()
+
+
+@contextmanager
+def _own_settings(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """The model generates with these settings and none of its own, which a call would fall back on."""
+    before = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def score(
