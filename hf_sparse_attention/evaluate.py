@@ -67,7 +67,7 @@ class EvaluateArguments:
     limit: int | None = field(
         default=None,
         metadata={"help": "at most so many windows or samples per cell, windows drawn with the seed (default: all "
-                          "windows, 20 needles per length and depth, 1,000 samples of synthetic tasks, all of lm-eval's)"},
+                          "windows, 20 needles per length and depth, 1,000 of synthetic tasks, all of lm-eval)"},
     )  # fmt: skip
     seed: int = field(default=0, metadata={"help": "seed of the draw under --limit, and of needles"})
     depths: list[float] = field(

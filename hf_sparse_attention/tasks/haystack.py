@@ -55,11 +55,7 @@ class Haystack:
         if not sentences:
             raise ValueError("the haystack has no sentence: the text is empty")
         digest = hashlib.sha256(("\n".join(sentences) + str(ordered)).encode("utf-8", "surrogatepass")).hexdigest()
-        encoded = tokenizer(
-            [f" {sentence}" for sentence in sentences], add_special_tokens=False, return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]  # fmt: skip
-        pieces = [np.asarray(ids, dtype=np.int64) for ids in encoded if ids]
+        pieces = [ids for ids in continuing(tokenizer, [f" {sentence}" for sentence in sentences]) if len(ids)]
         return cls(pieces, added_tokens(tokenizer)[0], ordered, digest)
 
     def fill(self, bits: RandomBits, count: int) -> list[np.ndarray]:
@@ -84,6 +80,23 @@ class Haystack:
                 pieces.append(piece[cut:])
             cut = max(0, cut - len(piece))
         return pieces
+
+
+def continuing(tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Texts -> their tokens as they are behind a sentence: some tokenizers put a space of their own before a text."""
+    anchor = SENTENCES[0]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    before = tokenizer(anchor, **options)["input_ids"]
+    found = []
+    for alone, behind in zip(
+        tokenizer(texts, **options)["input_ids"],
+        tokenizer([anchor + text for text in texts], **options)["input_ids"],
+        strict=True,
+    ):
+        # Where text and sentence share a token, the text stands for itself.
+        ids = behind[len(before) :] if behind[: len(before)] == before else alone
+        found.append(np.asarray(ids, dtype=np.int64))
+    return found
 
 
 def sentences_of(documents: Iterable[str]) -> list[str]:

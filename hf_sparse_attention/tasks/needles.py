@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .haystack import Haystack
+from .haystack import Haystack, continuing
 from .random_bits import RandomBits
 from .samples import NO_TARGET, Samples
 
@@ -159,7 +159,7 @@ def make_prompt(
     """
     bits = RandomBits(f"{task.name}|{task.version}|{haystack.sha256}|{seed}|{length}|{depth}", sample)
     drawn = task.draw(bits)
-    needles = [_tokens(tokenizer, f" {needle}") for needle in drawn.needles]
+    needles = continuing(tokenizer, [f" {needle}" for needle in drawn.needles])
     question, answer = _question_and_answer(tokenizer, drawn.question, drawn.answer)
     fixed = len(haystack.prefix) + sum(map(len, needles)) + len(question) + len(answer)
     if fixed > length:
@@ -181,13 +181,9 @@ def make_prompt(
     return Prompt(np.concatenate([*parts, question]), answer, drawn.answer.strip())
 
 
-def _tokens(tokenizer, text: str) -> np.ndarray:
-    return np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
-
-
 def _question_and_answer(tokenizer, question: str, answer: str) -> tuple[np.ndarray, np.ndarray]:
     """Both as they are tokenized in one: what they do not share with the question alone belongs to the answer."""
-    alone, both = _tokens(tokenizer, question), _tokens(tokenizer, question + answer)
+    alone, both = continuing(tokenizer, [question, question + answer])
     shared = 0
     while shared < min(len(alone), len(both)) and alone[shared] == both[shared]:
         shared += 1
