@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attention import cli
+from hf_sparse_attention import attention, cli
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.config import POSITIONS
 from hf_sparse_attention.models import new_parameter_names
@@ -399,3 +399,30 @@ def test_the_recipes_are_valid_and_of_their_task(path):
     assert task.name == path.stem and arguments.training_lengths() == task.default_lengths
     model = new_model(arguments, task, 0)
     assert model.config.num_hidden_layers == arguments.layers and model.config.sparse_attention["map"] == "asentmax"
+
+
+@pytest.mark.parametrize("position", ["nape", "nope"])
+def test_softmax_in_parts_of_the_queries_is_the_same(monkeypatch, position):
+    """Long contexts of the control: its mask is made for a few queries at a time."""
+    arguments = options("unused", map="softmax", position=position)
+    model = new_model(arguments, arguments.chosen_task(), 0).double().eval()
+    tokens = torch.randint(4, 10, (3, 37), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones_like(tokens)
+    padding[1, :5], padding[2, :11] = 0, 0
+    inputs = [{"input_ids": tokens}, {"input_ids": tokens, "attention_mask": padding}]
+    with torch.no_grad():
+        whole = [model(**values).logits for values in inputs]
+        sizes, plain = [], F.scaled_dot_product_attention
+
+        def counted(query, key, value, **keywords):
+            mask = keywords.get("attn_mask")
+            sizes.append(0 if mask is None else mask.numel())
+            return plain(query, key, value, **keywords)
+
+        monkeypatch.setattr(attention, "_MASK_ENTRIES", 1000)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+        parts = [model(**values).logits for values in inputs]
+    assert 0 < max(sizes) <= 1000
+    for one, other, values in zip(whole, parts, inputs, strict=True):
+        kept = values.get("attention_mask", torch.ones_like(tokens)).bool()
+        torch.testing.assert_close(one[kept], other[kept], atol=1e-12, rtol=1e-12)
