@@ -169,6 +169,7 @@ def _run(
                 window_begun, window = now, 0
             pause = time.perf_counter()
             if arguments.validate_every and done % arguments.validate_every == 0 and not last:
+                step.wait()
                 for line in _validate(model, arguments, task):
                     _write_metrics(folder / "metrics.jsonl", done, kind="validation", **line)
                 model.train()

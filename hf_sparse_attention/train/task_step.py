@@ -1,5 +1,6 @@
-"""One training step on a batch of a fixed shape, that nothing on the host waits for: parameters, optimizer, learning
-rate and the sum of losses stay on the device, so that the whole step can be captured as a CUDA graph."""
+"""One training step on a batch of a fixed shape, of which nothing waits for the device: parameters, optimizer, learning
+rate and the sum of losses stay there, so that the whole step can be captured as a CUDA graph. (Outside of one the
+search of Transformers for packed documents does wait, once a step.)"""
 
 from __future__ import annotations
 
@@ -61,6 +62,8 @@ class TaskStep:
             self._load(batch, rate)
             self._step()
         else:
+            # For what was done to the parameters outside, such as their making, or a look at them.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 self._load(batch, rate)
                 self._graphed_step()
@@ -101,19 +104,20 @@ class TaskStep:
 
     def read_loss(self) -> tuple[float, float]:
         """Mean loss of the steps since it was read last, and the gradient norm of the last one; waits for both."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        self.wait()
         loss, norm = torch.stack([self.loss_sum / max(1, self.steps_summed), self.norm]).tolist()
         self.loss_sum.zero_()
         self.steps_summed = 0
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).synchronize()
         return loss, norm
+
+    def wait(self) -> None:
+        """Returns when the steps so far are done: before anything else reads the parameters."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def state(self) -> dict:
         """Parameters and optimizer, to be saved."""
-        if self.stream is not None:
-            self.stream.synchronize()
+        self.wait()
         return {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "loss_sum": self.loss_sum, "steps_summed": self.steps_summed,
@@ -122,6 +126,9 @@ class TaskStep:
     def load(self, state: dict) -> None:
         """Takes up a saved state; only before the first step, as a graph knows where its numbers lie."""
         self.model.load_state_dict(state["model"])
+        # A run may go on on another device.
+        for group in state["optimizer"]["param_groups"]:
+            group["capturable"] = self.device.type == "cuda"
         self.optimizer.load_state_dict(state["optimizer"])
         self._share_rate()
         self.loss_sum.copy_(state["loss_sum"])
