@@ -41,7 +41,7 @@ COMMANDS = {
         "train", "TrainTaskArguments", "train_task", "a small model from scratch on a synthetic task"
     ),
     "evaluate": Command(
-        "evaluate", "EvaluateArguments", "evaluate_models", "perplexity by length, models side by side"
+        "evaluate", "EvaluateArguments", "evaluate_models", "perplexity, needles and tasks by length, side by side"
     ),
     "report": Command(
         "report", "ReportArguments", "report_model", "what the attention does: support, sparsity, scale"

@@ -1,6 +1,6 @@
-"""One training step on a batch of a fixed shape, of which nothing waits for the device: parameters, optimizer, learning
-rate and the sum of losses stay there, so that the whole step can be captured as a CUDA graph. (Outside of one the
-search of Transformers for packed documents does wait, once a step.)"""
+"""One training step on a batch of a fixed shape, of which nothing waits for the device: parameters, optimizer, rate
+and the sum of losses stay there, so that the whole step can be captured as a CUDA graph. (Outside of one the search of
+Transformers for packed documents does wait, once a step.)"""
 
 from __future__ import annotations
 
