@@ -246,6 +246,8 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
     # Nothing is left to do; a further rate is one further run; other sizes are refused.
     assert train_task(options(tmp_path / "cut", **changes, resume="auto"))["best"] == again["best"]
     assert len(calls) == 69
+    longer = train_task(options(tmp_path / "cut", **{**changes, "validation_lengths": [4, 5]}, resume="auto"))
+    assert [line["length"] for line in longer["runs"][1]["validation"]] == [4, 5] and len(calls) == 69
     more = {**changes, "learning_rates": [1e-2, 3e-3], "seeds": [1]}
     assert len(train_task(options(tmp_path / "cut", **more, resume="auto"))["runs"]) == 2
     assert len(calls) == 99

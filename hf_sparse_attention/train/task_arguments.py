@@ -59,7 +59,7 @@ class TrainTaskArguments:
     beta2: float = field(default=0.99, metadata=_help("AdamW's second beta"))
     clip: float = field(default=1.0, metadata=_help("largest gradient norm; 0 does not clip"))
     precision: str = field(
-        default="float32", metadata=_help("float32, or bfloat16: matrix products in it (autocast), parameters float32")
+        default="float32", metadata=_help("float32, or bfloat16: computed in it (autocast) with parameters in float32")
     )
     compile: bool = field(default=False, metadata=_help("torch.compile the model"))
     cuda_graph: bool = field(

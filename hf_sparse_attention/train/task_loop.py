@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from .. import tables
 from ..checkpoint import choose_device
@@ -29,7 +30,7 @@ from ..tasks.samples import SyntheticTask
 from .recipe import rate_at
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
-from .task_step import TaskStep
+from .task_step import TaskStep, working_precision
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +127,9 @@ def _run(
     record = {"name": folder.name, "learning_rate": rate, "seed": seed, "identity": _identity(arguments)}
     if (folder / "run.json").is_file():
         saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if saved.get("finished") and saved["validation_of"] == _validation_of(arguments):
+        if saved.get("finished"):
             logger.info("%s is finished and kept", folder)
-            return saved
+            return _validated_as_asked(folder, saved, arguments, task, device)
     model = new_model(arguments, task, seed).to(device)
     record["parameters"] = count_parameters(model)
     lengths = arguments.training_lengths()
@@ -140,7 +141,7 @@ def _run(
         start, earlier = state["done"], state["seconds"]
     write_json(folder / "run.json", {**record, "finished": False})
     _keep_metrics(folder / "metrics.jsonl", start)
-    begun, failed, window_begun, window = time.perf_counter(), None, time.perf_counter(), 0
+    begun, failed, window_begun, window, done = time.perf_counter(), None, time.perf_counter(), 0, start
     model.train()
     with tqdm(
         total=arguments.steps, initial=start, desc=folder.name, unit="step", dynamic_ncols=True,
@@ -176,8 +177,7 @@ def _run(
             if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or last):
                 _save_checkpoint(folder, step, done, earlier + time.perf_counter() - begun)
             window_begun += time.perf_counter() - pause
-    # Of the last window of steps, also when this call had none to do.
-    record |= {"steps": arguments.steps, "seconds": earlier + time.perf_counter() - begun, "failed": failed}
+    record |= {"steps": done, "seconds": earlier + time.perf_counter() - begun, "failed": failed}
     record |= {"validation": [], "validation_of": _validation_of(arguments)}
     if failed is None:
         with whole_folder(folder / "model", replace=True) as place:
@@ -192,19 +192,30 @@ def _run(
     return {**record, "finished": True}
 
 
+def _validated_as_asked(
+    folder: Path, saved: dict, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device
+) -> dict:
+    """A finished run, validated anew if other lengths or samples are asked for than it was validated on."""
+    if saved["failed"] or saved["validation_of"] == _validation_of(arguments):
+        return saved
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
+    saved |= {"validation": _validate(model, arguments, task), "validation_of": _validation_of(arguments)}
+    write_json(folder / "run.json", saved)
+    return saved
+
+
 def _validation_of(arguments: TrainTaskArguments) -> list:
     return [arguments.validated_lengths(), arguments.validation_samples]
 
 
 def _validate(model, arguments: TrainTaskArguments, task: SyntheticTask) -> list[dict]:
     model.eval()
-    return [
-        {"length": length, **score(
-            model, task.fixed_blocks(length, arguments.validation_samples, split="validation"),
-            batch_tokens=arguments.batch_tokens,
-        )}
-        for length in arguments.validated_lengths()
-    ]  # fmt: skip
+    found = []
+    for length in arguments.validated_lengths():
+        blocks = task.fixed_blocks(length, arguments.validation_samples, split="validation")
+        with working_precision(arguments, model.device):
+            found.append({"length": length, **score(model, blocks, batch_tokens=arguments.batch_tokens)})
+    return found
 
 
 def _best(runs: list[dict]) -> str | None:
@@ -223,8 +234,6 @@ def _best(runs: list[dict]) -> str | None:
 
 def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device) -> list[dict]:
     """Exact match of a run's model on the fixed test sets; finished lengths are kept in test.json."""
-    from transformers import AutoModelForCausalLM
-
     file = folder / "test.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and arguments.resume == "auto" else []
     found = [line for line in found if line.get("wanted") == arguments.test_samples]
@@ -236,7 +245,8 @@ def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, devi
     ) as bar:  # fmt: skip
         for length in left:
             blocks = task.fixed_blocks(length, arguments.test_samples)
-            line = score(model, blocks, batch_tokens=arguments.batch_tokens, progress=bar.update)
+            with working_precision(arguments, device):
+                line = score(model, blocks, batch_tokens=arguments.batch_tokens, progress=bar.update)
             found.append({"length": length, "wanted": arguments.test_samples, **line})
             write_json(file, found)
     return sorted((row for row in found if row["length"] in arguments.test_lengths), key=lambda row: row["length"])

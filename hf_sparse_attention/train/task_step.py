@@ -18,6 +18,13 @@ from .task_model import answer_loss
 _WARM_UP = 3
 
 
+def working_precision(arguments: TrainTaskArguments, device: torch.device) -> torch.autocast:
+    """The context in which the model computes, in training, validation and test alike."""
+    low = torch.bfloat16 if arguments.precision == "bfloat16" else None
+    # A cast kept from an earlier step would be of old parameters when a graph is replayed.
+    return torch.autocast(device.type, dtype=low, enabled=low is not None, cache_enabled=False)
+
+
 class TaskStep:
     """Trains a model on batches of `shape` (samples, width).
 
@@ -29,7 +36,7 @@ class TaskStep:
     ):
         self.model, self.device, self.clip = model, device, arguments.clip or math.inf
         self.called = torch.compile(model) if arguments.compile else model
-        self.low = torch.bfloat16 if arguments.precision == "bfloat16" else None
+        self.arguments = arguments
         self.wants_graph, self.graph, self.eager_steps = arguments.cuda_graph, None, 0
         groups = parameter_groups(
             model, learning_rate=0.0, new_learning_rate=None, weight_decay=arguments.weight_decay
@@ -79,8 +86,7 @@ class TaskStep:
     def _step(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-        # A cast kept from an earlier step would be of old parameters when a graph is replayed.
-        with torch.autocast(self.device.type, dtype=self.low, enabled=self.low is not None, cache_enabled=False):
+        with working_precision(self.arguments, self.device):
             logits = self.called(input_ids=self.tokens, use_cache=False).logits
         loss = answer_loss(logits, self.targets)
         loss.backward()
