@@ -460,3 +460,10 @@ def test_the_command_line_of_needles(home, tmp_path, capsys):  # noqa: F811
     blocks = needle_samples(NEEDLES["passkey"], Haystack.of(None, loaded), loaded, length=100, depth=0.5, count=2)
     saved = json.loads((tmp_path / "out" / "results.json").read_text())["other_cells"][1]
     assert saved["loss"] == pytest.approx(score(model, blocks, batch_tokens=1)["loss"], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_passkey_in_256_thousand_tokens(home, tmp_path):  # noqa: F811
+    changes = {"tasks": ["passkey"], "lengths": [262_144], "depths": [0.5], "limit": 1, "device": "cuda"}
+    (cell,) = evaluate_models(arguments(tmp_path / "out", home / "sparse", **changes))["cells"]
+    assert cell["samples"] == 1 and cell["loss"] > 0
