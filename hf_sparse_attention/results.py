@@ -145,9 +145,12 @@ def remarks(results: dict) -> list[str]:
     seen = {}
     for cell in results["cells"]:
         seen.setdefault((cell["task"], cell["length"], cell.get("depth")), set()).add(cell["tokens_sha256"])
-    if any(len(tokens) > 1 for tokens in seen.values()):
+    differ = list(dict.fromkeys(task for (task, _, _), tokens in seen.items() if len(tokens) > 1))
+    if set(differ) & set(_BY_TASK):
         lines.append("Tokenizers differ, so windows do: compare bits per byte, not perplexity.")
-    elif len(results["models"]) > 1:
+    if others := [task for task in differ if task not in _BY_TASK]:
+        lines.append(f"Models did not get the same tokens in {', '.join(others)}: tokenizers or settings differ.")
+    if not differ and len(results["models"]) > 1:
         lines.append("All models saw the same tokens.")
     return lines
 

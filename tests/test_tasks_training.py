@@ -428,3 +428,20 @@ def test_softmax_in_parts_of_the_queries_is_the_same(monkeypatch, position):
     for one, other, values in zip(whole, parts, inputs, strict=True):
         kept = values.get("attention_mask", torch.ones_like(tokens)).bool()
         torch.testing.assert_close(one[kept], other[kept], atol=1e-12, rtol=1e-12)
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path):
+    changes = {"steps": 4, "checkpoint_every": 2}
+    train_task(options(tmp_path / "out", **changes))
+    folder = tmp_path / "out" / "rate-0.01-seed-0"
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
+    content = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match="checkpoint.pt is damaged"):
+        train_task(options(tmp_path / "out", **changes, resume="auto"))
+    for text in ("{", "{}", "[]"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(OSError, match="run.json is damaged"):
+            train_task(options(tmp_path / "out", **changes, resume="auto"))
+    assert train_task(options(tmp_path / "out", **changes, overwrite=True))["runs"][0]["steps"] == 4

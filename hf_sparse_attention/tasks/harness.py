@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 from .haystack import Haystack
-from .inputs import Inputs
+from .inputs import Inputs, tokenizer_identity
 from .needles import NEEDLES, make_prompt
 
 # Where YAML files of our own are, for `lm_eval --include_path`.
@@ -29,7 +30,7 @@ class HarnessTask:
         path: its YAML file.
         by_length: whether it makes its data for a length in tokens, as RULER's do.
         lengths: the lengths it reports, or None for any.
-        version: of the YAML file.
+        version: of lm-eval and the YAML file.
     """
 
     name: str
@@ -75,7 +76,8 @@ def _harness_task(name: str, entry) -> HarnessTask:
     metrics = [str(row.get("metric")) for row in entry.cfg.get("metric_list") or []]
     by_length = "custom_dataset" in entry.cfg
     lengths = [int(metric) for metric in metrics] if metrics and all(map(str.isdigit, metrics)) else None
-    version = hashlib.sha256(json.dumps(entry.cfg, sort_keys=True, default=str).encode()).hexdigest()
+    content = metadata.version("lm_eval") + Path(entry.yaml_path).read_text(encoding="utf-8")
+    version = hashlib.sha256(content.encode()).hexdigest()
     return HarnessTask(f"lm_eval:{name}", Path(entry.yaml_path), by_length, lengths, version)
 
 
@@ -89,7 +91,8 @@ def harness_inputs(
     """
     if task.lengths is not None and length not in task.lengths:
         raise ValueError(f"{task.name} reports lengths {', '.join(map(str, task.lengths))} alone, not {length}")
-    parts = json.dumps([task.name, task.version, length, limit, seed])
+    same = None if tokenizer is None else tokenizer_identity(tokenizer)
+    parts = json.dumps([task.name, task.version, length, limit, seed, same])
     return Inputs(
         count=1,
         sha256=hashlib.sha256(parts.encode()).hexdigest(),
@@ -108,7 +111,7 @@ def _score(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    metadata = {"pretrained": str(folder)} | ({} if length is None else {"max_seq_lengths": [length], "seed": seed})
+    options = {"pretrained": str(folder)} | ({} if length is None else {"max_seq_lengths": [length], "seed": seed})
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     # What is longer than this lm-eval cuts off; a model is asked beyond its positions if the user names the length.
     longest = max(positions, 2 * (length or 0))
@@ -116,7 +119,7 @@ def _score(
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=longest),
         tasks=[str(task.path)],
-        task_manager=TaskManager(include_defaults=False, metadata=metadata),
+        task_manager=TaskManager(include_defaults=False, metadata=options),
         limit=limit,
         bootstrap_iters=0,
         log_samples=False,

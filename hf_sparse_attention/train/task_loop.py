@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from .. import tables
 from ..checkpoint import choose_device
 from ..config import VERSION
-from ..files import whole_folder, write_bytes, write_json, write_text
+from ..files import flush_file, whole_folder, write_bytes, write_json, write_text
 from ..loading import count_parameters
 from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
@@ -108,7 +108,7 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
             raise FileExistsError(
                 f"{output / name} is there: go on with --resume auto, or replace it with --overwrite"
             )
-        saved, identity = json.loads(record.read_text(encoding="utf-8"))["identity"], _identity(arguments)
+        saved, identity = _record(output / name)["identity"], _identity(arguments)
         different = [
             f"{key} {saved.get(key)!r} then, {identity.get(key)!r} now"
             for key in sorted({*saved, *identity})
@@ -126,7 +126,7 @@ def _run(
         shutil.rmtree(folder)
     record = {"name": folder.name, "learning_rate": rate, "seed": seed, "identity": _identity(arguments)}
     if (folder / "run.json").is_file():
-        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        saved = _record(folder)
         if saved.get("finished"):
             logger.info("%s is finished and kept", folder)
             return _validated_as_asked(folder, saved, arguments, task, device)
@@ -136,9 +136,7 @@ def _run(
     step = TaskStep(model, arguments, (arguments.batch_size, task.width(lengths[1])), device)
     start, earlier = 0, 0.0
     if (folder / "checkpoint.pt").is_file():
-        state = torch.load(folder / "checkpoint.pt", map_location=device, weights_only=True)
-        step.load(state["step"])
-        start, earlier = state["done"], state["seconds"]
+        start, earlier = _load_checkpoint(folder / "checkpoint.pt", step, device)
     write_json(folder / "run.json", {**record, "finished": False})
     _keep_metrics(folder / "metrics.jsonl", start)
     begun, failed, window_begun, window, done = time.perf_counter(), None, time.perf_counter(), 0, start
@@ -252,7 +250,35 @@ def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, devi
     return sorted((row for row in found if row["length"] in arguments.test_lengths), key=lambda row: row["length"])
 
 
+def _record(folder: Path) -> dict:
+    """What is in a run's run.json.
+
+    Raises:
+        OSError: if it cannot be read as one.
+    """
+    file = folder / "run.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return {**saved, "identity": dict(saved["identity"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
+
+
+def _load_checkpoint(file: Path, step: TaskStep, device: torch.device) -> tuple[int, float]:
+    """Takes up a checkpoint; returns the steps done and the seconds they took."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        step.load(state["step"])
+        return state["done"], state["seconds"]
+    # PyTorch has no error of its own for a damaged file.
+    except Exception as error:
+        raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
+
+
 def _save_checkpoint(folder: Path, step: TaskStep, done: int, seconds: float) -> None:
+    # A checkpoint is never ahead of the lines.
+    if (folder / "metrics.jsonl").exists():
+        flush_file(folder / "metrics.jsonl")
     content = io.BytesIO()
     torch.save({"step": step.state(), "done": done, "seconds": seconds}, content)
     write_bytes(folder / "checkpoint.pt", content.getvalue())
