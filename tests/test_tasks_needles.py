@@ -462,6 +462,18 @@ def test_the_command_line_of_needles(home, tmp_path, capsys):  # noqa: F811
     assert saved["loss"] == pytest.approx(score(model, blocks, batch_tokens=1)["loss"], rel=1e-5)
 
 
+def test_windows_with_and_without_overlap_side_by_side(home, tmp_path, capsys):  # noqa: F811
+    changes = {"tasks": ["perplexity", "sliding_perplexity"], "lengths": [16, 64], "data": [str(home / "text.jsonl")]}
+    found = evaluate_models(arguments(tmp_path / "out", home / "dense", home / "sparse", figure=True, **changes))
+    names = {"results.json", "results.md", "results.png", "context.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    apart, sliding = ([cell for cell in found["cells"] if cell["task"] == task] for task in changes["tasks"])
+    for one, other in zip(apart, sliding, strict=True):
+        assert other["windows"] > one["windows"] and other["tokens"] > one["tokens"] and other["loss"] > 0
+    shown = capsys.readouterr().out
+    assert "Perplexity in overlapping windows" in shown and "do not overlap" not in shown
+
+
 @pytest.mark.gpu
 def test_a_passkey_in_256_thousand_tokens(home, tmp_path):  # noqa: F811
     changes = {"tasks": ["passkey"], "lengths": [262_144], "depths": [0.5], "limit": 1, "device": "cuda"}

@@ -1,5 +1,5 @@
-"""The content of results.json -> the pictures beside it: loss by position and length, exact match by length, and by
-length and depth. A picture is drawn for what was measured, and no other."""
+"""The content of results.json -> the pictures beside it: loss by position and length, with and without overlapping
+windows, exact match by length, and by length and depth. A picture is drawn for what was measured, and no other."""
 
 from __future__ import annotations
 
@@ -13,18 +13,57 @@ _SHARES = "cividis"
 
 
 def draw(results: dict) -> dict[str, bytes]:
-    """PNG files by name: results.png (perplexity), depth.png (needles), exact_match.png (synthetic tasks, needles)."""
+    """PNG files by name: results.png (perplexity), context.png (overlapping windows), depth.png (needles),
+    exact_match.png (synthetic tasks, needles)."""
     cells = [cell for cell in results["cells"] if not cell.get("missing")]
     found = {}
     of_loss = [cell for cell in cells if cell["task"] == "perplexity"]
     if of_loss or not cells:
         found["results.png"] = picture(losses({**results, "cells": of_loss}))
+    if any(cell["task"] == "sliding_perplexity" for cell in cells):
+        found["context.png"] = picture(by_context(results, cells))
     exact = [cell for cell in cells if cell.get("exact_match") is not None]
     if any(cell.get("depth") is not None for cell in exact):
         found["depth.png"] = picture(by_depth(results, [cell for cell in exact if cell.get("depth") is not None]))
     if exact:
         found["exact_match.png"] = picture(by_length(results, exact))
     return found
+
+
+def by_context(results: dict, cells: list[dict]) -> Figure:
+    """Loss by window length, a line per model and way of cutting: solid, windows that overlap by half, where a token
+    has at least half a window before it; dashed, windows one behind the other, where the first ones have little."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    ways = (("sliding_perplexity", "-", "overlapping"), ("perplexity", (0, (4, 2)), "one behind the other"))
+    for index, model in enumerate(results["models"]):
+        for task, dashes, words in ways:
+            own = [cell for cell in cells if (cell["model"], cell["task"]) == (model["label"], task)]
+            if own:
+                own.sort(key=lambda cell: cell["length"])
+                axes.errorbar(
+                    [cell["length"] for cell in own], [cell["loss"] for cell in own],
+                    yerr=[cell["standard_error"] or 0.0 for cell in own], capsize=3, markersize=4, linestyle=dashes,
+                    color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
+                    label=f"{model['label']}, {words}",
+                )  # fmt: skip
+    lengths = sorted({cell["length"] for cell in cells if cell["task"] in ("perplexity", "sliding_perplexity")})
+    axes.set(xlabel="window length, tokens", ylabel="loss, nats per token")
+    _length_axis(axes, lengths)
+    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _length_axis(axes, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(lengths)
+    axes.tick_params(axis="x", labelrotation=35 if len(lengths) > 5 else 0, labelsize=8)
+    axes.grid(True, color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def by_depth(results: dict, cells: list[dict]) -> Figure:
@@ -84,14 +123,7 @@ def by_length(results: dict, cells: list[dict]) -> Figure:
                 handles.setdefault(model["label"], line)
         axes.set_title(task, fontsize=10, parse_math=False)
         axes.set(xlabel="length", ylabel="exact match, %", ylim=(-4, 104))
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(lengths)
-        axes.tick_params(axis="x", labelrotation=35 if len(lengths) > 5 else 0, labelsize=8)
-        axes.grid(True, color="#e4e4e4", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        _length_axis(axes, lengths)
     for axes in grid.flat[len(tasks) :]:
         axes.set_visible(False)
     legend = figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
