@@ -411,7 +411,10 @@ def test_softmax_in_parts_of_the_queries_is_the_same(monkeypatch, position):
     tokens = torch.randint(4, 10, (3, 37), generator=torch.Generator().manual_seed(0))
     padding = torch.ones_like(tokens)
     padding[1, :5], padding[2, :11] = 0, 0
-    inputs = [{"input_ids": tokens}, {"input_ids": tokens, "attention_mask": padding}]
+    # A matrix of the caller's own, in which keys after the query are seen too.
+    matrix = torch.rand(3, 1, 37, 37, generator=torch.Generator().manual_seed(1)) > 0.3
+    masks = [{}, {"attention_mask": padding}, {"attention_mask": matrix}]
+    inputs = [{"input_ids": tokens, "use_cache": False, **mask} for mask in masks]
     with torch.no_grad():
         whole = [model(**values).logits for values in inputs]
         sizes, plain = [], F.scaled_dot_product_attention
@@ -426,7 +429,7 @@ def test_softmax_in_parts_of_the_queries_is_the_same(monkeypatch, position):
         parts = [model(**values).logits for values in inputs]
     assert 0 < max(sizes) <= 1000
     for one, other, values in zip(whole, parts, inputs, strict=True):
-        kept = values.get("attention_mask", torch.ones_like(tokens)).bool()
+        kept = padding.bool() if values.get("attention_mask") is padding else torch.ones_like(padding).bool()
         torch.testing.assert_close(one[kept], other[kept], atol=1e-12, rtol=1e-12)
 
 

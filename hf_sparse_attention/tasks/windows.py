@@ -153,12 +153,12 @@ class TokenizedText:
         step = max(1, text_length // 2)
         places = []
         for index, document in enumerate(self.documents):
+            if len(document) < text_length:
+                continue
             # Without a prefix the first token of a document is given.
             scored = 0 if self.prefix else 1
             for start in range(0, len(document) - text_length + step, step):
                 start = min(start, len(document) - text_length)
-                if start < 0 or scored >= start + text_length:
-                    break
                 places.append((index, start, scored - start + len(self.prefix)))
                 scored = start + text_length
         places = _drawn(places, limit, seed)
