@@ -27,6 +27,8 @@ from .visible import visible_range
 
 logger = logging.getLogger(__name__)
 
+# Entries of the masks that softmax with slopes or padding holds at a time; queries are taken in parts beyond.
+_MASK_ENTRIES = 2**26
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 _announced: set[str] = set()
 
@@ -116,14 +118,40 @@ def sparse_attention(query, key, value, **arguments) -> tuple[torch.Tensor, torc
 
 
 def _softmax_attention(query, key, value, *, scaling, causal, visible, slopes, mask):
-    """Softmax over the same keys, on SDPA. A query that sees no key gives zeros."""
+    """Softmax over the same keys, on SDPA, in memory linear in them. A query that sees no key gives zeros."""
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     if visible is None and mask is None and slopes is None:
         # A branch, not a comparison: with dynamic shapes that is a symbol, which SDPA does not take.
         is_causal = True if causal and query.shape[2] > 1 else False  # noqa: SIM210
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, **grouped)
+    from_last = visible is None and causal
     if visible is None:
         visible = visible_range(query.shape[2], key.shape[2], causal=causal, device=query.device)
+    queries, keys = query.shape[2], key.shape[2]
+    masks = max(visible.shape[0], 1 if mask is None else mask.shape[0]) * (1 if slopes is None else len(slopes))
+    step = queries if torch.compiler.is_compiling() else max(1, _MASK_ENTRIES // max(1, masks * keys))
+    pieces = []
+    for first in range(0, queries, step):
+        part = slice(first, first + step)
+        # Without a range the last query stands at the last key: keys after the last of these are not looked at.
+        last = max(1, min(keys, keys - queries + first + step)) if from_last else keys
+        pieces.append(
+            _masked_softmax(
+                query[:, :, part],
+                key[:, :, :last],
+                value[:, :, :last],
+                scaling=scaling,
+                visible=visible[:, part],
+                slopes=slopes,
+                mask=None if mask is None else mask[..., part, :last],
+                grouped=grouped,
+            )  # fmt: skip
+        )
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _masked_softmax(query, key, value, *, scaling, visible, slopes, mask, grouped):
+    """Softmax over the keys that each query sees, on SDPA with a mask of all queries times all keys."""
     start_B1N1, end_B1N1 = visible[:, None, :, None, 0], visible[:, None, :, None, 1]
     key_K = torch.arange(key.shape[2], device=query.device)
     seen = (key_K >= start_B1N1) & (key_K < end_B1N1)

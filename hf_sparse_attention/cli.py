@@ -49,11 +49,18 @@ COMMANDS = {
         "continue the pretraining of a converted model",
         interrupted="add --resume auto to go on from the last checkpoint",
     ),
+    "train-task": Command(
+        "train",
+        "TrainTaskArguments",
+        "train_task",
+        "a small model from scratch on a synthetic task (also: train --task)",
+        interrupted="run it again to go on",
+    ),
     "evaluate": Command(
         "evaluate",
         "EvaluateArguments",
         "evaluate_models",
-        "perplexity by length, models side by side",
+        "perplexity, needles and tasks by length, side by side",
         interrupted="run it again to go on: what was measured is kept",
     ),
     "report": Command(
@@ -69,7 +76,7 @@ COMMANDS = {
 def overview() -> str:
     """What `hf-sparse-attention` prints without a command."""
     lines = [f"usage: {PROGRAM} COMMAND [options]", "", "Sparse attention that is trained, for Transformers.", ""]
-    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", f"{PROGRAM} COMMAND --help lists the options; --config FILE.yaml reads them from a file."]
     return "\n".join(lines)
 
@@ -89,6 +96,8 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)
     name, *words = words
+    if name == "train" and any(word.partition("=")[0] == "--task" for word in words):
+        name = "train-task"
     command = COMMANDS[name]
     try:
         room = importlib.import_module(f"{__package__}.{command.module}")

@@ -1,6 +1,7 @@
-"""Models and text -> the models' numbers side by side: as a table, results.json, results.md and results.png.
+"""Models, tasks and lengths -> the models' numbers side by side: as a table, results.json, results.md and pictures.
 
-Every number of a model, task and length is a cell; finished cells are kept in results.json and not computed again.
+Every number of a model, task, length and depth is a cell; finished cells are kept in results.json and not computed
+again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import gc
 import hashlib
 import json
 import logging
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from .config import VERSION
 from .files import write_bytes, write_json, write_text
 from .loading import DTYPES
 from .results import markdown, terminal
-from .tasks import TASKS, Task, TokenizedText, Windows
+from .tasks import NEEDLE, TASK, TASKS, TEXT, Task
+from .tasks.harness import HarnessTask, harness_inputs, harness_tasks
+from .tasks.inputs import ANSWERS, DEPTHS, HAYSTACKS, Inputs, Sources, pace
 from .text import read_documents
 
 logger = logging.getLogger(__name__)
@@ -41,14 +43,19 @@ class EvaluateArguments:
     )
     data: list[str] = field(
         default_factory=list,
-        metadata={"help": "text: .txt, .jsonl or .parquet files (also .gz, .xz, .zst), or names of Hub datasets"},
+        metadata={
+            "help": "text for perplexity, or for haystacks: .txt, .jsonl or .parquet files (also .gz, .xz, "
+            ".zst), or names of Hub datasets"
+        },
     )
-    output_dir: str = field(default="evaluation", metadata={"help": "folder for results.json, .md and .png"})
+    output_dir: str = field(default="evaluation", metadata={"help": "folder for results.json, .md and pictures"})
     lengths: list[int] = field(
-        default_factory=lambda: [256, 512, 1024, 2048], metadata={"help": "context lengths in tokens"}
+        default_factory=lambda: [256, 512, 1024, 2048],
+        metadata={"help": "context lengths in tokens; for synthetic tasks the task's own length"},
     )
     tasks: list[str] = field(
-        default_factory=lambda: ["perplexity"], metadata={"help": f"what is measured: {', '.join(TASKS)}"}
+        default_factory=list,
+        metadata={"help": f"what is measured: {', '.join(TASKS)} (default: perplexity, or nothing beside --lm_eval)"},
     )
     text_column: str = field(default="text", metadata={"help": "column of jsonl and parquet files with the text"})
     max_documents: int | None = field(default=None, metadata={"help": "read only so many documents (default: all)"})
@@ -58,9 +65,30 @@ class EvaluateArguments:
                           "see each other. Without it a document shorter than a length gives no window"},
     )  # fmt: skip
     limit: int | None = field(
-        default=None, metadata={"help": "at most so many windows per length, drawn with the seed (default: all)"}
+        default=None,
+        metadata={"help": "at most so many windows or samples per cell, windows drawn with the seed (default: all "
+                          "windows, 20 needles per length and depth, 1,000 of synthetic tasks, all of lm-eval)"},
+    )  # fmt: skip
+    seed: int = field(default=0, metadata={"help": "seed of the draw under --limit, and of needles"})
+    depths: list[float] = field(
+        default_factory=list,
+        metadata={"help": "where needles stand, from 0 (first) to 1 (last) (default: 0 0.25 0.5 0.75 1)"},
     )
-    seed: int = field(default=0, metadata={"help": "seed of the draw under --limit"})
+    haystack: str | None = field(
+        default=None, metadata={"help": "needles are hidden in `sentences` of the package (default) or in the --data"}
+    )
+    answers: str | None = field(
+        default=None,
+        metadata={"help": "how needles and synthetic tasks are answered: `forced` (one pass, right where greedy "
+                          "decoding would be; default) or `generated` (token by token with the cache)"},
+    )  # fmt: skip
+    lm_eval: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "tasks of lm-eval, such as niah_single_1; RULER's are asked at every length (needs lm-eval)"
+        },
+    )
+    lm_eval_folder: str | None = field(default=None, metadata={"help": "folder with further YAML tasks of lm-eval"})
     batch_tokens: int = field(default=8192, metadata={"help": "tokens per batch; a longer window is a batch alone"})
     dtype: str = field(
         default="auto", metadata={"help": f"auto (what the checkpoint is stored in), {', '.join(DTYPES)}"}
@@ -72,19 +100,47 @@ class EvaluateArguments:
     def __post_init__(self):
         if not self.models:
             raise ValueError("models is empty; name at least one folder or Hub id")
-        if not self.data:
-            raise ValueError("data is empty; name at least one text file or Hub dataset")
+        self.lm_eval = [name for item in self.lm_eval for name in item.split(",") if name]
         self.lengths = sorted(set(self.lengths))
         if not self.lengths or self.lengths[0] < 2:
             raise ValueError(f"lengths is {self.lengths}; each is at least 2 tokens")
+        if not self.tasks and not self.lm_eval:
+            self.tasks = ["perplexity"]
         unknown = [name for name in self.tasks if name not in TASKS]
-        if unknown or not self.tasks:
+        if unknown:
             raise ValueError(f"tasks is {self.tasks}; choose from {', '.join(TASKS)}")
+        if len(set(self.tasks)) < len(self.tasks) or len(set(self.lm_eval)) < len(self.lm_eval):
+            raise ValueError(f"a task is named twice in {[*self.tasks, *self.lm_eval]}")
+        self._check_used()
         for name in ("limit", "max_documents", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it is at least 1")
+        if any(not 0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths is {self.depths}; each is from 0 to 1")
+        for name, choices in (("haystack", HAYSTACKS), ("answers", ANSWERS)):
+            if getattr(self, name) not in (*choices, None):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         check_dtype(self.dtype)
+
+    def _check_used(self) -> None:
+        """Raises ValueError for what is needed and not given, or given and not used by any task."""
+        kinds = {TASKS[name].kind for name in self.tasks}
+        reads = kinds & {TEXT} or self.haystack == "data"
+        if reads and not self.data:
+            raise ValueError("data is empty; name at least one text file or Hub dataset")
+        unused = {
+            "data": self.data and not reads,
+            "concatenate": self.concatenate and TEXT not in kinds,
+            "depths": self.depths and not any(TASKS[name].by_depth for name in self.tasks),
+            "haystack": self.haystack and NEEDLE not in kinds,
+            "answers": self.answers and not kinds & {NEEDLE, TASK},
+            "lm_eval_folder": self.lm_eval_folder and not self.lm_eval,
+        }
+        if found := [name for name, is_unused in unused.items() if is_unused]:
+            raise ValueError(
+                f"{', '.join(found)} is given, but none of the tasks {[*self.tasks, *self.lm_eval]} uses it"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,10 +148,14 @@ class Cell:
     """A number to be found: what determines it, and where it is to stand."""
 
     label: str
-    task: Task
-    length: int
-    windows: Windows
+    task: Task | HarnessTask
+    length: int | None
+    inputs: Inputs
     fingerprint: str
+
+    @property
+    def place(self) -> tuple:
+        return self.label, self.task.name, self.length, self.inputs.depth
 
 
 def evaluate_models(arguments: EvaluateArguments) -> dict:
@@ -108,7 +168,7 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
     kept = _kept_cells(folder, arguments.overwrite)
     device = choose_device(arguments.device)
     if arguments.figure:
-        from . import figures
+        from .tasks import pictures
     checkpoints = {label: examine(path) for label, path in _labelled(arguments.models).items()}
     documents, data = _read(arguments)
     cells = _plan(arguments, checkpoints, documents)
@@ -123,12 +183,14 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
         "data": data,
         "models": [_describe(label, checkpoint) for label, checkpoint in checkpoints.items()],
         "lengths": arguments.lengths,
+        "tasks": list(dict.fromkeys(cell.task.name for cell in cells)),
         "cells": [],
         "other_cells": [],
     }  # fmt: skip
     _compute(arguments, device, checkpoints, cells, kept, results, folder)
     if arguments.figure:
-        write_bytes(folder / "results.png", figures.picture(figures.losses(results)))
+        for name, content in pictures.draw(results).items():
+            write_bytes(folder / name, content)
     write_text(folder / "results.md", markdown(results))
     print(terminal(results))
     return results
@@ -172,12 +234,13 @@ def _kept_cells(folder: Path, overwrite: bool) -> dict[str, dict]:
 
 def _read(arguments: EvaluateArguments) -> tuple[list[str], dict]:
     documents, digest = [], hashlib.sha256()
-    for document in read_documents(arguments.data, text_column=arguments.text_column):
+    found = read_documents(arguments.data, text_column=arguments.text_column) if arguments.data else ()
+    for document in found:
         documents.append(document)
         digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
         if len(documents) == arguments.max_documents:
             break
-    if not any(document.strip() for document in documents):
+    if arguments.data and not any(document.strip() for document in documents):
         raise ValueError(f"{', '.join(arguments.data)}: there is no text in it")
     return documents, {
         "names": [Path(name).name if Path(name).exists() else name for name in arguments.data],
@@ -188,47 +251,49 @@ def _read(arguments: EvaluateArguments) -> tuple[list[str], dict]:
 
 
 def _plan(arguments: EvaluateArguments, checkpoints: dict[str, Checkpoint], documents: list[str]) -> list[Cell]:
-    """All cells, in the order of the table. Models with the same tokenizer get the same windows."""
-    texts: dict[str, TokenizedText] = {}
-    cut: dict[tuple[str, int], Windows] = {}
+    """All cells, in the order of the table."""
+    sources = Sources(
+        documents, arguments.concatenate, arguments.limit, arguments.seed, tuple(arguments.depths) or DEPTHS,
+        arguments.haystack or "sentences", arguments.answers or "forced",
+    )  # fmt: skip
+    tasks = [TASKS[name] for name in arguments.tasks]
+    harness = harness_tasks(arguments.lm_eval, arguments.lm_eval_folder)
     cells = []
     for label, checkpoint in checkpoints.items():
-        tokenizer = load_tokenizer(checkpoint.source.folder)
-        same = _identity(tokenizer)
-        if same not in texts:
-            text = TokenizedText.of(tqdm(documents, desc="tokenizing", unit="document", **_pace()), tokenizer)
-            texts[same] = text.joined() if arguments.concatenate else text
-        text = texts[same]
-        vocabulary = checkpoint.config.get_text_config().vocab_size
-        highest = max((int(document.max()) for document in text.documents), default=0)
-        if highest >= vocabulary:
-            raise ValueError(
-                f"{checkpoint.path}: its tokenizer gives token {highest}, the model has {vocabulary}: they do "
-                "not belong together"
-            )
-        for task in (TASKS[name] for name in arguments.tasks):
+        needed = harness or any(task.kind != TASK for task in tasks)
+        tokenizer = load_tokenizer(checkpoint.source.folder) if needed else None
+        of_model = {
+            "folder": checkpoint.source.folder,
+            "name": checkpoint.path,
+            "vocabulary": checkpoint.config.get_text_config().vocab_size,
+            "tokenizer": tokenizer,
+        }
+        for task in tasks:
             for length in arguments.lengths:
-                if (same, length) not in cut:
-                    cut[same, length] = text.windows(length, limit=arguments.limit, seed=arguments.seed)
-                windows = cut[same, length]
-                dtype = arguments.dtype if arguments.dtype != "auto" else str(checkpoint.config.dtype)
-                parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, windows.sha256]
-                fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-                cells.append(Cell(label, task, length, windows, fingerprint))
-    if not any(len(cell.windows) for cell in cells):
-        longest = max(text.longest for text in texts.values())
+                for inputs in sources.of(task, length, **of_model):
+                    cells.append(_cell(arguments, label, checkpoint, task, length, inputs))
+        for task in harness:
+            for length in arguments.lengths if task.by_length else (None,):
+                inputs = harness_inputs(
+                    task, length, arguments.limit, arguments.seed, checkpoint.source.folder, tokenizer
+                )
+                cells.append(_cell(arguments, label, checkpoint, task, length, inputs))
+    if not any(cell.inputs.missing is None for cell in cells):
         whose = "the joined documents have" if arguments.concatenate else "the longest document has"
         advice = "" if arguments.concatenate else ", or join the documents with --concatenate"
         raise ValueError(
-            f"{whose} {longest:,} tokens, the shortest length is {arguments.lengths[0]:,}: choose shorter ones{advice}"
+            f"{whose} {sources.longest():,} tokens, the shortest length is {arguments.lengths[0]:,}: choose shorter "
+            f"ones{advice}"
         )
     return cells
 
 
-def _identity(tokenizer) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else f"{tokenizer.name_or_path} {len(tokenizer)}"
-    return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()
+def _cell(
+    arguments, label: str, checkpoint: Checkpoint, task: Task | HarnessTask, length: int | None, inputs: Inputs
+) -> Cell:
+    dtype = arguments.dtype if arguments.dtype != "auto" else str(checkpoint.config.dtype)
+    parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, inputs.sha256]
+    return Cell(label, task, length, inputs, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
 def _describe(label: str, checkpoint: Checkpoint) -> dict:
@@ -253,17 +318,15 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
     if known:
         done = sum(cell.fingerprint in known for cell in cells)
         logger.info("%d of %d cells are finished and kept", done, len(cells))
-    todo = {cell.fingerprint: cell for cell in cells if cell.fingerprint not in known and len(cell.windows)}
+    todo = {cell.fingerprint: cell for cell in cells if cell.fingerprint not in known and cell.inputs.missing is None}
 
     def save() -> None:
-        rows = [
-            _row(cell, checkpoints[cell.label], known.get(cell.fingerprint), arguments.concatenate) for cell in cells
-        ]
+        rows = [_row(cell, checkpoints[cell.label], known.get(cell.fingerprint)) for cell in cells]
         results["cells"] = [row for row in rows if row is not None]
         write_json(folder / "results.json", results)
 
-    total = sum(len(cell.windows) for cell in todo.values())
-    with tqdm(total=total, desc="evaluating", unit="window", disable=not todo, **_pace()) as bar:
+    total = sum(cell.inputs.count for cell in todo.values())
+    with tqdm(total=total, desc="evaluating", unit="sample", disable=not todo, **pace()) as bar:
         for label, checkpoint in checkpoints.items():
             own = [cell for cell in todo.values() if cell.label == label]
             if not own:
@@ -271,7 +334,7 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
             bar.set_description(f"loading {label}", refresh=False)
             model = load(checkpoint, dtype=arguments.dtype, device=device)
             for cell in own:
-                bar.set_description(f"{label} {cell.length}", refresh=False)
+                bar.set_description(" ".join(str(part) for part in cell.place if part is not None), refresh=False)
                 known[cell.fingerprint] = _score(model, cell, arguments.batch_tokens, device, bar)
                 save()
             del model
@@ -284,38 +347,30 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
 def _score(model, cell: Cell, batch_tokens: int, device: torch.device, bar: tqdm) -> dict:
     """The cell's numbers; `finished` says whether another run would get the same."""
     try:
-        numbers = cell.task.score(model, cell.windows, batch_tokens=batch_tokens, progress=bar.update)
+        numbers = cell.inputs.score(model, batch_tokens=batch_tokens, progress=bar.update)
     except torch.OutOfMemoryError:
-        logger.warning(
-            "%s at %d tokens: one window does not fit into the memory of %s", cell.label, cell.length, device
-        )
+        logger.warning("%s: one window does not fit into the memory of %s", " ".join(map(str, cell.place)), device)
         return {"missing": f"one window does not fit into the memory of {device.type}", "finished": False}
     return {**numbers, "finished": True}
 
 
-def _row(cell: Cell, checkpoint: Checkpoint, numbers: dict | None, joined: bool) -> dict | None:
+def _row(cell: Cell, checkpoint: Checkpoint, numbers: dict | None) -> dict | None:
     """The cell as it stands in results.json; None while it is not computed."""
-    if not len(cell.windows):
-        reason = "the joined documents have fewer than" if joined else "no document has"
-        numbers = {"missing": f"{reason} {cell.length:,} tokens", "finished": True}
+    inputs = cell.inputs
+    if inputs.missing is not None:
+        numbers = {"missing": inputs.missing, "finished": True}
     if numbers is None:
         return None
     positions = checkpoint.positions
-    beyond = positions is not None and cell.length > positions
+    beyond = positions is not None and inputs.tokens > positions
     place = {
         "model": cell.label,
         "task": cell.task.name,
         "length": cell.length,
-        "windows": len(cell.windows),
-        "tokens": len(cell.windows) * (cell.length - 1),
-        "documents": cell.windows.documents,
-        "tokens_sha256": cell.windows.sha256,
+        **({} if inputs.depth is None else {"depth": inputs.depth}),
+        **inputs.place,
+        "tokens_sha256": inputs.sha256,
         "fingerprint": cell.fingerprint,
         "note": f"beyond the model's max_position_embeddings of {positions}" if beyond else None,
     }
     return place | numbers | place
-
-
-def _pace() -> dict:
-    """A bar that moves on a terminal, and a line now and then in a log."""
-    return {"mininterval": 0.2 if sys.stderr.isatty() else 30, "dynamic_ncols": True}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import tables
 
 # What the tables show of a perplexity cell: title and text.
-_SECTIONS = (
+_LOSSES = (
     ("Perplexity", lambda cell: _marked(cell, "perplexity", None, 2)),
     ("Loss, nats per token ± standard error over windows",
      lambda cell: _marked(cell, "loss", "standard_error", 3)),
@@ -15,6 +15,13 @@ _SECTIONS = (
      lambda cell: _marked(cell, "bits_per_byte", None, 3)),
     ("Windows / tokens scored", lambda cell: f"{cell['windows']:,} / {cell['tokens']:,}"),
 )  # fmt: skip
+_SLIDING = (
+    ("Perplexity in overlapping windows",
+     lambda cell: _marked(cell, "perplexity", None, 2)),
+    ("Loss in overlapping windows, nats per token ± standard error over windows",
+     lambda cell: _marked(cell, "loss", "standard_error", 3)),
+)  # fmt: skip
+_BY_TASK = {"perplexity": _LOSSES, "sliding_perplexity": _SLIDING}
 
 
 def _marked(cell: dict, name: str, error: str | None, digits: int) -> str:
@@ -24,45 +31,126 @@ def _marked(cell: dict, name: str, error: str | None, digits: int) -> str:
     return text + ("*" if cell["note"] and value is not None else "")
 
 
+def tasks_of(results: dict) -> list[str]:
+    """Names of the tasks in the order they were asked for."""
+    return results.get("tasks") or list(dict.fromkeys(cell["task"] for cell in results["cells"]))
+
+
+def lacking(results: dict) -> list[str]:
+    """Cells that were asked for and are not computed, in words: none in a run that came to its end."""
+    found = {(cell["model"], cell["task"], cell["length"]) for cell in results["cells"]}
+    return [
+        f"{task} of {model['label']}" + (f" at {length}" if length is not None else "")
+        for model in results["models"]
+        for task in tasks_of(results)
+        for length in _lengths(results, task)
+        if (model["label"], task, length) not in found
+    ]
+
+
+def _lengths(results: dict, task: str) -> list[int | None]:
+    """Lengths of a task; None alone for one of lm-eval that has none."""
+    found = {cell["length"] for cell in results["cells"] if cell["task"] == task}
+    return [None] if found == {None} else results["lengths"]
+
+
 def sections(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, header, rows) of the tables by length: a row per model, a column per length."""
-    by_place = {(cell["model"], cell["length"]): cell for cell in results["cells"] if cell["task"] == "perplexity"}
-    labels = [model["label"] for model in results["models"]]
-    lengths = results["lengths"]
-    header = ["model"] + [f"{length:,}" for length in lengths]
+    cells: dict[tuple, list[dict]] = {}
+    for cell in results["cells"]:
+        cells.setdefault((cell["model"], cell["task"], cell["length"]), []).append(cell)
+    found = []
+    for task in tasks_of(results):
+        lengths = _lengths(results, task)
+        header = ["model"] + [f"{length:,}" if length is not None else "all" for length in lengths]
+        shown = _BY_TASK.get(task) or _accuracy(task, cells)
+        for title, show in shown:
+            rows = [
+                [label, *(_shown(cells.get((label, task, length)), show) for length in lengths)]
+                for label in (model["label"] for model in results["models"])
+            ]
+            found.append((title, header, rows))
+    return found
+
+
+def _shown(cells: list[dict] | None, show) -> str:
+    if not cells:
+        return tables.MISSING
+    return show(cells[0]) if len(cells) == 1 else show(mean_over_depths(cells))
+
+
+def mean_over_depths(cells: list[dict]) -> dict:
+    """Cells of one model, task and length -> one with their mean exact match, or none if one of them has none."""
+    if any(cell.get("exact_match") is None for cell in cells):
+        return {**cells[0], "exact_match": None}
+    values = [cell["exact_match"] for cell in cells]
+    errors = [cell["standard_error"] for cell in cells]
+    error = sum(error * error for error in errors) ** 0.5 / len(errors)
+    return {**cells[0], "exact_match": sum(values) / len(values), "standard_error": error}
+
+
+def _accuracy(task: str, cells: dict) -> list:
+    own = [cell for (_, name, _), group in cells.items() if name == task for cell in group]
+    if not task.startswith("lm_eval:"):
+        over = ", mean over depths" if any(cell.get("depth") is not None for cell in own) else ""
+        return [(f"{task}: exact match in % ± standard error{over}", _percent)]
+    names = list(dict.fromkeys(name for cell in own for name in cell.get("metrics", ())))
     return [
-        (title, header, [[label, *(show(by_place[label, length]) for length in lengths)] for label in labels])
-        for title, show in _SECTIONS
+        (f"{task}, {name}", lambda cell, name=name: tables.number(cell.get("metrics", {}).get(name), 3))
+        for name in names or ["no number"]
     ]
+
+
+def _percent(cell: dict) -> str:
+    value = cell.get("exact_match")
+    if value is None:
+        return tables.MISSING
+    return tables.with_error(100 * value, 100 * cell["standard_error"], 1) + ("*" if cell["note"] else "")
 
 
 def remarks(results: dict) -> list[str]:
     """What a reader of the tables must know."""
     data, arguments = results["data"], results["arguments"]
-    count = data["documents"]
-    lines = [
-        f"Text: {', '.join(data['names'])}, {count:,} document{'s' if count != 1 else ''}"
-        + (", joined" if arguments["concatenate"] else "")
-        + (f"; at most {arguments['limit']} windows a length, seed {arguments['seed']}" if arguments["limit"] else "")
-        + ". Windows do not overlap."
-    ]
+    lines = []
+    if count := data["documents"]:
+        lines.append(
+            f"Text: {', '.join(data['names'])}, {count:,} document{'s' if count != 1 else ''}"
+            + (", joined" if arguments["concatenate"] else "")
+            + (
+                f"; at most {arguments['limit']} windows a length, seed {arguments['seed']}"
+                if arguments["limit"]
+                else ""
+            )
+            + (". Windows do not overlap." if set(tasks_of(results)) <= {"perplexity"} else ".")
+        )
+    if generated := {cell["answers"] for cell in results["cells"] if "answers" in cell}:
+        how = {"forced": "read off one pass", "generated": "decoded token by token"}
+        lines.append(
+            f"Answers are {' and '.join(how[name] for name in sorted(generated))}; right is one without a mistake."
+        )
     limits: dict[int, list[str]] = {}
     for model in results["models"]:
         own = [cell for cell in results["cells"] if cell["model"] == model["label"] and not cell.get("missing")]
         if any(cell["note"] for cell in own):
             limits.setdefault(model["max_position_embeddings"], []).append(model["label"])
     lines += [f"* beyond the max_position_embeddings of {', '.join(names)}: {end:,}." for end, names in limits.items()]
-    missing: dict[tuple[int, str], list[str]] = {}
+    missing: dict[tuple, list[str]] = {}
+    several = len(tasks_of(results)) > 1
     for cell in results["cells"]:
         if cell.get("missing"):
-            missing.setdefault((cell["length"], cell["missing"]), []).append(cell["model"])
-    lines += [f"{length:,} tokens, {', '.join(names)}: {reason}." for (length, reason), names in missing.items()]
+            place = f"{cell['length']:,} tokens" if cell["length"] is not None else cell["task"]
+            place = f"{cell['task']}, {place}" if several and cell["length"] is not None else place
+            missing.setdefault((place, cell["missing"]), []).append(cell["model"])
+    lines += [f"{place}, {', '.join(dict.fromkeys(names))}: {reason}." for (place, reason), names in missing.items()]
     seen = {}
     for cell in results["cells"]:
-        seen.setdefault((cell["task"], cell["length"]), set()).add(cell["tokens_sha256"])
-    if any(len(tokens) > 1 for tokens in seen.values()):
+        seen.setdefault((cell["task"], cell["length"], cell.get("depth")), set()).add(cell["tokens_sha256"])
+    differ = list(dict.fromkeys(task for (task, _, _), tokens in seen.items() if len(tokens) > 1))
+    if set(differ) & set(_BY_TASK):
         lines.append("Tokenizers differ, so windows do: compare bits per byte, not perplexity.")
-    elif len(results["models"]) > 1:
+    if others := [task for task in differ if task not in _BY_TASK]:
+        lines.append(f"Models did not get the same tokens in {', '.join(others)}: tokenizers or settings differ.")
+    if not differ and len(results["models"]) > 1:
         lines.append("All models saw the same tokens.")
     return lines
 
@@ -74,7 +162,7 @@ def terminal(results: dict) -> str:
 
 
 def markdown(results: dict) -> str:
-    """The tables by length and by position as Markdown."""
+    """The tables by length, by position and by depth as Markdown."""
     blocks = ["# Evaluation", "\n".join(f"- {line}" for line in remarks(results)).replace("- *", "- \\*")]
     blocks += [f"## {title}\n\n{tables.markdown(header, rows)}" for title, header, rows in sections(results)]
     for length in results["lengths"]:
@@ -89,7 +177,31 @@ def markdown(results: dict) -> str:
                 for index, bucket in enumerate(cells[0]["positions"])
             ]  # fmt: skip
             blocks.append(f"## Loss by position, windows of {length:,} tokens\n\n{tables.markdown(header, rows)}")
+    blocks += [f"## {title}\n\n{tables.markdown(header, rows)}" for title, header, rows in _by_depth(results)]
     return "\n\n".join(blocks) + "\n"
+
+
+def _by_depth(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table per needle task and model: a row per depth, a column per length."""
+    found = []
+    for task in tasks_of(results):
+        for model in results["models"]:
+            own = [
+                cell for cell in results["cells"]
+                if cell["task"] == task and cell["model"] == model["label"] and cell.get("depth") is not None
+            ]  # fmt: skip
+            by_place = {(cell["depth"], cell["length"]): cell for cell in own}
+            rows = [
+                [f"{100 * depth:g} %", *(
+                    _percent(by_place[depth, length]) if (depth, length) in by_place else tables.MISSING
+                    for length in results["lengths"]
+                )]
+                for depth in sorted({cell["depth"] for cell in own})
+            ]  # fmt: skip
+            if rows:
+                header = ["depth"] + [f"{length:,}" for length in results["lengths"]]
+                found.append((f"{task} by depth, {model['label']}: exact match in %", header, rows))
+    return found
 
 
 def _range(bucket: dict) -> str:

@@ -184,6 +184,13 @@ def test_one_folder_has_two_names(tmp_path):
         parse_arguments(ConvertArguments, ["--config", "nowhere.yaml"], program="convert")
 
 
+def test_training_on_a_task_is_training(capsys):
+    for words in (["train", "--task", "copy", "--help"], ["train", "--task=copy", "--help"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert "usage: hf-sparse-attention train-task" in capsys.readouterr().out
+
+
 def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(arguments):
         raise KeyboardInterrupt

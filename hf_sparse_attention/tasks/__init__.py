@@ -1,10 +1,12 @@
-"""What a model is tested on: text and a tokenizer give windows of a length, a task scores a model on them."""
+"""What a model is tested on: `TASKS` by name; text, haystacks and seeds give inputs, a task scores a model on them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import perplexity
+from .needles import NEEDLES
+from .synthetic import SYNTHETIC
 from .windows import TokenizedText, Windows
+
+TEXT, NEEDLE, TASK = "text", "needle", "synthetic"
 
 
 @dataclass(frozen=True)
@@ -15,17 +17,28 @@ class Task:
         name: what the command line calls it.
         description: one line.
         version: raised whenever the same model and samples would get other numbers.
-        score: (model, windows, *, batch_tokens, progress) -> a dict of numbers, or {"missing": reason}.
+        kind: `TEXT` (windows of the user's text), `NEEDLE` (haystacks) or `TASK` (synthetic, for its own models).
+        by_depth: whether it is measured at several depths of the context.
     """
 
     name: str
     description: str
     version: int
-    score: Callable[..., dict]
+    kind: str
+    by_depth: bool = False
 
 
 TASKS = {
-    row.name: row for row in (Task("perplexity", "loss per token by length and by position", 1, perplexity.score),)
+    row.name: row
+    for row in (
+        Task("perplexity", "loss per token by length and by position", 1, TEXT),
+        Task("sliding_perplexity", "loss per token with half a window of context or more", 1, TEXT),
+        *(Task(row.name, row.description, row.version, NEEDLE, row.by_depth) for row in NEEDLES.values()),
+        *(
+            Task(row.name, f"exact match of {row.name}, for models of train-task", row.version, TASK)
+            for row in SYNTHETIC.values()
+        ),
+    )
 }
 
-__all__ = ["TASKS", "Task", "TokenizedText", "Windows"]
+__all__ = ["NEEDLE", "TASK", "TASKS", "TEXT", "Task", "TokenizedText", "Windows"]

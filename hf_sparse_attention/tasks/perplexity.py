@@ -96,21 +96,11 @@ def score(
     edges = position_edges(length)
     quarter = length - 1 - max(1, (length - 1) // 4)
     per_window, per_quarter, per_bucket = [], [], []
-    first, batch = 0, max(1, batch_tokens // length)
-    while first < len(windows):
-        try:
-            losses = token_losses(model, windows.tokens[first : first + batch]).double()
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-            continue
+    for _, losses in _batches(model, windows, batch_tokens, progress):
         per_window.append(losses.mean(1))
         per_quarter.append(losses[:, quarter:].mean(1))
         ranges = zip(edges, edges[1:], strict=False)
         per_bucket.append(torch.stack([losses[:, start - 1 : end - 1].mean(1) for start, end in ranges], dim=1))
-        first += len(losses)
-        progress(len(losses))
     per_window, per_quarter, per_bucket = torch.cat(per_window), torch.cat(per_quarter), torch.cat(per_bucket)
     bad = int((~per_window.isfinite()).sum())
     if bad:
@@ -130,6 +120,56 @@ def score(
             for start, end, (loss, error) in zip(edges, edges[1:], map(_mean, per_bucket.T), strict=False)
         ],
     }
+
+
+def score_sliding(
+    model: nn.Module, windows: Windows, *, batch_tokens: int, progress: Callable[[int], object] = lambda count: None
+) -> dict:
+    """Mean loss over the tokens that overlapping windows score (`Windows.first`), with its standard error.
+
+    The error is that of a ratio of sums over windows; None for a single one.
+
+    Returns:
+        loss, standard_error, perplexity, or {"missing": reason} if a loss is not finite.
+
+    Raises:
+        torch.OutOfMemoryError: if a single window does not fit; batches are halved before.
+    """
+    length = windows.tokens.shape[1]
+    sums, counts = [], length - windows.first.double()
+    for rows, losses in _batches(model, windows, batch_tokens, progress):
+        scored = torch.arange(1, length) >= windows.first[rows, None]
+        # Not a product: the loss of a token that does not count may be anything.
+        sums.append(torch.where(scored, losses, 0.0).sum(1))
+    sums = torch.cat(sums)
+    bad = int((~sums.isfinite()).sum())
+    if bad:
+        return {"missing": f"the loss is not finite (NaN or infinity) in {bad} of {len(windows)} windows"}
+    loss = float(sums.sum() / counts.sum())
+    error = None
+    if len(windows) > 1:
+        spread = (sums - loss * counts).square().sum() * len(windows) / (len(windows) - 1)
+        error = float(spread.sqrt() / counts.sum())
+    return {"loss": loss, "standard_error": error, "perplexity": _exp(loss)}
+
+
+def _batches(
+    model: nn.Module, windows: Windows, batch_tokens: int, progress: Callable[[int], object]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, losses (rows, length - 1) in float64) of all windows; batches are halved where one does not fit."""
+    first, batch = 0, max(1, batch_tokens // windows.tokens.shape[1])
+    while first < len(windows):
+        rows = slice(first, first + batch)
+        try:
+            losses = token_losses(model, windows.tokens[rows]).double()
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            continue
+        yield slice(first, first + len(losses)), losses
+        first += len(losses)
+        progress(len(losses))
 
 
 def _mean(values: torch.Tensor) -> tuple[float, float | None]:

@@ -23,11 +23,14 @@ class Windows:
         bytes: UTF-8 bytes of the text that the tokens after the first stand for, (windows,); None if the tokenizer
             does not say which text its tokens stand for.
         documents: how many documents they come from; one if the documents were joined.
+        first: of windows that overlap, the first token of each that is scored, (windows,), at least 1; None where all
+            tokens after the first one are.
     """
 
     tokens: torch.Tensor
     bytes: torch.Tensor | None
     documents: int
+    first: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -36,7 +39,14 @@ class Windows:
     def sha256(self) -> str:
         """Of the shape and the tokens: two models with the same one saw the same tokens."""
         shape = ",".join(map(str, self.tokens.shape))
-        return hashlib.sha256(shape.encode() + self.tokens.to(torch.int64).numpy().tobytes()).hexdigest()
+        first = b"" if self.first is None else self.first.to(torch.int64).numpy().tobytes()
+        return hashlib.sha256(shape.encode() + self.tokens.to(torch.int64).numpy().tobytes() + first).hexdigest()
+
+    @property
+    def scored(self) -> int:
+        """Number of tokens that are predicted."""
+        count, length = self.tokens.shape
+        return count * (length - 1) if self.first is None else count * length - int(self.first.sum())
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class TokenizedText:
     @classmethod
     def of(cls, documents: Iterable[str], tokenizer) -> TokenizedText:
         """Tokenizes; documents without a token are left out."""
-        prefix, suffix = _added_tokens(tokenizer)
+        prefix, suffix = added_tokens(tokenizer)
         end_of_text = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids, ends = [], []
         with_offsets = bool(tokenizer.is_fast)
@@ -110,20 +120,13 @@ class TokenizedText:
         Raises:
             ValueError: for a length that leaves no token to predict.
         """
-        text_length = length - len(self.prefix)
-        if length < 2 or text_length < 1:
-            raise ValueError(
-                f"length is {length}; a window holds at least 2 tokens and the tokenizer's own {len(self.prefix)}"
-            )
+        text_length = self._text_length(length)
         places = [
             (index, start)
             for index, document in enumerate(self.documents)
             for start in range(0, len(document) - text_length + 1, text_length)
         ]
-        if limit is not None and limit < len(places):
-            order = list(range(len(places)))
-            random.Random(seed).shuffle(order)
-            places = [places[index] for index in sorted(order[:limit])]
+        places = _drawn(places, limit, seed)
         tokens = np.empty((len(places), length), dtype=np.int64)
         tokens[:, : len(self.prefix)] = self.prefix
         counts = None if self.ends is None else np.empty(len(places), dtype=np.int64)
@@ -140,8 +143,55 @@ class TokenizedText:
             len({index for index, _ in places}),
         )
 
+    def sliding_windows(self, length: int, *, limit: int | None = None, seed: int = 0) -> Windows:
+        """Windows of `length` tokens, each half a window further, in which every token of a document is scored once,
+        with the most context that is in the window: at least half of it, but for the first ones of a document.
 
-def _added_tokens(tokenizer) -> tuple[list[int], list[int]]:
+        The last window of a document ends with it. Documents shorter than a window are left out. `limit` as above.
+        """
+        text_length = self._text_length(length)
+        step = max(1, text_length // 2)
+        places = []
+        for index, document in enumerate(self.documents):
+            if len(document) < text_length:
+                continue
+            # Without a prefix the first token of a document is given.
+            scored = 0 if self.prefix else 1
+            for start in range(0, len(document) - text_length + step, step):
+                start = min(start, len(document) - text_length)
+                places.append((index, start, scored - start + len(self.prefix)))
+                scored = start + text_length
+        places = _drawn(places, limit, seed)
+        tokens = np.empty((len(places), length), dtype=np.int64)
+        tokens[:, : len(self.prefix)] = self.prefix
+        for row, (index, start, _) in enumerate(places):
+            tokens[row, len(self.prefix) :] = self.documents[index][start : start + text_length]
+        return Windows(
+            torch.from_numpy(tokens),
+            None,
+            len({index for index, _, _ in places}),
+            torch.tensor([first for _, _, first in places], dtype=torch.int64),
+        )
+
+    def _text_length(self, length: int) -> int:
+        text_length = length - len(self.prefix)
+        if length < 2 or text_length < 1:
+            raise ValueError(
+                f"length is {length}; a window holds at least 2 tokens and the tokenizer's own {len(self.prefix)}"
+            )
+        return text_length
+
+
+def _drawn(places: list, limit: int | None, seed: int) -> list:
+    """All places, or the first `limit` of an order drawn with the seed, in the order of the text."""
+    if limit is None or limit >= len(places):
+        return places
+    order = list(range(len(places)))
+    random.Random(seed).shuffle(order)
+    return [places[index] for index in sorted(order[:limit])]
+
+
+def added_tokens(tokenizer) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]

@@ -1,10 +1,12 @@
-"""Continued pretraining with a sparse attention map, on one device or on several:
+"""Continued pretraining with a sparse attention map, on one device or on several, and small models from scratch:
 
 hf-sparse-attention train --model path/or/hub-id --map asentmax --train_data "books/*.jsonl.xz" --output run
 accelerate launch --num_processes 8 -m hf_sparse_attention.train --config recipe.yaml
-"""
+hf-sparse-attention train-task --task copy --map asentmax --output run"""
 
 from .arguments import TrainArguments
 from .loop import train_model
+from .task_arguments import TrainTaskArguments
+from .task_loop import train_task
 
-__all__ = ["TrainArguments", "train_model"]
+__all__ = ["TrainArguments", "TrainTaskArguments", "train_model", "train_task"]

@@ -1,0 +1,132 @@
+"""The content of results.json -> the pictures beside it: loss by position and length, with and without overlapping
+windows, exact match by length, and by length and depth. A picture is drawn for what was measured, and no other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..figures import COLOURS, MARKERS, Figure, FuncFormatter, NullLocator, losses, picture
+from ..results import mean_over_depths
+
+# Colours of the share of right answers, from 0 to 1, told apart by the colour-blind.
+_SHARES = "cividis"
+
+
+def draw(results: dict) -> dict[str, bytes]:
+    """PNG files by name: results.png (perplexity), context.png (overlapping windows), depth.png (needles),
+    exact_match.png (synthetic tasks, needles)."""
+    cells = [cell for cell in results["cells"] if not cell.get("missing")]
+    found = {}
+    of_loss = [cell for cell in cells if cell["task"] == "perplexity"]
+    if of_loss or not cells:
+        found["results.png"] = picture(losses({**results, "cells": of_loss}))
+    if any(cell["task"] == "sliding_perplexity" for cell in cells):
+        found["context.png"] = picture(by_context(results, cells))
+    exact = [cell for cell in cells if cell.get("exact_match") is not None]
+    if any(cell.get("depth") is not None for cell in exact):
+        found["depth.png"] = picture(by_depth(results, [cell for cell in exact if cell.get("depth") is not None]))
+    if exact:
+        found["exact_match.png"] = picture(by_length(results, exact))
+    return found
+
+
+def by_context(results: dict, cells: list[dict]) -> Figure:
+    """Loss by window length, a line per model and way of cutting: solid, windows that overlap by half, where a token
+    has at least half a window before it; dashed, windows one behind the other, where the first ones have little."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    ways = (("sliding_perplexity", "-", "overlapping"), ("perplexity", (0, (4, 2)), "one behind the other"))
+    for index, model in enumerate(results["models"]):
+        for task, dashes, words in ways:
+            own = [cell for cell in cells if (cell["model"], cell["task"]) == (model["label"], task)]
+            if own:
+                own.sort(key=lambda cell: cell["length"])
+                axes.errorbar(
+                    [cell["length"] for cell in own], [cell["loss"] for cell in own],
+                    yerr=[cell["standard_error"] or 0.0 for cell in own], capsize=3, markersize=4, linestyle=dashes,
+                    color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
+                    label=f"{model['label']}, {words}",
+                )  # fmt: skip
+    lengths = sorted({cell["length"] for cell in cells if cell["task"] in ("perplexity", "sliding_perplexity")})
+    axes.set(xlabel="window length, tokens", ylabel="loss, nats per token")
+    _length_axis(axes, lengths)
+    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _length_axis(axes, lengths: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(lengths)
+    axes.tick_params(axis="x", labelrotation=35 if len(lengths) > 5 else 0, labelsize=8)
+    axes.grid(True, color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def by_depth(results: dict, cells: list[dict]) -> Figure:
+    """A panel per model and task: length to the right, depth downwards, the share of right answers as colour and
+    number; what was not measured is blank."""
+    labels = [model["label"] for model in results["models"] if any(cell["model"] == model["label"] for cell in cells)]
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    width, height = max(3.0, 0.62 * len(lengths) + 1.6), max(2.2, 0.36 * len(depths) + 1.3)
+    figure = Figure(figsize=(width * len(tasks) + 0.8, height * len(labels)), layout="constrained")
+    grid = figure.subplots(len(labels), len(tasks), squeeze=False)
+    image = None
+    for row, label in enumerate(labels):
+        for column, task in enumerate(tasks):
+            axes = grid[row, column]
+            values = np.full((len(depths), len(lengths)), np.nan)
+            for cell in cells:
+                if (cell["model"], cell["task"]) == (label, task):
+                    values[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell["exact_match"]
+            image = axes.imshow(values, cmap=_SHARES, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+            for (depth, length), value in np.ndenumerate(values):
+                if not np.isnan(value):
+                    colour = "black" if value > 0.5 else "white"
+                    axes.text(length, depth, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+            axes.set_title(f"{label}: {task}", fontsize=9, parse_math=False)
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=35, fontsize=8)
+            axes.set_yticks(range(len(depths)), [f"{100 * depth:g} %" for depth in depths], fontsize=8)
+            axes.set(xlabel="length, tokens", ylabel="depth")
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, pad=0.01)
+    bar.set_label("answers without a mistake", fontsize=9)
+    return figure
+
+
+def by_length(results: dict, cells: list[dict]) -> Figure:
+    """A panel per task: the share of right answers by length, mean over depths, a line per model; with error bars."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    across = min(3, len(tasks))
+    down = -(-len(tasks) // across)
+    figure = Figure(figsize=(4.4 * across, 3.4 * down + 0.4), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    handles = {}
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        lengths = sorted({cell["length"] for cell in cells if cell["task"] == task})
+        for index, model in enumerate(results["models"]):
+            points = []
+            for length in lengths:
+                own = [cell for cell in cells if (cell["model"], cell["task"], cell["length"]) == (
+                    model["label"], task, length)]  # fmt: skip
+                if own:
+                    mean = mean_over_depths(own)
+                    points.append((length, 100 * mean["exact_match"], 100 * mean["standard_error"]))
+            if points:
+                style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+                at, shares, errors = zip(*points, strict=True)
+                line = axes.errorbar(at, shares, yerr=errors, capsize=3, linewidth=1.8, markersize=4, **style)
+                handles.setdefault(model["label"], line)
+        axes.set_title(task, fontsize=10, parse_math=False)
+        axes.set(xlabel="length", ylabel="exact match, %", ylim=(-4, 104))
+        _length_axis(axes, lengths)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    legend = figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure

@@ -1,0 +1,165 @@
+"""Options of `train-task`, checked as far as they can be without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..config import POSITIONS, SPECIFICATIONS
+from ..tasks.samples import SyntheticTask
+from ..tasks.synthetic import SYNTHETIC, make_task
+from .recipe import SCHEDULES
+
+MAPS = ("softmax", *SPECIFICATIONS)
+PRECISIONS = ("float32", "bfloat16")
+STARTS = ("neutral", "normal")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True)
+class TrainTaskArguments:
+    """Options of `train-task`: small models from scratch on a synthetic task, one run per learning rate and seed."""
+
+    task: str = field(metadata=_help(f"what is learned: {', '.join(SYNTHETIC)}"))
+    output: str = field(metadata=_help("folder of the runs: one folder each, summary.json and summary.md of all"))
+    task_settings: list[str] = field(
+        default_factory=list, metadata=_help("what differs from the task's own sizes, as name=number: symbols=64")
+    )
+    lengths: list[int] = field(
+        default_factory=list,
+        metadata=_help("shortest and longest training length (default: the task's, mostly 32 64)"),
+    )
+    map: str = field(default="asentmax", metadata=_help(f"attention map: {', '.join(MAPS)}"))
+    alpha: float | None = field(default=None, metadata=_help("alpha of the map (default: the map's own)"))
+    position: str = field(default="nape", metadata=_help(f"position scheme: {', '.join(POSITIONS)}"))
+    scale_start: str = field(
+        default="neutral",
+        metadata=_help(
+            "start of ASEntmax's factor: neutral (exactly 1), or normal (weights N(0, 0.02), biases 0, delta 1: about "
+            "1.7)"
+        ),
+    )
+    layers: int = field(default=2, metadata=_help("layers of the model"))
+    hidden_size: int = field(default=256, metadata=_help("its hidden size"))
+    heads: int = field(default=8, metadata=_help("its attention heads"))
+    ffn_size: int = field(default=1024, metadata=_help("inner size of its feed-forward layers"))
+    steps: int = field(default=10_000, metadata=_help("optimizer steps of a run"))
+    batch_size: int = field(default=128, metadata=_help("samples in a step"))
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3], metadata=_help("peak rates, one run each"))
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata=_help("of parameters and training samples; every rate has every seed")
+    )
+    schedule: str = field(default="cosine", metadata=_help(f"rate after warm-up: {', '.join(SCHEDULES)}"))
+    warmup_steps: int = field(default=500, metadata=_help("steps in which the rate rises from 0"))
+    final_share: float = field(default=0.0, metadata=_help("share of the peak that cosine and linear end at"))
+    weight_decay: float = field(default=0.0, metadata=_help("AdamW's, of matrices; a map's own parameters have none"))
+    beta1: float = field(default=0.9, metadata=_help("AdamW's first beta"))
+    beta2: float = field(default=0.99, metadata=_help("AdamW's second beta"))
+    clip: float = field(default=1.0, metadata=_help("largest gradient norm; 0 does not clip"))
+    precision: str = field(
+        default="float32", metadata=_help("float32, or bfloat16: computed in it (autocast) with parameters in float32")
+    )
+    compile: bool = field(default=False, metadata=_help("torch.compile the model"))
+    cuda_graph: bool = field(
+        default=False, metadata=_help("capture the whole step as a CUDA graph, so that no kernel waits for Python")
+    )
+    device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
+    log_every: int = field(default=100, metadata=_help("steps between lines of metrics.jsonl; the loss is read then"))
+    validate_every: int = field(
+        default=0, metadata=_help("steps between validations; 0: at the end alone, by which runs are compared")
+    )
+    validation_lengths: list[int] = field(
+        default_factory=list,
+        metadata=_help("lengths of validation (default: once, twice and 4 times the longest training length)"),
+    )
+    validation_samples: int = field(default=200, metadata=_help("validation samples of a length"))
+    test_lengths: list[int] = field(
+        default_factory=list, metadata=_help("lengths the best run is tested on at the end (default: none)")
+    )
+    test_samples: int = field(default=1000, metadata=_help("test samples of a length, from the fixed set's beginning"))
+    batch_tokens: int = field(default=65_536, metadata=_help("tokens per batch of validation and test"))
+    checkpoint_every: int = field(default=1000, metadata=_help("steps between checkpoints; 0: none"))
+    resume: str = field(
+        default="never",
+        metadata=_help("auto: go on from the last checkpoint of every run in output and keep finished ones; never"),
+    )
+    overwrite: bool = field(default=False, metadata=_help("remove earlier runs of this grid in output"))
+
+    def chosen_task(self) -> SyntheticTask:
+        """The task.
+
+        Raises:
+            ValueError: for an unknown task or a setting it does not have.
+        """
+        settings = {}
+        for item in self.task_settings:
+            name, separator, value = item.partition("=")
+            try:
+                settings[name] = float(value) if "." in value else int(value)
+            except ValueError:
+                separator = ""
+            if not separator:
+                raise ValueError(f"task_settings holds {item!r}; write name=number, such as symbols=64")
+        return make_task(self.task, settings)
+
+    def training_lengths(self) -> tuple[int, int]:
+        """Shortest and longest training length.
+
+        Raises:
+            ValueError: if two were not given, or the task does not take them.
+        """
+        task = self.chosen_task()
+        if self.lengths and len(self.lengths) != 2:
+            raise ValueError(f"lengths is {self.lengths}; give the shortest and the longest")
+        return task.check_lengths(tuple(self.lengths) or task.default_lengths)
+
+    def validated_lengths(self) -> list[int]:
+        longest = self.training_lengths()[1]
+        return sorted(set(self.validation_lengths)) or [longest, 2 * longest, 4 * longest]
+
+
+def check_task_arguments(arguments: TrainTaskArguments) -> None:
+    """Raises ValueError for a number out of its range or a name that is not among the choices."""
+    task = arguments.chosen_task()
+    arguments.training_lengths()
+    for length in (*arguments.validated_lengths(), *arguments.test_lengths):
+        task.check_lengths((length, length))
+    at_least = {
+        "layers": 1, "hidden_size": 1, "heads": 1, "ffn_size": 1, "steps": 1, "batch_size": 1, "warmup_steps": 0,
+        "weight_decay": 0, "clip": 0, "log_every": 1, "validate_every": 0, "validation_samples": 1, "test_samples": 1,
+        "batch_tokens": 1, "checkpoint_every": 0,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        if not (value := getattr(arguments, name)) >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    for name in ("final_share", "beta1", "beta2"):
+        if not 0 <= (value := getattr(arguments, name)) <= 1:
+            raise ValueError(f"{name} is {value}; it must be from 0 to 1")
+    choices = {
+        "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
+        "scale_start": STARTS, "resume": ("auto", "never"),
+    }  # fmt: skip
+    for name, allowed in choices.items():
+        if (value := getattr(arguments, name)) not in allowed:
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    if not arguments.learning_rates or min(arguments.learning_rates) <= 0:
+        raise ValueError(f"learning_rates is {arguments.learning_rates}; give at least one, all above 0")
+    if not arguments.seeds or min(arguments.seeds) < 0:
+        raise ValueError(f"seeds is {arguments.seeds}; give at least one, all from 0")
+    if arguments.hidden_size % arguments.heads:
+        raise ValueError(f"hidden_size is {arguments.hidden_size}, which {arguments.heads} heads do not divide")
+    if arguments.position == "rope" and arguments.hidden_size // arguments.heads % 2:
+        raise ValueError(
+            f"hidden_size {arguments.hidden_size} with {arguments.heads} heads gives them an odd size, which rotary "
+            "positions cannot turn"
+        )
+    if arguments.map == "softmax" and arguments.alpha is not None:
+        raise ValueError(f"alpha is {arguments.alpha}, but softmax has none; entmax takes it")
+    if arguments.scale_start != "neutral" and arguments.map != "asentmax":
+        raise ValueError(
+            f"scale_start is {arguments.scale_start!r}, which only asentmax has; map is {arguments.map!r}"
+        )
+    if arguments.overwrite and arguments.resume != "never":
+        raise ValueError("overwrite removes earlier runs, resume goes on with them: choose one")

@@ -1,0 +1,450 @@
+"""Small models from scratch on synthetic tasks, and exact match by one pass and by decoding."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attention import attention, cli
+from hf_sparse_attention.arguments import parse_arguments
+from hf_sparse_attention.config import POSITIONS
+from hf_sparse_attention.models import new_parameter_names
+from hf_sparse_attention.tasks import exact_match
+from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
+from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
+from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
+from hf_sparse_attention.train import TrainTaskArguments, task_loop, train_task
+from hf_sparse_attention.train.recipe import rate_at
+from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
+from hf_sparse_attention.train.task_model import answer_loss, new_model
+from hf_sparse_attention.train.task_step import TaskStep
+
+TINY = {
+    "task": "copy", "task_settings": ["symbols=6"], "lengths": [4, 6], "layers": 2, "hidden_size": 32, "heads": 4,
+    "ffn_size": 64, "batch_size": 32, "learning_rates": [1e-2], "warmup_steps": 20, "device": "cpu", "log_every": 10,
+    "validation_lengths": [6], "validation_samples": 50, "checkpoint_every": 0,
+}  # fmt: skip
+
+
+def options(output, **changes) -> TrainTaskArguments:
+    return TrainTaskArguments(**{**TINY, "output": str(output), **changes})
+
+
+def weights(folder):
+    return torch.load(folder, weights_only=True)["step"]["model"]
+
+
+def lines(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "timing"} for line in found]
+
+
+@pytest.fixture(scope="module", params=["softmax", "asentmax"])
+def learned(request, tmp_path_factory):
+    """A run that learns to copy, with its test."""
+    output = tmp_path_factory.mktemp("learned") / request.param
+    changes = {"map": request.param, "steps": 250, "test_lengths": [6], "test_samples": 300}
+    return output, train_task(options(output, **changes))
+
+
+def test_a_small_model_learns_to_copy(learned):
+    output, summary = learned
+    (run,), (test,) = summary["runs"], summary["test"]
+    assert run["failed"] is None and summary["best"] == run["name"]
+    assert test["length"] == 6 and test["samples"] == 300 and test["exact_match"] > 0.9
+    assert run["validation"][0]["exact_match"] > 0.9
+    first, *_, last = [line["loss"] for line in lines(output / run["name"]) if line["kind"] == "train"]
+    assert last < 0.1 * first
+    assert json.loads((output / "summary.json").read_text()) == summary
+    assert run["name"] in (output / "summary.md").read_text()
+    saved = json.loads((output / run["name"] / "model" / "task.json").read_text())
+    assert saved == {"task": "copy", "settings": {"symbols": 6}, "lengths": [4, 6]}
+
+
+def test_what_was_trained_is_what_is_saved(learned):
+    output, summary = learned
+    model = AutoModelForCausalLM.from_pretrained(output / summary["best"] / "model")
+    sparse = model.config.sparse_attention
+    assert sparse["position"] == "nape" and sparse["train_length"] == 15
+    assert (sparse["map"], sparse["alpha"]) in (("entmax", 1.0), ("asentmax", 1.5))
+    test = score(model, make_task("copy", {"symbols": 6}).fixed_blocks(6, 300), batch_tokens=1000)
+    assert test == {key: summary["test"][0][key] for key in test}
+
+
+def test_decoding_and_one_pass_find_the_same_samples(learned):
+    """Where the answer is right, where it is wrong, and where it is wrong only from some token on."""
+    output, summary = learned
+    model = AutoModelForCausalLM.from_pretrained(output / summary["best"] / "model").eval()
+    task = make_task("copy", {"symbols": 6})
+    found = set()
+    for length in (6, 8):
+        samples = task.fixed_set(length, 60)
+        forced, decoded = teacher_forced(model, samples), generated(model, samples, tags=False)
+        assert (forced.exact == decoded.exact).all() and (forced.asked == decoded.asked).all()
+        assert (decoded.right <= forced.right + 0).mean() > 0.5
+        found |= set(forced.exact.tolist())
+    assert found == {True, False}
+
+
+@pytest.mark.parametrize("name", SYNTHETIC)
+def test_decoding_and_one_pass_agree_on_every_task(name):
+    """An untrained model is wrong nearly everywhere; tags are compared token by token."""
+    task = make_task(name)
+    model = new_model(options("unused", task=name, task_settings=[], lengths=[]), task, 0).eval()
+    samples = task.fixed_set(max(task.shortest, 10), 5)
+    with torch.no_grad():
+        # Tokens that are right by chance: the answers become what the model says in some places.
+        logits = model(input_ids=torch.from_numpy(samples.tokens), use_cache=False).logits
+    targets = samples.targets.copy()
+    if task.tags:
+        places = np.nonzero(targets != NO_TARGET)
+        some = np.arange(len(places[0])) % 3 > 0
+        places = tuple(place[some] for place in places)
+        targets[places] = logits.argmax(-1).numpy()[places]
+        samples = type(samples)(samples.tokens, targets, samples.lengths)
+    forced, decoded = teacher_forced(model, samples), generated(model, samples, tags=task.tags)
+    assert (forced.exact == decoded.exact).all() and (forced.asked == decoded.asked).all()
+    if task.tags:
+        assert (forced.right == decoded.right).all() and forced.right.sum() >= some.sum()
+    plain = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(samples.targets).flatten(), ignore_index=NO_TARGET)
+    assert forced.loss.sum() / forced.asked.sum() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_score_counts_samples_and_halves_batches(monkeypatch):
+    task = make_task("copy", {"symbols": 6})
+    model = new_model(options("unused"), task, 0).eval()
+    whole = score(model, task.fixed_blocks(6, 120), batch_tokens=10**6)
+    sizes = []
+
+    def cramped(model, samples):
+        sizes.append(len(samples))
+        if len(samples) > 20:
+            raise torch.OutOfMemoryError("no memory")
+        return teacher_forced(model, samples)
+
+    counted = []
+    found = score(model, task.fixed_blocks(6, 120), batch_tokens=10**6, answer=cramped, progress=counted.append)
+    assert (
+        found == pytest.approx(whole)
+        and sum(counted) == found["samples"] == 120
+        and sizes[:3] == [50, 25, 12]
+        and max(sizes[3:]) <= 12
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        monkeypatch.setattr(exact_match, "teacher_forced", cramped)
+        score(model, task.fixed_blocks(6, 1), batch_tokens=1, answer=lambda *_: cramped(model, range(21)))
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    assert "not finite" in score(model, task.fixed_blocks(6, 5), batch_tokens=100)["missing"]
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_every_map_and_position_trains_every_parameter(name, position):
+    arguments = options("unused", map=name, position=position)
+    task = arguments.chosen_task()
+    model = new_model(arguments, task, 0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    step = TaskStep(model, arguments, (32, task.width(6)), torch.device("cpu"))
+    for number in range(3):
+        step(task.training_batch(number, batch=32, lengths=(4, 6)), 1e-2)
+    loss, norm = step.read_loss()
+    assert 0.5 < loss < 4 and norm > 0
+    still = [key for key, value in model.named_parameters() if torch.equal(before[key], value)]
+    assert not still
+    if name not in ("softmax", "entmax", "sparsemax"):
+        assert new_parameter_names(model)
+
+
+def test_a_step_is_a_plain_step_of_adamw():
+    """Against a loop written out: warm-up and cosine, clipping, loss on the answer alone."""
+    arguments = options("unused", steps=12, warmup_steps=4, clip=0.3, map="asentmax", weight_decay=0.1)
+    task = arguments.chosen_task()
+    model, plain = new_model(arguments, task, 3), new_model(arguments, task, 3)
+    step = TaskStep(model, arguments, (16, task.width(6)), torch.device("cpu"))
+    new = set(new_parameter_names(plain))
+    named = list(plain.named_parameters())
+    groups = [
+        {"params": [value for name, value in named if value.ndim >= 2 and name not in new], "weight_decay": 0.1},
+        {"params": [value for name, value in named if value.ndim < 2 or name in new], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99))
+    losses = []
+    for number in range(12):
+        batch = task.training_batch(number, batch=16, lengths=(4, 6))
+        rate = 1e-2 * rate_at(number, steps=12, schedule="cosine", warmup=4, final=0.0)
+        step(batch, rate)
+        logits = plain(input_ids=torch.from_numpy(batch.tokens), use_cache=False).logits
+        loss = (
+            sum(
+                -logits[row, place].log_softmax(-1)[batch.targets[row, place]]
+                for row, place in zip(*np.nonzero(batch.targets != NO_TARGET), strict=True)
+            )
+            / (batch.targets != NO_TARGET).sum()
+        )
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.3)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    assert step.read_loss()[0] == pytest.approx(np.mean(losses), rel=1e-4)
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_what_is_behind_a_sample_and_before_its_answer_teaches_nothing():
+    task = make_task("copy", {"symbols": 6})
+    batch = task.training_batch(0, batch=8, lengths=(4, 6))
+    logits = torch.randn(*batch.tokens.shape, task.vocabulary, requires_grad=True)
+    answer_loss(logits, torch.from_numpy(batch.targets)).backward()
+    taught = logits.grad.abs().sum(-1) > 0
+    assert (taught.numpy() == (batch.targets != NO_TARGET)).all()
+    assert not taught.numpy()[batch.tokens == PAD].any()
+
+
+def test_normal_start_is_the_papers_and_neutral_is_exactly_one():
+    for start, low, high in (("neutral", 1.0, 1.0), ("normal", 1.6, 1.8)):
+        arguments = options("unused", scale_start=start, hidden_size=64)
+        model = new_model(arguments, arguments.chosen_task(), 0)
+        factor = model.model.layers[0].self_attn.sparse_scale(torch.randn(4, 50, 64), torch.arange(2, 52)[None])
+        assert low <= factor.median() <= high
+        assert (start == "neutral") == bool((factor == 1).all())
+
+
+def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
+    changes = {"steps": 30, "checkpoint_every": 10, "validate_every": 15, "log_every": 7, "seeds": [1, 2]}
+    whole = train_task(options(tmp_path / "whole", **changes))
+    call, calls = TaskStep.__call__, []
+
+    def interrupted(self, batch, rate):
+        calls.append(rate)
+        if len(calls) == 49:
+            raise KeyboardInterrupt
+        call(self, batch, rate)
+
+    monkeypatch.setattr(TaskStep, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(options(tmp_path / "cut", **changes))
+    with pytest.raises(FileExistsError, match="go on with --resume auto"):
+        train_task(options(tmp_path / "cut", **changes))
+    again = train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    # 30 of the first run, 18 of the second, the one that was cut, and what was left after its checkpoint at 10.
+    assert len(calls) == 30 + 18 + 1 + 20
+    for run in whole["runs"]:
+        one, two = (weights(tmp_path / kind / run["name"] / "checkpoint.pt") for kind in ("whole", "cut"))
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+        assert lines(tmp_path / "whole" / run["name"]) == lines(tmp_path / "cut" / run["name"])
+    assert [run["validation"] for run in whole["runs"]] == [run["validation"] for run in again["runs"]]
+    # Nothing is left to do; a further rate is one further run; other sizes are refused.
+    assert train_task(options(tmp_path / "cut", **changes, resume="auto"))["best"] == again["best"]
+    assert len(calls) == 69
+    longer = train_task(options(tmp_path / "cut", **{**changes, "validation_lengths": [4, 5]}, resume="auto"))
+    assert [line["length"] for line in longer["runs"][1]["validation"]] == [4, 5] and len(calls) == 69
+    more = {**changes, "learning_rates": [1e-2, 3e-3], "seeds": [1]}
+    assert len(train_task(options(tmp_path / "cut", **more, resume="auto"))["runs"]) == 2
+    assert len(calls) == 99
+    with pytest.raises(ValueError, match="was trained otherwise \\(hidden_size 32 then, 64 now"):
+        train_task(options(tmp_path / "cut", **changes, resume="auto", hidden_size=64))
+    assert "validation 6" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
+    summary = train_task(options(tmp_path / "out", steps=20, learning_rates=[1e30, 1e-3], warmup_steps=0, clip=0.0))
+    sound, broken = summary["runs"]
+    assert sound["failed"] is None and "loss" in broken["failed"] and broken["validation"] == []
+    assert summary["best"] == sound["name"] == "rate-0.001-seed-0"
+    assert not (tmp_path / "out" / broken["name"] / "model").exists()
+    alone = train_task(
+        options(tmp_path / "out", steps=20, learning_rates=[1e30], warmup_steps=0, clip=0.0, resume="auto")
+    )
+    assert alone["best"] is None and alone["test"] is None
+
+
+def test_the_best_is_chosen_by_validation():
+    def run(name, *numbers, failed=None):
+        rows = [
+            {"length": 8, "exact_match": exact, "token_accuracy": right, "loss": loss}
+            for exact, right, loss in numbers
+        ]
+        return {"name": name, "failed": failed, "validation": rows}
+
+    runs = [run("a", (0.5, 0.9, 1.0)), run("b", (0.5, 0.95, 3.0)), run("c", (0.4, 1.0, 0.1)), run("d", failed="nan")]
+    assert task_loop._best(runs) == "b"
+    assert task_loop._best([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))]) == "b"
+    assert task_loop._best([run("d", failed="nan")]) is None
+
+
+def test_low_precision_and_the_command_line(tmp_path, capsys):
+    words = [
+        "train-task",
+        "--output",
+        str(tmp_path / "out"),
+        "--precision",
+        "bfloat16",
+        "--map",
+        "ssmax",
+        "--steps",
+        "4",
+    ]
+    recipe = {key: value for key, value in TINY.items() if key != "device"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words += ["--config", str(tmp_path / "recipe.yaml"), "--device", "cpu"]
+    assert cli.main(words) == 0
+    assert "validation 6" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "rate-0.01-seed-0" / "model")
+    assert model.dtype == torch.float32 and model.config.sparse_attention["map"] == "ssmax"
+    assert cli.main(words) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert cli.main([*words, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "count"}, "task is 'count'"),
+        ({"task_settings": ["symbols"]}, "write name=number"),
+        ({"task_settings": ["symbols=many"]}, "write name=number"),
+        ({"task_settings": ["queries=3"]}, "copy has no queries"),
+        ({"lengths": [4]}, "the shortest and the longest"),
+        ({"lengths": [9, 4]}, "lengths are 9 to 4"),
+        ({"test_lengths": [0]}, "lengths are 0 to 0"),
+        ({"map": "linear"}, "map is 'linear'"),
+        ({"map": "softmax", "alpha": 1.5}, "softmax has none"),
+        ({"map": "asentmax", "alpha": 9.0}, "sparse_attention.alpha is 9"),
+        ({"position": "alibi"}, "position is 'alibi'"),
+        ({"scale_start": "zero"}, "scale_start is 'zero'"),
+        ({"map": "entmax", "scale_start": "normal"}, "only asentmax has"),
+        ({"heads": 5}, "which 5 heads do not divide"),
+        ({"heads": 32, "position": "rope"}, "rotary"),
+        ({"heads": 1}, "at least 2 heads"),
+        ({"steps": 0}, "steps is 0"),
+        ({"beta2": 1.5}, "beta2 is 1.5"),
+        ({"learning_rates": []}, "learning_rates is"),
+        ({"learning_rates": [0.0]}, "all above 0"),
+        ({"seeds": []}, "seeds is"),
+        ({"precision": "float16"}, "precision is 'float16'"),
+        ({"device": "abacus"}, "device is 'abacus'"),
+        ({"cuda_graph": True}, "cuda_graph needs a CUDA device"),
+        ({"overwrite": True, "resume": "auto"}, "choose one"),
+    ],
+)
+def test_wrong_arguments_are_named_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_task(options(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_else_is_in_output_is_respected(tmp_path):
+    (tmp_path / "out" / "rate-0.01-seed-0").mkdir(parents=True)
+    (tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt").write_text("mine")
+    for changes in ({}, {"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match="holds no run"):
+            train_task(options(tmp_path / "out", steps=2, **changes))
+    assert (tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="is a file"):
+        train_task(options(tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt"))
+
+
+def test_every_option_is_an_option_of_the_run():
+    """Each is either part of what a run is, or named among those that are not."""
+    known = set(asdict(options("unused")))
+    assert known > task_loop.FREE
+    assert set(task_loop._identity(options("unused"))) == known - task_loop.FREE
+
+
+@pytest.mark.slow
+# Raised inside PyTorch by its compiler, which loads its own parts and looks at what it traces.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_compiled_step_gives_the_same_losses(tmp_path):
+    found = [
+        train_task(options(tmp_path / str(compiled), steps=20, compile=compiled))["runs"][0]["validation"][0]["loss"]
+        for compiled in (False, True)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["softmax", "asentmax"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_captured_step_gives_the_same_losses(tmp_path, name, compiled):
+    found = []
+    for graph in (False, True):
+        changes = {"device": "cuda", "cuda_graph": graph, "compile": compiled and graph, "map": name, "steps": 60}
+        output = tmp_path / str(graph)
+        train_task(options(output, **changes))
+        found.append([line["loss"] for line in lines(output / "rate-0.01-seed-0") if line["kind"] == "train"])
+    assert all(math.isfinite(loss) for loss in found[1])
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "examples" / "reproduction").glob("*.yaml"))
+
+
+def test_there_is_a_recipe_for_every_task():
+    assert {path.stem for path in RECIPES} == set(SYNTHETIC)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_are_valid_and_of_their_task(path):
+    arguments = parse_arguments(TrainTaskArguments, ["--config", str(path), "--output", "runs"], program="")
+    check_task_arguments(arguments)
+    task = arguments.chosen_task()
+    assert task.name == path.stem and arguments.training_lengths() == task.default_lengths
+    model = new_model(arguments, task, 0)
+    assert model.config.num_hidden_layers == arguments.layers and model.config.sparse_attention["map"] == "asentmax"
+
+
+@pytest.mark.parametrize("position", ["nape", "nope"])
+def test_softmax_in_parts_of_the_queries_is_the_same(monkeypatch, position):
+    """Long contexts of the control: its mask is made for a few queries at a time."""
+    arguments = options("unused", map="softmax", position=position)
+    model = new_model(arguments, arguments.chosen_task(), 0).double().eval()
+    tokens = torch.randint(4, 10, (3, 37), generator=torch.Generator().manual_seed(0))
+    padding = torch.ones_like(tokens)
+    padding[1, :5], padding[2, :11] = 0, 0
+    # A matrix of the caller's own, in which keys after the query are seen too.
+    matrix = torch.rand(3, 1, 37, 37, generator=torch.Generator().manual_seed(1)) > 0.3
+    masks = [{}, {"attention_mask": padding}, {"attention_mask": matrix}]
+    inputs = [{"input_ids": tokens, "use_cache": False, **mask} for mask in masks]
+    with torch.no_grad():
+        whole = [model(**values).logits for values in inputs]
+        sizes, plain = [], F.scaled_dot_product_attention
+
+        def counted(query, key, value, **keywords):
+            mask = keywords.get("attn_mask")
+            sizes.append(0 if mask is None else mask.numel())
+            return plain(query, key, value, **keywords)
+
+        monkeypatch.setattr(attention, "_MASK_ENTRIES", 1000)
+        monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+        parts = [model(**values).logits for values in inputs]
+    assert 0 < max(sizes) <= 1000
+    for one, other, values in zip(whole, parts, inputs, strict=True):
+        kept = padding.bool() if values.get("attention_mask") is padding else torch.ones_like(padding).bool()
+        torch.testing.assert_close(one[kept], other[kept], atol=1e-12, rtol=1e-12)
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path):
+    changes = {"steps": 4, "checkpoint_every": 2}
+    train_task(options(tmp_path / "out", **changes))
+    folder = tmp_path / "out" / "rate-0.01-seed-0"
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
+    content = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(OSError, match="checkpoint.pt is damaged"):
+        train_task(options(tmp_path / "out", **changes, resume="auto"))
+    for text in ("{", "{}", "[]"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(OSError, match="run.json is damaged"):
+            train_task(options(tmp_path / "out", **changes, resume="auto"))
+    assert train_task(options(tmp_path / "out", **changes, overwrite=True))["runs"][0]["steps"] == 4
