@@ -294,6 +294,28 @@ def test_every_number_of_the_card_is_in_a_file(model, tmp_path):
     assert "512" in result.metric_name and result.dataset_name == "held.txt"
 
 
+def test_needles_reach_the_card(model, tmp_path):
+    """Results without perplexity: the mean over depths, and nothing of a length that was not measured."""
+    evidence(model)
+    cell = {"task": "passkey", "answers": "forced", "note": None, "tokens_sha256": "t", "samples": 4,
+            "standard_error": 0.1, "finished": True}  # fmt: skip
+    cells = [
+        {**cell, "model": label, "length": 512, "depth": depth, "exact_match": score}
+        for label, scores in (("dense", (1.0, 0.5)), ("sparse", (0.75, 0.5)))
+        for depth, score in zip((0.0, 1.0), scores, strict=True)
+    ]
+    content = results(model, cells=cells, lengths=[512], tasks=["passkey"])
+    write(model.parent / "evaluation" / "results.json", content)
+    card = dry_run(model, tmp_path / "up")
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("passkey", "exact_match", 0.625)
+    assert result.metric_name == "exact match at 512 tokens, mean over depths"
+    assert "62.5" in card.text
+    write(model.parent / "evaluation" / "results.json", {**content, "cells": cells[:2]})
+    with pytest.raises(ValueError, match="lacks passkey of sparse at 512"):
+        dry_run(model, tmp_path / "again", results=str(model.parent / "evaluation" / "results.json"))
+
+
 def test_missing_numbers_are_said_to_be_missing(model, tmp_path, caplog):
     evidence(model)
     partial = summary(model)
@@ -405,7 +427,7 @@ def test_files_of_another_model_are_refused_or_left_out(model, tmp_path, caplog)
         dry_run(model, tmp_path / "no", report="nowhere")
     unfinished = results(model)
     del unfinished["cells"][-1]
-    with pytest.raises(ValueError, match="not finished, it lacks sparse at 4096"):
+    with pytest.raises(ValueError, match="not finished, it lacks perplexity of sparse at 4096"):
         dry_run(model, tmp_path / "no", results=str(write(tmp_path / "part.json", unfinished)))
     for content in ("[1]", "{", '{"models": 3}'):
         (tmp_path / "bad.json").write_text(content)

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import tables
 from ..config import LAYERS, POSITIONS, SparseAttentionConfig
 from ..maps import MAPS
-from ..results import remarks, sections
+from ..results import mean_over_depths, remarks, sections
 from .content import auto_class, data_file
 from .evidence import HUB_ID, Evidence, Licence, local_name, without_folders
 
@@ -84,6 +84,11 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
     results = evidence.results
     if results is None:
         return []
+    own = [cell for cell in results["cells"] if cell["model"] == evidence.label]
+    return _perplexities(results, own) + _exact_matches(own)
+
+
+def _perplexities(results: dict, cells: list[dict]) -> list[EvalResult]:
     names = results["data"]["names"]
     dataset = names[0] if len(names) == 1 and HUB_ID.fullmatch(names[0]) else "text"
     return [
@@ -97,8 +102,28 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
             metric_name=f"perplexity, windows of {cell['length']} tokens",
             metric_value=cell["perplexity"],
         )
-        for cell in results["cells"]
-        if cell["model"] == evidence.label and cell["task"] == "perplexity" and cell.get("perplexity") is not None
+        for cell in cells
+        if cell["task"] == "perplexity" and cell.get("perplexity") is not None
+    ]
+
+
+def _exact_matches(cells: list[dict]) -> list[EvalResult]:
+    """One result for each needle or synthetic task and length, the mean over its depths."""
+    groups: dict[tuple, list[dict]] = {}
+    for cell in cells:
+        if cell.get("exact_match") is not None:
+            groups.setdefault((cell["task"], cell["length"]), []).append(cell)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name=task,
+            dataset_type=task,
+            dataset_name=f"{task} of hf-sparse-attention",
+            metric_type="exact_match",
+            metric_name=f"exact match at {length} tokens" + (", mean over depths" if len(group) > 1 else ""),
+            metric_value=mean_over_depths(group)["exact_match"],
+        )
+        for (task, length), group in groups.items()
     ]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
-from ..results import remarks, sections
+from ..results import lacking, remarks, sections
 
 logger = logging.getLogger(__name__)
 
@@ -212,15 +212,8 @@ def _check_summary(content: dict, checkpoint: Checkpoint) -> None:
 
 def _check_results(content: dict, checkpoint: Checkpoint) -> None:
     _label(content, checkpoint)
-    cells = {(cell["model"], cell["length"]) for cell in content["cells"] if cell["task"] == "perplexity"}
-    lacking = [
-        f"{model['label']} at {length}"
-        for model in content["models"]
-        for length in content["lengths"]
-        if (model["label"], length) not in cells
-    ]
-    if lacking:
-        raise ValueError(f"is not finished, it lacks {lacking[0]}: run the same `evaluate` again")
+    if cells := lacking(content):
+        raise ValueError(f"is not finished, it lacks {cells[0]}: run the same `evaluate` again")
     # What the card will show of it.
     sections(content), remarks(content)
 
