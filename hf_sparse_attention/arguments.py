@@ -4,6 +4,7 @@ values that the words after it override. A leaf."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -58,5 +59,11 @@ def _words_of(path: Path, known: list[str]) -> list[str]:
         if isinstance(value, dict):
             raise ValueError(f"{path}: {name} is a mapping, not a value")
         if value is not None and value != []:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+            # A mapping in a list, such as a stage of training, stays YAML, of which JSON is a part.
+            items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in _listed(value)]
+            words += [f"--{name}", *items]
     return words
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]

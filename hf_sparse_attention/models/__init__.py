@@ -13,6 +13,7 @@ from .families import CLASSES, FAMILIES, REFUSED, Family, family_of, sparse_clas
 from .layers import SparseAttention
 from .pretrained import new_parameter_names
 from .registration import register
+from .rope import with_rope
 
 __all__ = [
     "CLASSES",
@@ -29,6 +30,7 @@ __all__ = [
     "sparse_class",
     "sparse_config",
     "sparse_layers",
+    "with_rope",
 ]
 
 

@@ -5,6 +5,6 @@ accelerate launch --num_processes 8 -m hf_sparse_attention.train --config recipe
 """
 
 from .arguments import TrainArguments
-from .loop import train_model
+from .stages import train_model
 
 __all__ = ["TrainArguments", "train_model"]

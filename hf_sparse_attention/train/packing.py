@@ -88,7 +88,7 @@ class ShuffledBlocks:
         seed: of the order; None walks in the order of the data.
     """
 
-    def __init__(self, blocks: Blocks, seed: int | None):
+    def __init__(self, blocks: Blocks, seed: int | list[int] | None):
         self.blocks, self.seed = blocks, seed
         self.consumed = 0
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -122,8 +122,12 @@ class ShuffledBlocks:
             return place
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks))
+            self._order = np.random.default_rng([*np.atleast_1d(self.seed), epoch]).permutation(len(self.blocks))
         return int(self._order[place])
+
+    def skip(self, count: int) -> None:
+        """Goes past blocks without looking at them."""
+        self.consumed += count
 
     def state_dict(self) -> dict:
         return {"consumed": self.consumed}
@@ -183,6 +187,12 @@ class StreamedBlocks:
     def documents(self, block: int) -> range:
         """A stream does not keep which documents a block had; they are among those read so far."""
         return range(self.documents_read)
+
+    def skip(self, count: int) -> None:
+        """Goes past blocks; they are read and encoded, the buffer shuffles them like the others."""
+        for _ in range(count):
+            self._next()
+        self.consumed += count
 
     def _next(self) -> tuple[np.ndarray, np.ndarray]:
         while len(self.waiting) < self.buffer and self._fill():

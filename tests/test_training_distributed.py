@@ -1,0 +1,124 @@
+"""Training on two gloo processes, DDP and FSDP2: the numbers of one process, and what is left when one dies."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import (
+    assert_close_metrics,
+    dense_folder,
+    die_in_second_checkpoint,
+    full_disk_for_one,
+    metrics,
+    options,
+    run,
+    train_together,
+    weights,
+    write_text,
+)
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attention.train.state import whole_states
+
+pytest.importorskip("accelerate")
+ways = pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    dense_folder(folder / "dense")
+    write_text(folder / "train.txt")
+    write_text(folder / "eval.txt", 20, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """One process with the blocks a step that two have in the tests below."""
+    run(home, **recipe(home, output=str(home / "alone"), batch_size=4))
+    return home / "alone"
+
+
+def recipe(home, **changes):
+    common = {"steps": 6, "batch_size": 2, "eval_blocks": 3, "checkpoint_every": 2, "keep_checkpoints": 9}
+    return options(home, **{**common, **changes})
+
+
+def text_of(log: Path) -> str:
+    return "".join(file.read_text() for file in sorted(log.parent.glob(f"{log.name}-*")))
+
+
+def assert_close_weights(first: Path, second: Path) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-3, rtol=1e-2)
+
+
+@ways
+def test_two_processes_compute_what_one_does(home, alone, tmp_path, fsdp):
+    values = recipe(home, output=str(tmp_path / "two"), batch_size=1, gradient_accumulation=2)
+    values |= {"gradient_checkpointing": True}
+    assert train_together(values, tmp_path / "log", fsdp=fsdp) == [0, 0], text_of(tmp_path / "log")
+    assert_close_metrics(alone, tmp_path / "two")
+    assert_close_weights(alone, tmp_path / "two")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+    assert type(model).__name__ == "SparseLlamaForCausalLM" and model.config.sparse_attention["alpha"] == 1.5
+    names = {file.name for file in (tmp_path / "two" / "model").iterdir()}
+    assert names == {file.name for file in (alone / "model").iterdir()}
+
+
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp2"])
+def test_a_process_that_dies_in_a_checkpoint(home, alone, tmp_path, fsdp):
+    """The checkpoint it dies in is none; the run goes on from the one before, also on another number of processes and
+    another way of spreading, and ends where an undisturbed one does."""
+    values = recipe(home, output=str(tmp_path / "two"), resume="auto")
+    codes = train_together(values, tmp_path / "log", fsdp=fsdp, before=die_in_second_checkpoint)
+    assert codes[1] == -9 and codes[0] != 0, text_of(tmp_path / "log")
+    assert [path.name for path in whole_states(tmp_path / "two" / "checkpoints")] == ["step-00000002"]
+    assert not (tmp_path / "two" / "model").exists()
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
+    assert train_together(values, tmp_path / "again", fsdp=fsdp) == [0, 0], text_of(tmp_path / "again")
+    assert "going on from" in text_of(tmp_path / "again")
+    run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
+    other = {**values, "output": str(tmp_path / "other")}
+    assert train_together(other, tmp_path / "otherwise", fsdp=not fsdp) == [0, 0], text_of(tmp_path / "otherwise")
+    for name in ("two", "one", "other"):
+        assert_close_metrics(alone, tmp_path / name)
+        assert_close_weights(alone, tmp_path / name)
+        assert not list((tmp_path / name / "checkpoints").glob(".partial*"))
+
+
+@pytest.mark.parametrize("fsdp", [True], ids=["fsdp2"])
+def test_a_full_disk_stops_all(home, tmp_path, fsdp):
+    values = recipe(home, output=str(tmp_path / "two"))
+    assert train_together(values, tmp_path / "log", fsdp=fsdp, before=full_disk_for_one) == [1, 1]
+    logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+    assert all("step-00000004 could not be written: the disk is full" in log for log in logs), logs
+    assert "process 1" in logs[0]
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading",
+        ),
+    ],
+)
+def test_other_ways_are_refused(home, tmp_path, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        run(home, output=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert metrics(home / "alone")
