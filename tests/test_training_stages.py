@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from training_cases import assert_same_weights, dense_folder, metrics, options, run, weights, write_text
+from training_cases import (
+    assert_close_metrics,
+    assert_same_weights,
+    dense_folder,
+    metrics,
+    options,
+    run,
+    weights,
+    write_text,
+)
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention.arguments import parse_arguments
@@ -121,7 +130,8 @@ def test_a_layer_learns_from_its_own_error_alone(home):
     layers = layers_of(model)
     match_errors(model, layers, packed())[1].backward()
     for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == ("layers.1" in name and "sparse_scale" in name)
+        moved = parameter.grad is not None and bool(parameter.grad.count_nonzero())
+        assert moved == ("layers.1" in name and "sparse_scale" in name)
     # With its projections trained, a layer still aims at the dense ones it started with.
     model = sparse(home, alpha=1.5)
     freeze(model, "attention")
@@ -313,8 +323,7 @@ def test_distillation(home):
 def test_training_in_chunks_and_from_a_teacher(here, home, tmp_path):
     here(output=str(tmp_path / "whole"), steps=4)
     here(output=str(tmp_path / "chunks"), steps=4, loss_chunk=7)
-    for line, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "chunks"), strict=True):
-        assert line == pytest.approx(other, rel=1e-4)
+    assert_close_metrics(tmp_path / "whole", tmp_path / "chunks")
     here(steps=4, distill=str(home / "dense"), distill_weight=0.9, lora_rank=2)
     assert "Sparse" in type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")).__name__
     assert metrics(tmp_path / "run") != metrics(tmp_path / "whole")

@@ -3,7 +3,6 @@ spread over the processes, and what of them one process needs whole: the gradien
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,10 +116,18 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def clip_gradients(accelerator: Accelerator, model: nn.Module, most: float) -> torch.Tensor:
-    """Clips to the norm `most` (0 does not clip) and returns the norm that was, of all processes' parts."""
-    # In the model's own order, which is how accelerate knows an FSDP model's parameters.
-    norm = accelerator.clip_grad_norm_(list(model.parameters()), most or math.inf)
-    return whole(norm).float()
+    """Clips to the norm `most` (0 does not clip) and returns the norm that was, of all processes' parts.
+
+    Gradients with a norm that is not finite stay as they are: clipped, every one would be NaN and none told from which
+    layer it comes.
+    """
+    accelerator.unscale_gradients()
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    total = whole(norm).float()
+    if most and bool(total.isfinite()):
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return total
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
