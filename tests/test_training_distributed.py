@@ -92,6 +92,27 @@ def test_a_process_that_dies_in_a_checkpoint(home, alone, tmp_path, fsdp):
         assert not list((tmp_path / name / "checkpoints").glob(".partial*"))
 
 
+@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp2"])
+def test_stages_on_two_processes(home, tmp_path, fsdp):
+    """Output matching with trained projections, then training in chunks and from a teacher."""
+    stages = [
+        {
+            "stage": "match",
+            "steps": 3,
+            "alpha_schedule": "none",
+            "trained": "attention",
+            "gradient_checkpointing": True,
+        },
+        {"steps": 3, "loss_chunk": 16, "distill": str(home / "dense")},
+    ]
+    values = recipe(home, output=str(tmp_path / "two"), stages=stages, log_every=1)
+    assert train_together(values, tmp_path / "log", fsdp=fsdp) == [0, 0], text_of(tmp_path / "log")
+    run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
+    assert_close_weights(tmp_path / "one", tmp_path / "two")
+    for stage in ("1-match", "2-pretrain"):
+        assert_close_metrics(tmp_path / "one" / "stages" / stage, tmp_path / "two" / "stages" / stage)
+
+
 @pytest.mark.parametrize("fsdp", [True], ids=["fsdp2"])
 def test_a_full_disk_stops_all(home, tmp_path, fsdp):
     values = recipe(home, output=str(tmp_path / "two"))

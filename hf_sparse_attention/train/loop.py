@@ -153,7 +153,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
 
     set_seed(arguments.seed)
     model = build()
-    if wants_checkpointing(arguments):
+    recompute = wants_checkpointing(arguments)
+    if recompute and not matches:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     counts = {
         "parameters": count_parameters(model),
@@ -161,7 +162,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
         "new_parameters": len(new_parameter_names(model)),
     }
     if matches:
-        begin_matching(model, same_projections=(arguments.trained or "map") == "map" and not arguments.lora_rank)
+        same = (arguments.trained or "map") == "map" and not arguments.lora_rank
+        begin_matching(model, same_projections=same, recompute=recompute)
     if arguments.loss_chunk or dense_source is not None:
         _compute_loss_in_chunks(model, arguments, dense_source, accelerator)
     groups = parameter_groups(

@@ -8,6 +8,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..models import attention_layers
 
@@ -20,6 +21,7 @@ class MatchedAttention:
     """
 
     matching = True
+    recompute = False
     scale = 1.0
     error: torch.Tensor | None = None
 
@@ -29,7 +31,10 @@ class MatchedAttention:
         hidden_states = hidden_states.detach()
         with torch.no_grad():
             dense, _ = (self.dense_twin or self).dense_forward(hidden_states, **kwargs)
-        output, _ = super().forward(hidden_states, **kwargs)
+        if self.recompute:
+            output, _ = checkpoint(super().forward, hidden_states, use_reentrant=False, **kwargs)
+        else:
+            output, _ = super().forward(hidden_states, **kwargs)
         self.error = (output.float() - dense.float()).square().sum() / self.scale
         # In the place of the attention weights: FSDP2 finds the graph among a module's outputs.
         return dense, self.error
@@ -40,23 +45,27 @@ def matched(model: nn.Module) -> list[tuple[int, nn.Module]]:
     return [(module.layer_idx, module) for module in model.modules() if isinstance(module, MatchedAttention)]
 
 
-def begin_matching(model: nn.Module, *, same_projections: bool) -> None:
+def begin_matching(model: nn.Module, *, same_projections: bool, recompute: bool = False) -> None:
     """Makes every sparse layer of a model whose projections are still the dense ones a `MatchedAttention`.
 
     Args:
         same_projections: whether no projection will change, so that the layer is its own dense twin; otherwise it
             gets a frozen copy of its projections (of the attention alone: a sixth of a Llama).
+        recompute: whether the attention is computed again backward. There is nothing else on the way back, so this
+            takes the place of checkpointing whole layers.
     """
+    # One class for all layers of a kind: FSDP2 finds them by it.
+    classes: dict[type, type] = {}
     for _, module in attention_layers(model):
+        kind = type(module)
+        if kind not in classes:
+            body = {"__module__": kind.__module__}
+            classes[kind] = type(f"Matched{kind.__name__}", (MatchedAttention, kind), body)
         twin = None if same_projections else copy.deepcopy(module).requires_grad_(False)
         if twin is not None:
             twin.is_sparse = False
-        module.__class__ = _matched_class(type(module))
-        module.dense_twin = twin
-
-
-def _matched_class(kind: type) -> type:
-    return type(f"Matched{kind.__name__}", (MatchedAttention, kind), {"__module__": kind.__module__})
+        module.__class__ = classes[kind]
+        module.dense_twin, module.recompute = twin, recompute
 
 
 def end_matching(model: nn.Module) -> None:
@@ -64,7 +73,7 @@ def end_matching(model: nn.Module) -> None:
     for _, module in matched(model):
         del module.dense_twin
         module.__class__ = type(module).__mro__[2]
-        for name in ("error", "scale", "matching"):
+        for name in ("error", "scale", "matching", "recompute"):
             module.__dict__.pop(name, None)
 
 
