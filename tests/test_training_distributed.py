@@ -1,5 +1,6 @@
 """Training on two gloo processes, DDP and FSDP2: the numbers of one process, and what is left when one dies."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,17 +12,21 @@ from training_cases import (
     die_in_second_checkpoint,
     full_disk_for_one,
     metrics,
+    nan_in_third_step_of_one,
     options,
     run,
+    split_heads,
     train_together,
     weights,
     write_text,
 )
 from transformers import AutoModelForCausalLM
 
+from hf_sparse_attention.train.distributed import check_launch
 from hf_sparse_attention.train.state import whole_states
 
 pytest.importorskip("accelerate")
+EXAMPLES = Path(__file__).parent.parent / "examples" / "accelerate"
 ways = pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 
 
@@ -113,6 +118,46 @@ def test_stages_on_two_processes(home, tmp_path, fsdp):
         assert_close_metrics(tmp_path / "one" / "stages" / stage, tmp_path / "two" / "stages" / stage)
 
 
+def test_one_bad_process_is_named_by_all(home, tmp_path):
+    """A loss that is not finite in one process stops, or is skipped by, both of them, with the same words."""
+    values = recipe(home, output=str(tmp_path / "stop"))
+    assert train_together(values, tmp_path / "stopped", before=nan_in_third_step_of_one) == [1, 1]
+    logs = [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)]
+    found = [re.search(r"RuntimeError: (step 3: loss nan.*)", log)[1] for log in logs]
+    assert found[0] == found[1]
+    assert re.search(r"process 1: first in the output of model\.layers\.1\.mlp; blocks \d+ \(documents", found[0]), (
+        found
+    )
+    values |= {"output": str(tmp_path / "skip"), "on_nonfinite": "skip"}
+    assert train_together(values, tmp_path / "skipped", before=nan_in_third_step_of_one) == [0, 0]
+    assert [line["step"] for line in metrics(tmp_path / "skip") if line["kind"] == "skipped"] == [3]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "skip").values())
+
+
+@pytest.mark.parametrize(("options", "works"), [({"map": "entmax"}, True), ({"map": "asentmax"}, False)])
+def test_tensor_parallelism(home, tmp_path, options, works):
+    """It computes what one process does, or is refused."""
+    codes = train_together({"model": str(home / "dense"), **options}, tmp_path / "log", run=split_heads)
+    text = text_of(tmp_path / "log")
+    if works:
+        assert codes == [0, 0], text
+    else:
+        assert codes == [1, 1] and "tensor parallelism splits the heads" in text, text
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_configs(name, monkeypatch):
+    """accelerate reads the files of examples/, and train runs what it makes of them."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / f"{name}.yaml")).to_dict()
+    for key, value in (config.get("fsdp_config") or {}).items():
+        monkeypatch.setenv(key.upper() if key.startswith("fsdp") else f"FSDP_{key.upper()}", str(value).lower())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(config["distributed_type"] == "FSDP").lower())
+    check_launch()
+    assert config["distributed_type"] == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+
+
 @pytest.mark.parametrize("fsdp", [True], ids=["fsdp2"])
 def test_a_full_disk_stops_all(home, tmp_path, fsdp):
     values = recipe(home, output=str(tmp_path / "two"))
@@ -142,4 +187,3 @@ def test_other_ways_are_refused(home, tmp_path, monkeypatch, environment, messag
     with pytest.raises(ValueError, match=message):
         run(home, output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    assert metrics(home / "alone")

@@ -572,3 +572,25 @@ def test_a_run_of_stages_from_the_command(home, tmp_path):
     assert train_model(
         TrainArguments(**values, stages=[s.replace("DENSE", str(home / "dense")) for s in stages], resume="auto")
     )
+
+
+# Dynamo looks at the gradient of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+def test_a_rising_alpha_is_compiled_three_times_at_most(home):
+    """As softmax, for the first alpha, and for any alpha."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.testing import CompileCounter
+
+    dynamo.reset()
+    model = AutoModelForCausalLM.from_pretrained(home / "dense", attn_implementation="asentmax")
+    counter, counts = CompileCounter(), []
+    compiled = torch.compile(model, backend=counter)
+    batch = packed()
+    for step in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11):
+        set_alpha(model, alpha_at(step, target=1.5, schedule="linear", rise=10))
+        compiled(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        counts.append(counter.frame_count)
+    assert 0 < counts[0] < counts[2] and set(counts[3:]) == {counts[-1]}
+    assert counts[3] - counts[2] <= 3
+    dynamo.reset()

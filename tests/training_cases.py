@@ -97,11 +97,12 @@ FSDP = {
 }  # fmt: skip
 
 
-def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = False, before=None) -> list[int]:
+def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = False, before=None, run=None) -> list[int]:
     """The same run in several gloo processes; returns their exit codes, 0 or 1 or minus the signal that ended one.
 
     Args:
         before: a function of this module, called with the process's number before it trains.
+        run: a function of this module that is called with the values instead of training.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_cases"])
@@ -115,7 +116,9 @@ def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = Fals
     running = []
     for rank in range(count):
         environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
-        running.append(context.Process(target=_train_as, args=(values, f"{log}-{rank}", environment, before, rank)))
+        running.append(
+            context.Process(target=_train_as, args=(values, f"{log}-{rank}", environment, before, rank, run))
+        )
         running[-1].start()
     for process in running:
         process.join(timeout=60)
@@ -125,7 +128,7 @@ def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = Fals
     return [process.exitcode for process in running]
 
 
-def _train_as(values: dict, log: str, environment: dict, before, rank: int) -> None:
+def _train_as(values: dict, log: str, environment: dict, before, rank: int, run) -> None:
     import traceback
 
     os.environ.update({name: str(value) for name, value in environment.items()})
@@ -136,7 +139,10 @@ def _train_as(values: dict, log: str, environment: dict, before, rank: int) -> N
     try:
         if before is not None:
             before(rank)
-        train_model(TrainArguments(**values))
+        if run is not None:
+            run(values)
+        else:
+            train_model(TrainArguments(**values))
     except BaseException:
         traceback.print_exc()
         # Without waiting for the others, as a launcher would end it.
@@ -156,6 +162,38 @@ def die_in_second_checkpoint(rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     state.sharded.save = save_and_die
+
+
+def nan_in_third_step_of_one(rank: int) -> None:
+    """The last process's second MLP gives NaN in the third step, and when it is looked at again."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, calls = LlamaMLP.forward, []
+
+    def broken(self, hidden):
+        calls.extend([1] if self.training else [])
+        bad = rank and self.training and len(calls) in (6, 8)
+        return forward(self, hidden) * (float("nan") if bad else 1)
+
+    LlamaMLP.forward = broken
+
+
+def split_heads(values: dict) -> None:
+    """A model split by tensor parallelism computes what the whole one does."""
+    import warnings
+
+    from transformers import AutoModelForCausalLM
+
+    warnings.filterwarnings("ignore", "Passing `tp_plan`", FutureWarning)
+    torch.distributed.init_process_group("gloo")
+    options = {"attn_implementation": values["map"]}
+    whole = AutoModelForCausalLM.from_pretrained(values["model"], **options)
+    split = AutoModelForCausalLM.from_pretrained(values["model"], tp_plan="auto", **options)
+    assert type(split.model.layers[0].self_attn.q_proj.weight).__name__ == "DTensor"
+    tokens = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(split(tokens).logits, whole(tokens).logits, atol=1e-5, rtol=1e-4)
+    torch.distributed.destroy_process_group()
 
 
 def full_disk_for_one(rank: int) -> None:

@@ -133,7 +133,7 @@ class TrainArguments:
     )
     alpha_plateaus: int | None = field(
         default=None,
-        metadata=_help("raise alpha in so many steps instead of gradually (default: 8 with compile, else gradually)"),
+        metadata=_help("raise alpha in so many steps (default: a little with every step)"),
     )
     alpha_share: float = field(default=0.5, metadata=_help("share of the steps in which alpha rises"))
     weight_decay: float = field(default=0.1, metadata=_help("of matrices; new parameters, norms and biases have none"))
@@ -145,7 +145,7 @@ class TrainArguments:
         default=None, metadata=_help("no, bf16 or fp16 (default: what accelerate launch was told, else no)")
     )
     gradient_checkpointing: bool = field(default=False, metadata=_help("recompute layers backward to save memory"))
-    compile: bool = field(default=False, metadata=_help("torch.compile the model; alpha then rises in few steps"))
+    compile: bool = field(default=False, metadata=_help("torch.compile the model"))
     cpu: bool = field(default=False, metadata=_help("train on the CPU even if there is a GPU"))
     lora_rank: int = field(default=0, metadata=_help("rank of LoRA adapters (PEFT); 0 trains all parameters"))
     lora_alpha: float | None = field(

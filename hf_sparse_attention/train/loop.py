@@ -51,9 +51,6 @@ from .run import (
 from .state import read_state, save_state
 from .throughput import flops_per_token, peak_flops
 
-# Alphas of a rise under torch.compile, which compiles the model anew for each.
-COMPILED_PLATEAUS = 8
-
 
 def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
@@ -196,10 +193,9 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     rise = math.ceil(arguments.alpha_share * arguments.steps)
     warmup = round(arguments.warmup_share * arguments.steps)
     target = None if settings is None else settings.alpha
-    plateaus = arguments.alpha_plateaus or (COMPILED_PLATEAUS if arguments.compile else None)
     alpha_of = partial(
         alpha_at, target=target, schedule=arguments.alpha_schedule, rise=rise,
-        start=1.0 if arguments.alpha_start is None else arguments.alpha_start, plateaus=plateaus,
+        start=1.0 if arguments.alpha_start is None else arguments.alpha_start, plateaus=arguments.alpha_plateaus,
     )  # fmt: skip
 
     def begin_step(step: int) -> float | None:
