@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -32,6 +33,7 @@ trainer = SFTTrainer(
         # bfd and bfd_split keep documents apart by their positions; wrapped has none, and documents see each other.
         packing=True,
         packing_strategy="bfd",
+        bf16=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
         report_to=[],

@@ -132,6 +132,12 @@ def test_streaming_packs_the_same_blocks():
         wanted = batch_of(*blocks.rows(np.arange(len(blocks))))
         assert all((batch[name] == wanted[name]).all() for name in wanted)
         assert labels == blocks.labels.sum()
+    # A document that was shuffled is still known by its number.
+    named = streamed(documents, seed=1)
+    batch, _, numbers = named.take(len(blocks), slice)
+    order = {tuple(row): number for number, row in enumerate(wanted["input_ids"].tolist())}
+    for row, number in zip(batch["input_ids"].tolist(), numbers, strict=True):
+        assert named.documents(number) == blocks.documents(order[tuple(row)])
     shuffled, _, _ = streamed(documents, seed=1).take(len(blocks), slice)
     assert not (shuffled["input_ids"] == wanted["input_ids"]).all()
     assert sorted(shuffled["input_ids"].tolist()) == sorted(wanted["input_ids"].tolist())
