@@ -54,7 +54,7 @@ def test_every_recipe_runs(tmp_path, name):
     changes |= {key: values[key] for key in ("model", "output", "train_data", "eval_data")}
     changes |= {"batch_size": 8, "steps": 5, "learning_rate": 1e-3}
     sizes = str(arguments.block_size)
-    changes["block_size"] = re.sub(r"\b(\d+)(?=:|$)", lambda size: str(int(size[1]) // 128 * 2), sizes)
+    changes["block_size"] = re.sub(r"\b(\d{4})(?=:|$)", lambda size: str(int(size[1]) // 128 * 2), sizes)
     stages = []
     for stage in arguments.stages:
         stages.append(re.sub(r'"steps": \d+', '"steps": 3', stage).replace('"dense-base"', f'"{values["model"]}"'))

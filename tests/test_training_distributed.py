@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from training_cases import (
+    all_die_in_second_checkpoint,
     assert_close_metrics,
     dense_folder,
     die_in_second_checkpoint,
@@ -27,7 +28,8 @@ from hf_sparse_attention.train.state import whole_states
 
 pytest.importorskip("accelerate")
 EXAMPLES = Path(__file__).parent.parent / "examples" / "accelerate"
-ways = pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+# DDP runs from the command line in test_train.py; here, what it shares with FSDP2 is left to the slow tests.
+ways = pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp2"])
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,20 @@ def test_two_processes_compute_what_one_does(home, alone, tmp_path, fsdp):
     assert names == {file.name for file in (alone / "model").iterdir()}
 
 
-@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp2"])
-def test_a_process_that_dies_in_a_checkpoint(home, alone, tmp_path, fsdp):
+@pytest.mark.parametrize(
+    ("fsdp", "death"),
+    [
+        (True, die_in_second_checkpoint),
+        pytest.param(False, die_in_second_checkpoint, marks=pytest.mark.slow),
+        pytest.param(True, all_die_in_second_checkpoint, marks=pytest.mark.slow),
+    ],
+    ids=["fsdp2", "ddp", "fsdp2-all"],
+)
+def test_a_process_that_dies_in_a_checkpoint(home, alone, tmp_path, fsdp, death):
     """The checkpoint it dies in is none; the run goes on from the one before, also on another number of processes and
     another way of spreading, and ends where an undisturbed one does."""
     values = recipe(home, output=str(tmp_path / "two"), resume="auto")
-    codes = train_together(values, tmp_path / "log", fsdp=fsdp, before=die_in_second_checkpoint)
+    codes = train_together(values, tmp_path / "log", fsdp=fsdp, before=death)
     assert codes[1] == -9 and codes[0] != 0, text_of(tmp_path / "log")
     assert [path.name for path in whole_states(tmp_path / "two" / "checkpoints")] == ["step-00000002"]
     assert not (tmp_path / "two" / "model").exists()
@@ -97,7 +107,7 @@ def test_a_process_that_dies_in_a_checkpoint(home, alone, tmp_path, fsdp):
         assert not list((tmp_path / name / "checkpoints").glob(".partial*"))
 
 
-@pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp2"])
+@ways
 def test_stages_on_two_processes(home, tmp_path, fsdp):
     """Output matching with trained projections, then training in chunks and from a teacher."""
     stages = [
@@ -119,7 +129,7 @@ def test_stages_on_two_processes(home, tmp_path, fsdp):
 
 
 def test_one_bad_process_is_named_by_all(home, tmp_path):
-    """A loss that is not finite in one process stops, or is skipped by, both of them, with the same words."""
+    """A loss that is not finite in one process stops both of them, with the same words."""
     values = recipe(home, output=str(tmp_path / "stop"))
     assert train_together(values, tmp_path / "stopped", before=nan_in_third_step_of_one) == [1, 1]
     logs = [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)]
@@ -128,7 +138,11 @@ def test_one_bad_process_is_named_by_all(home, tmp_path):
     assert re.search(r"process 1: first in the output of model\.layers\.1\.mlp; blocks \d+ \(documents", found[0]), (
         found
     )
-    values |= {"output": str(tmp_path / "skip"), "on_nonfinite": "skip"}
+
+
+@pytest.mark.slow
+def test_one_bad_process_makes_all_skip(home, tmp_path):
+    values = recipe(home, output=str(tmp_path / "skip"), on_nonfinite="skip")
     assert train_together(values, tmp_path / "skipped", before=nan_in_third_step_of_one) == [0, 0]
     assert [line["step"] for line in metrics(tmp_path / "skip") if line["kind"] == "skipped"] == [3]
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "skip").values())

@@ -93,8 +93,9 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     block_size = phases[-1].block_size
     settings = settings_of(source, arguments, phases[0].block_size)
     check_fit(source, settings, arguments)
-    if arguments.alpha_schedule is None:
-        arguments = replace(arguments, alpha_schedule="linear" if source.is_untrained else "none")
+    if arguments.alpha_schedule is None and settings is not None:
+        rises = source.is_untrained or arguments.alpha_start is not None or arguments.alpha_plateaus is not None
+        arguments = replace(arguments, alpha_schedule="linear" if rises and settings.alpha > 1 else "none")
     check_block_size(source, settings, block_size)
     tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
     matches = arguments.stage == "match"
@@ -153,7 +154,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     recompute = wants_checkpointing(arguments)
     if recompute and not matches:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    counts = {
+    counts: dict = {
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable=True),
         "new_parameters": len(new_parameter_names(model)),
@@ -172,6 +173,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused_adamw(accelerator.device))
     layers = [layer for _, layer in matched(model)]
     wrapped, optimizer = spread(accelerator, model, optimizer, own_units=tuple({type(layer) for layer in layers}))
+    counts["spread"] = ("FSDP2" if is_sharded(model) else "DDP") if processes > 1 else None
     if matches:
         # Before the random numbers of the run begin, and the same after a stop.
         measure_scales(wrapped, layers, tensors_of(watched, slice(None), accelerator.device))
@@ -268,6 +270,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                 if arguments.on_nonfinite == "stop" or processes > 1:
                     raise RuntimeError(f"{report}. {last_whole(output)}") from error
                 accelerator.step = 0
+                if accelerator.device.type == "cuda":
+                    torch.cuda.empty_cache()
             if report is None:
                 norm = clip_gradients(accelerator, model, arguments.clip)
                 loss, norm = torch.cat([accelerator.reduce(loss, "sum"), norm.to(loss.device)[None]]).split(
@@ -391,6 +395,8 @@ def _show(bar: tqdm, line: dict, timing: dict, attention: dict) -> None:
         shown = {"loss": f"{line['loss']:.4f}", **shown}
     if line["alpha"] is not None:
         shown["alpha"] = f"{line['alpha']:.3f}"
+    if "flop_utilisation" in timing:
+        shown["MFU"] = f"{timing['flop_utilisation']:.1%}"
     if attention:
         shown["support"] = f"{attention['support']:.1f}"
     bar.set_postfix(shown, refresh=False)

@@ -88,6 +88,15 @@ def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments:
             f"new_learning_rate is {arguments.new_learning_rate}, but {settings.map} has no new parameters: leave "
             "it out"
         )
+    schedule = (arguments.alpha_schedule or "none") != "none"
+    alphas = [name for name in ("alpha_start", "alpha_plateaus") if getattr(arguments, name) is not None]
+    alphas += ["alpha_schedule"] if schedule else []
+    if settings is not None and settings.alpha == 1 and alphas:
+        raise ValueError(
+            f"{', '.join(alphas)} would raise alpha, which is 1 throughout with {settings.map}: leave out"
+        )
+    if settings is not None and (arguments.alpha_start or 1) > settings.alpha:
+        raise ValueError(f"alpha_start is {arguments.alpha_start}, above the alpha at the end, {settings.alpha:g}")
     rope = [name for name in ("rope_theta", "rope_yarn", "max_positions") if getattr(arguments, name) is not None]
     if rope and arguments.lora_save == "adapter":
         raise ValueError(
