@@ -116,6 +116,16 @@ def test_every_epoch_has_every_block_once_in_another_order():
     assert again.take(len(blocks), slice)[2] == orders[1]
 
 
+def test_skipping_is_taking_without_looking():
+    for make in (lambda: ShuffledBlocks(blocks_of(lists()), seed=5), lambda: streamed(lists(), seed=5)):
+        one, other = make(), make()
+        one.take(70, slice)
+        other.skip(70)
+        (first, count, numbers), (second, other_count, other_numbers) = one.take(9, slice), other.take(9, slice)
+        assert all((first[name] == second[name]).all() for name in first)
+        assert (count, numbers) == (other_count, other_numbers)
+
+
 def streamed(documents, seed, buffer=4):
     texts = [" ".join(map(str, tokens)) for tokens in documents]
     return StreamedBlocks(
