@@ -4,6 +4,7 @@ values that the words after it override. A leaf."""
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -85,14 +86,23 @@ def _words_of(path: Path, known: dict[str, str]) -> list[str]:
     for name, value in ((_name(str(name), known), value) for name, value in values.items()):
         if value is None or value == []:
             continue
-        if isinstance(value, list):
-            words += [f"--{name}", *(map(str, value) if "list" in known[name] else [",".join(map(str, value))])]
+        if "list" in known[name]:
+            # A mapping in a list, such as a stage of training, stays YAML, of which JSON is a part.
+            items = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
+        elif isinstance(value, list):
+            words += [f"--{name}", ",".join(map(str, value))]
         elif isinstance(value, dict):
-            # As on a command line: `0: [0, 1]` and `3: [2]` are `0:0,1 3:2`.
-            pairs = [(key, item if isinstance(item, list) else [item]) for key, item in value.items()]
-            words += [f"--{name}", " ".join(f"{key}:{','.join(map(str, items))}" for key, items in pairs)]
+            words += [f"--{name}", _mapping(value)]
         else:
             # Switches that YAML 1.1 knows and the command line does not.
             switches = {"on": "yes", "off": "no"} if "bool" in known[name] else {}
             words += [f"--{name}", switches.get(str(value).lower(), str(value))]
     return words
+
+
+def _mapping(value: dict) -> str:
+    """As on a command line: {0: [0, 1], 3: 2} is `0:0,1 3:2`, and {1024: 0.8, 4096: 0.2} is `1024:0.8,4096:0.2`."""
+    lists = any(isinstance(item, list) for item in value.values())
+    pairs = [f"{key}:{','.join(map(str, item)) if isinstance(item, list) else item}" for key, item in value.items()]
+    return (" " if lists else ",").join(pairs)

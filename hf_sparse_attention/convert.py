@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,10 +32,13 @@ from .loading import (
     load_model,
     make_settings,
 )
-from .models import check_convertible
+from .models import check_convertible, with_rope
 from .text import load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+ROPE = ("rope_theta", "rope_yarn", "max_positions")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -68,6 +71,15 @@ class ConvertArguments:
         default=None,
         metadata=_help("tokens in a training context, over which SSMax starts neutral (default: the model's own)"),
     )
+    rope_theta: float | None = field(
+        default=None, metadata=_help("new base of the rotary frequencies, for longer contexts (default: the model's)")
+    )
+    rope_yarn: float | None = field(
+        default=None, metadata=_help("YaRN factor: rotary positions reach so many times further (default: none)")
+    )
+    max_positions: int | None = field(
+        default=None, metadata=_help("positions the model then reaches (default: its own, times rope_yarn)")
+    )
     dtype: str | None = field(
         default=None, metadata=_help("float32, bfloat16 or float16 (default: as the checkpoint's)")
     )
@@ -98,6 +110,8 @@ def convert_model(arguments: ConvertArguments) -> Path:
     _check_output(output, arguments)
     source = find_model(arguments.model, arguments.revision, check=check_convertible)
     _check_apart(source.folder, output)
+    rope = {"theta": arguments.rope_theta, "yarn": arguments.rope_yarn, "max_positions": arguments.max_positions}
+    source = replace(source, config=with_rope(source.config, **rope))
     settings = check_settings(source, settings)
     companions = companions_of(source.folder)
     if any(file.name.startswith("tokenizer") for file in companions):
@@ -165,6 +179,7 @@ def _identity(source: Source, settings: SparseAttentionConfig, arguments: Conver
         "revision": arguments.revision,
         "sparse_attention": block,
         "dtype": arguments.dtype,
+        **{name: getattr(arguments, name) for name in ROPE},
         "max_shard_size": arguments.max_shard_size,
         "source_sha256": {file.name: _sha256(file) for file in files},
     }

@@ -15,6 +15,7 @@ from .config import SPECIFICATIONS
 from .convert import ConvertArguments, convert_model
 from .evaluate import EvaluateArguments, evaluate_models
 from .hub import PushArguments, push_model
+from .maps import MAPS
 from .report import ReportArguments, report_model
 from .train import TrainArguments, train_model
 
@@ -65,6 +66,7 @@ def run_demo(arguments: DemoArguments) -> dict:
 
     stage(f"train both with the same tokens: {arguments.map}, then softmax")
     runs = {arguments.map: str(output / "converted"), "softmax": str(DENSE)}
+    has_parameters = MAPS[arguments.map].scale is not None or MAPS[arguments.map].learned_alpha
     for name, model in runs.items():
         train_model(
             TrainArguments(
@@ -78,7 +80,7 @@ def run_demo(arguments: DemoArguments) -> dict:
                 steps=arguments.steps,
                 learning_rate=arguments.learning_rate,
                 # The map's few parameters start at zero and have a short run to find their size in.
-                new_learning_rate=10 * arguments.learning_rate if name == arguments.map else None,
+                new_learning_rate=10 * arguments.learning_rate if name == arguments.map and has_parameters else None,
                 alpha_share=0.4,
                 eval_every=max(1, arguments.steps // 3),
                 eval_blocks=16,

@@ -3,6 +3,7 @@ or sparse, with a report of every tensor. Commands that start from a dense model
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -206,7 +207,11 @@ def load_model(
     try:
         with _without_advice():
             model, info = AutoModelForCausalLM.from_pretrained(
-                source.folder, dtype=dtype or "auto", output_loading_info=True, **options
+                source.folder,
+                config=copy.deepcopy(source.config),
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                **options,
             )
     except (SafetensorError, EOFError) as error:
         raise OSError(f"the weights of {source.name} cannot be read: {error}") from error

@@ -116,6 +116,16 @@ def test_every_epoch_has_every_block_once_in_another_order():
     assert again.take(len(blocks), slice)[2] == orders[1]
 
 
+def test_skipping_is_taking_without_looking():
+    for make in (lambda: ShuffledBlocks(blocks_of(lists()), seed=5), lambda: streamed(lists(), seed=5)):
+        one, other = make(), make()
+        one.take(70, slice)
+        other.skip(70)
+        (first, count, numbers), (second, other_count, other_numbers) = one.take(9, slice), other.take(9, slice)
+        assert all((first[name] == second[name]).all() for name in first)
+        assert (count, numbers) == (other_count, other_numbers)
+
+
 def streamed(documents, seed, buffer=4):
     texts = [" ".join(map(str, tokens)) for tokens in documents]
     return StreamedBlocks(
@@ -132,6 +142,12 @@ def test_streaming_packs_the_same_blocks():
         wanted = batch_of(*blocks.rows(np.arange(len(blocks))))
         assert all((batch[name] == wanted[name]).all() for name in wanted)
         assert labels == blocks.labels.sum()
+    # A document that was shuffled is still known by its number.
+    named = streamed(documents, seed=1)
+    batch, _, numbers = named.take(len(blocks), slice)
+    order = {tuple(row): number for number, row in enumerate(wanted["input_ids"].tolist())}
+    for row, number in zip(batch["input_ids"].tolist(), numbers, strict=True):
+        assert named.documents(number) == blocks.documents(order[tuple(row)])
     shuffled, _, _ = streamed(documents, seed=1).take(len(blocks), slice)
     assert not (shuffled["input_ids"] == wanted["input_ids"]).all()
     assert sorted(shuffled["input_ids"].tolist()) == sorted(wanted["input_ids"].tolist())
@@ -238,7 +254,7 @@ def test_every_map_trains(here, tmp_path, map_name, capsys):
 
 def test_control_is_plain_training(here, home, tmp_path):
     """The same data through Transformers alone, in a loop of eight lines."""
-    here(map="none", steps=5, schedule="constant", warmup_share=0, weight_decay=0.1, eval_data=[])
+    here(map="none", steps=5, schedule="constant", warmup_share=0, weight_decay=0.1, eval_data=[], eval_blocks=None)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")).__name__ == "LlamaForCausalLM"
     tokenizer = AutoTokenizer.from_pretrained(home / "dense")
     blocks = blocks_of(encode_documents(tokenizer, read_documents([str(home / "train.txt")])), 32)
@@ -415,11 +431,11 @@ def test_half_checkpoints_never_count(here, tmp_path, caplog):
     assert [path.name[-1] for path in whole_states(checkpoints)] == ["4", "6", "8"]
     shutil.rmtree(tmp_path / "run" / "model")
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
-    cut = checkpoints / "step-00000008" / "optimizer.pt"
+    (cut,) = (checkpoints / "step-00000008" / "tensors").glob("*.distcp")
     cut.write_bytes(cut.read_bytes()[:-1])
     (checkpoints / "step-00000006" / "state.json").unlink()
     assert [path.name[-1] for path in whole_states(checkpoints)] == ["4"]
-    assert "optimizer.pt is missing or cut off" in caplog.text
+    assert f"{cut.name} is missing or cut off" in caplog.text
     here(keep_checkpoints=3, checkpoint_every=2, resume="auto")
     here(keep_checkpoints=3, checkpoint_every=2, resume="auto", output=str(tmp_path / "copy"))
     assert_same_weights(tmp_path / "run", tmp_path / "copy")
@@ -451,7 +467,7 @@ def test_output_in_use(here, tmp_path, capsys):
 def test_full_disk(here, tmp_path, monkeypatch):
     from hf_sparse_attention.train import state
 
-    save, calls = state.save_file, []
+    save, calls = state.sharded.save, []
 
     def save_once(*arguments, **keywords):
         save(*arguments, **keywords)
@@ -459,7 +475,7 @@ def test_full_disk(here, tmp_path, monkeypatch):
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", save_once)
+    monkeypatch.setattr(state.sharded, "save", save_once)
     with pytest.raises(OSError, match="step-00000008 could not be written: the disk is full"):
         here()
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -471,12 +487,16 @@ def test_full_disk(here, tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_finite(here, tmp_path):
-    with pytest.raises(RuntimeError, match=r"step 2: loss nan, .*blocks \d+ \(documents \d+ to \d+\).*no checkpoint"):
-        here(learning_rate=1e38, clip=0, eval_data=[], statistics_blocks=0)
+    with pytest.raises(
+        RuntimeError,
+        match=r"step 2: loss nan, .*first in the output of model.embed_tokens; blocks \d+ \(doc.*\).*no checkpoint",
+    ):
+        here(learning_rate=1e38, clip=0, eval_data=[], eval_blocks=None, statistics_blocks=0)
     assert not (tmp_path / "run" / "model").exists()
     summary = here(
-        learning_rate=1e38, clip=0, on_nan="skip", output=str(tmp_path / "skip"), eval_data=[], statistics_blocks=0
-    )
+        learning_rate=1e38, clip=0, on_nonfinite="skip", output=str(tmp_path / "skip"), eval_data=[], eval_blocks=None,
+        statistics_blocks=0,
+    )  # fmt: skip
     assert summary["skipped_steps"] == 7
     assert [line["step"] for line in metrics(tmp_path / "skip") if line["kind"] == "skipped"] == list(range(2, 9))
 
@@ -508,7 +528,7 @@ def _remove(name):
         (None, {"block_size": 65, "position": "nape", "layers": "0"}, ValueError, "rotary positions up to 64"),
         (None, {"map": "sparsemin"}, ValueError, "map is 'sparsemin'; choose one of entmax"),
         (None, {"alpha": 0.9}, ValueError, "alpha is 0.9"),
-        (None, {"map": "none", "alpha": 1.5}, ValueError, "map is 'none'"),
+        (None, {"map": "none", "alpha": 1.5}, ValueError, "alpha has no place with map 'none'"),
         (None, {"steps": 0}, ValueError, "steps is 0"),
         (None, {"learning_rate": math.nan}, ValueError, "learning_rate is nan"),
         (None, {"alpha_share": 1.5}, ValueError, "alpha_share is 1.5"),

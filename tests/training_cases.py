@@ -1,8 +1,11 @@
 """A tiny random Llama folder with a real tokenizer, text, and runs of `train` on them, for the tests of commands."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +88,132 @@ def python(code: str, *words: str, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+# Processes that train together. A server that has imported everything forks them, which takes no time.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}  # fmt: skip
+
+
+def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = False, before=None, run=None) -> list[int]:
+    """The same run in several gloo processes; returns their exit codes, 0 or 1 or minus the signal that ended one.
+
+    Args:
+        before: a function of this module, called with the process's number before it trains.
+        run: a function of this module that is called with the values instead of training.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_cases"])
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = {
+        "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, **(FSDP if fsdp else {}),
+    }  # fmt: skip
+    running = []
+    for rank in range(count):
+        environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        running.append(
+            context.Process(target=_train_as, args=(values, f"{log}-{rank}", environment, before, rank, run))
+        )
+        running[-1].start()
+    for process in running:
+        process.join(timeout=60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in running]
+
+
+def _train_as(values: dict, log: str, environment: dict, before, rank: int, run) -> None:
+    import traceback
+
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        if before is not None:
+            before(rank)
+        if run is not None:
+            run(values)
+        else:
+            train_model(TrainArguments(**values))
+    except BaseException:
+        traceback.print_exc()
+        # Without waiting for the others, as a launcher would end it.
+        os._exit(1)
+
+
+def all_die_in_second_checkpoint(rank: int) -> None:
+    """Every process is killed when it has written its part of the second checkpoint."""
+    die_in_second_checkpoint(1)
+
+
+def die_in_second_checkpoint(rank: int) -> None:
+    """The last process is killed when it has written its part of the second checkpoint."""
+    from hf_sparse_attention.train import state
+
+    save, calls = state.sharded.save, []
+
+    def save_and_die(*arguments, **keywords):
+        save(*arguments, **keywords)
+        calls.append(1)
+        if len(calls) == 2 and rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    state.sharded.save = save_and_die
+
+
+def nan_in_third_step_of_one(rank: int) -> None:
+    """The last process's second MLP gives NaN in the third step, and when it is looked at again."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, calls = LlamaMLP.forward, []
+
+    def broken(self, hidden):
+        calls.extend([1] if self.training else [])
+        bad = rank and self.training and len(calls) in (6, 8)
+        return forward(self, hidden) * (float("nan") if bad else 1)
+
+    LlamaMLP.forward = broken
+
+
+def split_heads(values: dict) -> None:
+    """A model split by tensor parallelism computes what the whole one does."""
+    import warnings
+
+    from transformers import AutoModelForCausalLM
+
+    warnings.filterwarnings("ignore", "Passing `tp_plan`", FutureWarning)
+    torch.distributed.init_process_group("gloo")
+    options = {"attn_implementation": values["map"]}
+    whole = AutoModelForCausalLM.from_pretrained(values["model"], **options)
+    split = AutoModelForCausalLM.from_pretrained(values["model"], tp_plan="auto", **options)
+    assert type(split.model.layers[0].self_attn.q_proj.weight).__name__ == "DTensor"
+    tokens = torch.arange(3, 35)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(split(tokens).logits, whole(tokens).logits, atol=1e-5, rtol=1e-4)
+    torch.distributed.destroy_process_group()
+
+
+def full_disk_for_one(rank: int) -> None:
+    """The last process cannot write its part of the second checkpoint."""
+    from hf_sparse_attention.train import state
+
+    def save(content, path):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        torch.save(content, path)
+
+    if rank:
+        state.torch = type(
+            "Torch", (), {"save": staticmethod(save), "__getattr__": lambda _, name: getattr(torch, name)}
+        )()
 
 
 def assert_close_metrics(first: Path, second: Path, *, rel: float = 1e-4) -> None:

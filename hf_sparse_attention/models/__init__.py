@@ -13,6 +13,7 @@ from .families import FAMILIES, REFUSED, Family
 from .parameters import NEW_PARAMETER, ONLY_SAFETENSORS, new_parameter_names
 from .registration import register
 from .remote_code import AUTO_CLASSES, MODULE, auto_map, module_source
+from .rope import with_rope
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +41,7 @@ __all__ = [
     "sparse_config",
     "sparse_heads",
     "sparse_layers",
+    "with_rope",
 ]
 
 

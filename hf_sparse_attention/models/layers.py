@@ -51,11 +51,7 @@ class SparseAttention:
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ):
-        # The model counts once for all layers; the decoder layers of some families drop what it hands on.
-        known = "document_starts" in kwargs
-        starts = kwargs.pop("document_starts") if known else document_starts(kwargs.get("position_ids"))
-        if starts is not None:
-            attention_mask = within_documents(attention_mask, starts)
+        attention_mask = _own_documents(attention_mask, kwargs)
         if not self.rotates and position_embeddings is not None:
             cosine, sine = position_embeddings
             position_embeddings = torch.ones_like(cosine), torch.zeros_like(sine)
@@ -70,6 +66,13 @@ class SparseAttention:
             **kwargs,
         )
 
+    def dense_forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the dense model's layer gives: softmax of its own positions, without factor or slopes."""
+        attention_mask = _own_documents(attention_mask, kwargs)
+        return super().forward(hidden_states, attention_mask=attention_mask, alpha=1.0, **kwargs)
+
     def _query_scale(self, hidden_states, attention_mask):
         if self.sparse_scale is None:
             return None
@@ -79,6 +82,14 @@ class SparseAttention:
             ones = scale.new_ones(scale.shape[0], len(unscaled), *scale.shape[2:])
             scale = merge_heads(scale, ones, self.scaled_heads)
         return scale
+
+
+def _own_documents(attention_mask: torch.Tensor | None, kwargs: dict) -> torch.Tensor | None:
+    """The mask within documents; takes what the model counted once for all layers out of `kwargs`."""
+    # The decoder layers of some families drop what the model hands on.
+    known = "document_starts" in kwargs
+    starts = kwargs.pop("document_starts") if known else document_starts(kwargs.get("position_ids"))
+    return attention_mask if starts is None else within_documents(attention_mask, starts)
 
 
 def visible_lengths(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:

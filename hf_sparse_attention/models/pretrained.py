@@ -118,6 +118,7 @@ class SparsePreTrainedModel:
             changed, config.sparse_attention = config.sparse_attention, saved.get("sparse_attention")
             SparseAttentionConfig.from_model_config(config)
             config.sparse_attention = _merged(config.sparse_attention, changed, options)
+        _check_split(config, kwargs)
         config._from_dense = is_dense
         try:
             model, info = super().from_pretrained(
@@ -160,6 +161,27 @@ class SparsePreTrainedModel:
                 pretrained_model_name_or_path, config.sparse_attention["map"],
             )  # fmt: skip
         return (model, info) if with_info else model
+
+
+def _check_split(config: PreTrainedConfig, kwargs: dict) -> None:
+    """Raises ValueError if tensor parallelism would split the heads but not what the map or positions know of each."""
+    plan = kwargs.get("distributed_config")
+    sizes = [
+        kwargs.get("tp_plan"),
+        kwargs.get("tp_size"),
+        getattr(plan, "tp_plan", None),
+        getattr(plan, "tp_size", None),
+    ]
+    if all(size in (None, 1) for size in sizes):
+        return
+    settings = SparseAttentionConfig.from_model_config(config)
+    row = MAPS[settings.map]
+    if row.scale is not None or row.learned_alpha or settings.position == "nape":
+        raise ValueError(
+            f"tensor parallelism splits the heads between processes, but {settings.map} with positions "
+            f"{settings.position} knows something of every head, which would stay whole: load it without tp_plan, "
+            "and train with FSDP2"
+        )
 
 
 def _merged(saved: dict, current: dict, options: dict | None) -> dict:

@@ -5,7 +5,7 @@ accelerate launch --num_processes 8 -m hf_sparse_attention.train --config recipe
 hf-sparse-attention train-task --task copy --map asentmax --output run"""
 
 from .arguments import TrainArguments
-from .loop import train_model
+from .stages import train_model
 from .task_arguments import TrainTaskArguments
 from .task_loop import train_task
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 from ..config import LAYERS, POSITIONS, SPECIFICATIONS
 from ..loading import check_dtype
-from .recipe import ALPHA_SCHEDULES, SCHEDULES
+from .lengths import parse_block_sizes
+from .recipe import ALPHA_SCHEDULES, SCHEDULES, TRAINED
+
+STAGES = ("pretrain", "match")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -45,16 +49,67 @@ class TrainArguments:
     revision: str | None = field(default=None, metadata=_help("branch, tag or commit of a model on the Hub"))
     text_column: str = field(default="text", metadata=_help("column of JSON lines, parquet or datasets with the text"))
     train_split: str = field(default="train", metadata=_help("split of Hub datasets in train_data"))
-    eval_split: str = field(default="validation", metadata=_help("split of Hub datasets in eval_data"))
+    eval_split: str | None = field(
+        default=None, metadata=_help("split of Hub datasets in eval_data (default: validation)")
+    )
     blank_lines: bool = field(
         default=False, metadata=_help("split plain text without <|endoftext|> lines into documents at blank lines")
     )
     streaming: bool = field(
         default=False, metadata=_help("read and pack while training instead of before; shuffles within a buffer")
     )
-    shuffle_buffer: int = field(default=1024, metadata=_help("blocks in the buffer that streaming shuffles"))
-    block_size: int | None = field(
-        default=None, metadata=_help("tokens in a block (default: the model's positions, at most 2048)")
+    shuffle_buffer: int | None = field(
+        default=None, metadata=_help("blocks in the buffer that streaming shuffles (default: 1024)")
+    )
+    block_size: str | None = field(
+        default=None,
+        metadata=_help(
+            "tokens in a block, or sizes that grow with their share of the steps, 1024:0.8,4096:0.2, as many tokens "
+            "in each step (default: the model's positions, at most 2048)"
+        ),
+    )
+    rope_theta: float | None = field(
+        default=None, metadata=_help("new base of the rotary frequencies, for longer blocks (default: the model's)")
+    )
+    rope_yarn: float | None = field(
+        default=None, metadata=_help("YaRN factor: rotary positions reach so many times further (default: none)")
+    )
+    max_positions: int | None = field(
+        default=None, metadata=_help("positions the model then reaches (default: its own, times rope_yarn)")
+    )
+    stage: str = field(
+        default="pretrain",
+        metadata=_help(
+            "pretrain: on the text; match: pull the output of each sparse attention layer to the dense layer's, on "
+            "the dense model's hidden states, everything else frozen"
+        ),
+    )
+    stages: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "several stages one after the other, each a YAML mapping of the options that differ in it, such as "
+            "'{stage: match, steps: 200}' '{steps: 1800}'; each goes on from the model of the one before"
+        ),
+    )
+    trained: str | None = field(
+        default=None,
+        metadata=_help(
+            "all; attention: the sparse layers' attention; map: the map's new parameters (default: all, in stage "
+            "match map; with lora_rank the adapters and the map's)"
+        ),
+    )
+    distill: str | None = field(
+        default=None, metadata=_help("dense model whose logits are learned from too: a folder or a Hub id")
+    )
+    distill_weight: float | None = field(
+        default=None, metadata=_help("share of the loss that is distillation (default: 0.5)")
+    )
+    distill_temperature: float | None = field(
+        default=None, metadata=_help("temperature of both softmaxes in distillation (default: 1)")
+    )
+    loss_chunk: int = field(
+        default=0,
+        metadata=_help("labels whose logits exist at once, which bounds their memory; 0: those of the whole batch"),
     )
     batch_size: int = field(default=8, metadata=_help("blocks in a forward pass of one process"))
     gradient_accumulation: int = field(default=1, metadata=_help("forward passes of one process in a step"))
@@ -73,6 +128,13 @@ class TrainArguments:
             "that was only trained with softmax, none for one that was trained with its map)"
         ),
     )
+    alpha_start: float | None = field(
+        default=None, metadata=_help("alpha in the first step of a rise (default: 1, the dense model)")
+    )
+    alpha_plateaus: int | None = field(
+        default=None,
+        metadata=_help("raise alpha in so many steps (default: a little with every step)"),
+    )
     alpha_share: float = field(default=0.5, metadata=_help("share of the steps in which alpha rises"))
     weight_decay: float = field(default=0.1, metadata=_help("of matrices; new parameters, norms and biases have none"))
     beta1: float = field(default=0.9, metadata=_help("AdamW's first beta"))
@@ -83,7 +145,7 @@ class TrainArguments:
         default=None, metadata=_help("no, bf16 or fp16 (default: what accelerate launch was told, else no)")
     )
     gradient_checkpointing: bool = field(default=False, metadata=_help("recompute layers backward to save memory"))
-    compile: bool = field(default=False, metadata=_help("torch.compile the model; each new alpha compiles again"))
+    compile: bool = field(default=False, metadata=_help("torch.compile the model"))
     cpu: bool = field(default=False, metadata=_help("train on the CPU even if there is a GPU"))
     lora_rank: int = field(default=0, metadata=_help("rank of LoRA adapters (PEFT); 0 trains all parameters"))
     lora_alpha: float | None = field(
@@ -94,13 +156,16 @@ class TrainArguments:
         default_factory=list,
         metadata=_help("modules with adapters (default: the projections of every attention layer)"),
     )
-    lora_save: str = field(
-        default="merge", metadata=_help("merge: save a whole model; adapter: save the adapter of a sparse model")
+    lora_save: str | None = field(
+        default=None,
+        metadata=_help("merge: save a whole model; adapter: save the adapter of a sparse model (default: merge)"),
     )
     eval_every: int = field(
         default=100, metadata=_help("steps between evaluations; also before the first and at the end")
     )
-    eval_blocks: int = field(default=64, metadata=_help("blocks of eval_data that are evaluated, from its beginning"))
+    eval_blocks: int | None = field(
+        default=None, metadata=_help("blocks of eval_data that are evaluated, from its beginning (default: 64)")
+    )
     statistics_blocks: int = field(
         default=2, metadata=_help("blocks on which the attention is looked at with each evaluation; 0: not at all")
     )
@@ -112,8 +177,9 @@ class TrainArguments:
         metadata=_help("auto: go on from the newest whole checkpoint in output; a path: from that one; never"),
     )
     overwrite: bool = field(default=False, metadata=_help("remove an earlier run in output; nothing else is removed"))
-    on_nan: str = field(
-        default="stop", metadata=_help("at a loss or gradient that is not finite: stop, or skip the step")
+    on_nonfinite: str = field(
+        default="stop",
+        metadata=_help("at a loss or gradient that is not finite, or without memory left: stop, or skip the step"),
     )
     save_dtype: str | None = field(default=None, metadata=_help("dtype of the saved model (default: dtype)"))
     seed: int = field(default=0, metadata=_help("of the order of the data, adapters and dropout"))
@@ -128,25 +194,27 @@ class TrainArguments:
     hub_private: bool = field(default=False, metadata=_help("make the repository of push_to_hub private if it is new"))
 
 
-def check_numbers(arguments: TrainArguments) -> None:
-    """Raises ValueError for a number out of its range or a name that is not among the choices."""
-    at_least = {
-        "batch_size": 1, "gradient_accumulation": 1, "steps": 1, "eval_every": 1, "eval_blocks": 1, "log_every": 1,
-        "keep_checkpoints": 1, "checkpoint_every": 0, "statistics_blocks": 0, "shuffle_buffer": 1, "lora_rank": 0,
-        "learning_rate": 0, "new_learning_rate": 0, "weight_decay": 0, "clip": 0, "lora_dropout": 0, "seed": 0,
-        "block_size": 2,
-    }  # fmt: skip
-    for name, least in at_least.items():
-        value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    for name in ("warmup_share", "final_share", "alpha_share", "beta1", "beta2"):
-        if not 0 <= (value := getattr(arguments, name)) <= 1:
-            raise ValueError(f"{name} is {value}; it must be from 0 to 1")
+# Options that need another one, and what they are where it is given and they are not.
+_NEEDED = {
+    "lora_rank": {"lora_alpha": None, "lora_dropout": None, "lora_targets": None, "lora_save": "merge"},
+    "streaming": {"shuffle_buffer": 1024},
+    "eval_data": {"eval_split": "validation", "eval_blocks": 64},
+    "distill": {"distill_weight": 0.5, "distill_temperature": 1.0},
+}
+
+
+def check_arguments(arguments: TrainArguments) -> TrainArguments:
+    """The arguments with the defaults that depend on other ones.
+
+    Raises:
+        ValueError: for a number out of its range, a name that is not among the choices, or an option without effect.
+    """
+    _check_numbers(arguments)
     choices = {
-        "schedule": SCHEDULES, "alpha_schedule": (*ALPHA_SCHEDULES, None), "lora_save": ("merge", "adapter"),
-        "on_nan": ("stop", "skip"), "mixed_precision": ("no", "bf16", "fp16", None),
-        "map": (*SPECIFICATIONS, "none", None), "position": (*POSITIONS, None),
+        "schedule": SCHEDULES, "alpha_schedule": (*ALPHA_SCHEDULES, None), "lora_save": ("merge", "adapter", None),
+        "on_nonfinite": ("stop", "skip"), "mixed_precision": ("no", "bf16", "fp16", None),
+        "map": (*SPECIFICATIONS, "none", None), "position": (*POSITIONS, None), "stage": STAGES,
+        "trained": (*TRAINED, None),
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
@@ -155,19 +223,67 @@ def check_numbers(arguments: TrainArguments) -> None:
     check_dtype(arguments.save_dtype, "save_dtype")
     if not arguments.train_data:
         raise ValueError("train_data names no text")
-    unused = {
-        "lora_rank": (arguments.lora_rank, ("lora_alpha", "lora_dropout", "lora_targets")),
-        "overwrite or resume, not both": (not (arguments.overwrite and arguments.resume != "never"), ("resume",)),
-    }
-    for needed, (given, names) in unused.items():
+    if arguments.overwrite and arguments.resume != "never":
+        raise ValueError("use overwrite or resume, not both")
+    changed = {}
+    for needed, names in _NEEDED.items():
+        given = bool(getattr(arguments, needed))
         used = [name for name in names if getattr(arguments, name)]
         if not given and used:
             raise ValueError(f"{', '.join(used)} needs {needed}")
-    if arguments.map == "none":
-        given = [
-            name
-            for name in ("alpha", "position", "layers", "new_learning_rate")
-            if getattr(arguments, name) is not None
-        ]
         if given:
-            raise ValueError(f"map is 'none', the dense model as it is, which has no {', '.join(given)}")
+            changed |= {name: default for name, default in names.items() if getattr(arguments, name) is None}
+    _check_stage(arguments)
+    if arguments.alpha_schedule == "none" or arguments.map == "none":
+        _refuse(arguments, ("alpha_start", "alpha_plateaus"), "needs an alpha that rises: --alpha_schedule linear")
+    if arguments.map == "none":
+        names = ("alpha", "position", "layers", "new_learning_rate", "alpha_schedule")
+        _refuse(arguments, names, "has no place with map 'none', the dense model as it is")
+    if arguments.streaming and len(parse_block_sizes(arguments.block_size or 2)) > 1:
+        raise ValueError(
+            f"block_size is {arguments.block_size!r}, but streaming packs blocks of one size: leave one of the two out"
+        )
+    return replace(arguments, **changed)
+
+
+def _refuse(arguments: TrainArguments, names: tuple[str, ...], reason: str) -> None:
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} {reason}")
+
+
+def _check_stage(arguments: TrainArguments) -> None:
+    if arguments.lora_rank and arguments.trained is not None:
+        raise ValueError(
+            f"trained is {arguments.trained!r}, but with lora_rank the adapters and the map's are trained"
+        )
+    if arguments.stage != "match":
+        return
+    if arguments.map == "none":
+        raise ValueError("stage is 'match', but map is 'none': there is no sparse attention to match with")
+    if arguments.distill is not None:
+        raise ValueError("distill learns from logits, which stage 'match' has none of: use it in stage pretrain")
+    if arguments.trained == "all":
+        raise ValueError("trained is 'all', but in stage 'match' everything beside the attention is frozen")
+    if arguments.loss_chunk:
+        raise ValueError(f"loss_chunk is {arguments.loss_chunk}, but stage 'match' computes no logits: leave it out")
+
+
+def _check_numbers(arguments: TrainArguments) -> None:
+    at_least = {
+        "batch_size": 1, "gradient_accumulation": 1, "steps": 1, "eval_every": 1, "eval_blocks": 1, "log_every": 1,
+        "keep_checkpoints": 1, "checkpoint_every": 0, "statistics_blocks": 0, "shuffle_buffer": 1, "lora_rank": 0,
+        "learning_rate": 0, "new_learning_rate": 0, "weight_decay": 0, "clip": 0, "lora_dropout": 0, "seed": 0,
+        "loss_chunk": 0, "alpha_start": 1, "alpha_plateaus": 1,
+    }  # fmt: skip
+    for name, least in at_least.items():
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+    for name in ("warmup_share", "final_share", "alpha_share", "beta1", "beta2", "distill_weight"):
+        if (value := getattr(arguments, name)) is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it must be from 0 to 1")
+    if (value := arguments.distill_temperature) is not None and not 0 < value < math.inf:
+        raise ValueError(f"distill_temperature is {value}; it must be above 0")
+    if arguments.block_size is not None:
+        parse_block_sizes(arguments.block_size)

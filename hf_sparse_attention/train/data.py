@@ -34,8 +34,11 @@ def streamed_blocks(arguments: TrainArguments, tokenizer, block_size: int, seed:
     return StreamedBlocks(texts, encode, block_size, seed, arguments.shuffle_buffer)
 
 
-def packed_blocks(output: Path, arguments: TrainArguments, tokenizer, block_size: int, accelerator) -> Blocks:
-    """All training tokens, encoded once by the first process of a machine and kept in `output/packed`."""
+def packed_tokens(
+    output: Path, arguments: TrainArguments, tokenizer, block_size: int, accelerator
+) -> tuple[np.ndarray, np.ndarray]:
+    """All training tokens and where documents start, encoded once by the first process of a machine and kept in
+    `output/packed`; at least one block of them."""
     names = find_texts(arguments.train_data)
     stamps = [
         [name, *((os.stat(name).st_size, os.stat(name).st_mtime_ns) if kind != "hub" else ())] for kind, name in names
@@ -54,10 +57,13 @@ def packed_blocks(output: Path, arguments: TrainArguments, tokenizer, block_size
                 leave=False,
             )
             tokens, starts = pack(encode_documents(tokenizer, counted), len(tokenizer))
+            # Before anything is written.
             _check_tokens("train_data", arguments.train_data, len(starts), len(tokens), block_size)
             with whole_folder(folder) as partial_folder:
                 save_packed(partial_folder, tokens, starts)
-    return Blocks(*load_packed(folder), block_size)
+    tokens, starts = load_packed(folder)
+    _check_tokens("train_data", arguments.train_data, len(starts), len(tokens), block_size)
+    return tokens, starts
 
 
 def held_out_blocks(arguments: TrainArguments, tokenizer, block_size: int) -> dict[str, np.ndarray] | None:
@@ -83,9 +89,9 @@ def _check_tokens(option: str, names: list[str], documents: int, tokens: int, bl
         )
 
 
-def rows_of_process(arguments: TrainArguments, accelerator, count: int) -> np.ndarray:
+def rows_of_process(passes: int, batch_size: int, accelerator, count: int) -> np.ndarray:
     """Which of a step's blocks this process computes: of each forward pass, its own run of them."""
-    shape = (arguments.gradient_accumulation, accelerator.num_processes, arguments.batch_size)
+    shape = (passes, accelerator.num_processes, batch_size)
     return np.arange(count).reshape(shape)[:, accelerator.process_index].ravel()
 
 
@@ -93,11 +99,9 @@ def tensors_of(batch: dict[str, np.ndarray], rows: slice, device: torch.device) 
     return {name: torch.from_numpy(values[rows]).to(device, non_blocking=True) for name, values in batch.items()}
 
 
-def held_out_batches(
-    blocks: dict[str, np.ndarray], arguments: TrainArguments, accelerator
-) -> Iterator[dict[str, torch.Tensor]]:
+def held_out_batches(blocks: dict[str, np.ndarray], batch_size: int, accelerator) -> Iterator[dict[str, torch.Tensor]]:
     """This process's batches of the held-out blocks; all processes get equally many, the last ones without labels."""
-    size, processes = arguments.batch_size, accelerator.num_processes
+    size, processes = batch_size, accelerator.num_processes
     count = len(blocks["labels"])
     for first in range(0, count, size * processes):
         index = np.arange(first + accelerator.process_index * size, first + (accelerator.process_index + 1) * size)

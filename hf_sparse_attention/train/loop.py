@@ -1,4 +1,4 @@
-"""Continued pretraining of a dense or sparse model with a sparse attention map, top to bottom."""
+"""Training of a dense or sparse model with a sparse attention map: one stage of it, top to bottom."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedConfig
 
-from ..config import SparseAttentionConfig
 from ..files import write_json
-from ..loading import Source, check_settings, find_model, load_model, make_settings
-from ..models import check_convertible, new_parameter_names, set_alpha, sparse_config, sparse_layers
+from ..loading import count_parameters, find_model, load_model
+from ..models import check_convertible, new_parameter_names, set_alpha
 from ..text import find_texts, load_tokenizer
-from .arguments import TrainArguments, check_numbers
-from .data import held_out_batches, held_out_blocks, packed_blocks, rows_of_process, streamed_blocks, tensors_of
+from .arguments import TrainArguments, check_arguments
+from .data import held_out_batches, held_out_blocks, packed_tokens, rows_of_process, streamed_blocks, tensors_of
+from .distributed import (
+    check_launch,
+    clip_gradients,
+    is_sharded,
+    make_accelerator,
+    put_parameters,
+    spread,
+    wants_checkpointing,
+    whole_parameters,
+)
+from .faults import explain_no_memory, explain_not_finite, last_whole
+from .head import Distillation, chunk_loss
+from .lengths import parse_block_sizes, phase_at, phases_of
+from .matching import begin_matching, end_matching, match_errors, matched, measure_scales, set_matching
 from .measures import attention_statistics, held_out_loss
-from .packing import ShuffledBlocks, batch_of
-from .publish import check_push, push_run
-from .recipe import alpha_at, fused_adamw, idle_parameters, parameter_groups, rate_at, with_lora
+from .packing import Blocks, ShuffledBlocks, batch_of
+from .plan import check_block_size, check_fit, find_source, positions_of, settings_of
+from .recipe import alpha_at, freeze, fused_adamw, idle_parameters, parameter_groups, rate_at, with_lora
 from .run import (
     Metrics,
     begin_run,
@@ -36,24 +48,28 @@ from .run import (
     save_model,
     summary_of,
 )
-from .state import save_state, whole_states
+from .state import read_state, save_state
+from .throughput import flops_per_token, peak_flops
 
 
-def train_model(arguments: TrainArguments) -> dict:
+def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
+
+    Args:
+        first_token: how many tokens of the data an earlier stage has seen.
 
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
         FileExistsError: if output is in use and the run is neither to go on nor to be replaced.
-        OSError: if the model or data is missing or corrupt, the disk is full, or the model could not be pushed.
-        RuntimeError: if the loss is not finite and `on_nan` is stop.
+        OSError: if the model or data is missing or corrupt, or the disk is full.
+        RuntimeError: if the loss is not finite or memory runs out, and `on_nonfinite` is stop.
     """
-    check_numbers(arguments)
-    check_push(arguments)
+    arguments = check_arguments(arguments)
+    check_launch()
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+        from accelerate import PartialState
         from accelerate.tracking import filter_trackers
-        from accelerate.utils import ProjectConfiguration, set_seed
+        from accelerate.utils import set_seed
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "hf-sparse-attention[train]"') from error
     begun = time.perf_counter()
@@ -70,37 +86,28 @@ def train_model(arguments: TrainArguments) -> dict:
 
     # The model's folder; what the run will make of it.
     with PartialState(cpu=arguments.cpu).local_main_process_first():
-        source = find_model(arguments.model, arguments.revision, _check_family)
-    if getattr(source.config, "output_router_logits", False):
-        raise ValueError(
-            f"{arguments.model} has output_router_logits: its auxiliary loss would be added to every part of a batch. "
-            "Set it to false in config.json to train on the tokens alone"
-        )
-    block_size = arguments.block_size or min(_positions(source) or 2048, 2048)
-    settings = _settings(source, arguments, block_size)
-    if arguments.alpha_schedule is None:
-        arguments = replace(arguments, alpha_schedule="linear" if source.is_untrained else "none")
-    _check_block_size(source, settings, block_size)
+        source = find_source(arguments)
+        dense_source = None if arguments.distill is None else find_model(arguments.distill, check=check_convertible)
+    sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
+    phases = phases_of(sizes, arguments.steps, arguments.batch_size)
+    block_size = phases[-1].block_size
+    settings = settings_of(source, arguments, phases[0].block_size)
+    check_fit(source, settings, arguments)
+    if arguments.alpha_schedule is None and settings is not None:
+        rises = source.is_untrained or arguments.alpha_start is not None or arguments.alpha_plateaus is not None
+        arguments = replace(arguments, alpha_schedule="linear" if rises and settings.alpha > 1 else "none")
+    check_block_size(source, settings, block_size)
     tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
+    matches = arguments.stage == "match"
     # A head that learns its alpha takes no part while alpha is 1, which DDP has to be told.
     idles = settings is not None and settings.map == "adaptive_entmax"
-    accelerator = Accelerator(
-        cpu=arguments.cpu,
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation,
-        dynamo_backend="inductor" if arguments.compile else None,
-        log_with=arguments.report_to or None,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idles)],
-    )
-    if accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        raise ValueError(f"train runs on one device or with DDP, not yet with {accelerator.distributed_type.value}")
-    per_step = arguments.batch_size * arguments.gradient_accumulation * accelerator.num_processes
-    identity = identity_of(arguments, per_step, block_size, tokenizer)
+    accelerator = make_accelerator(arguments, output, idles=idles)
+    passes, processes = arguments.gradient_accumulation, accelerator.num_processes
+    step_tokens = phases[0].batch_size * phases[0].block_size * passes * processes
+    lengths = block_size if len(sizes) == 1 else sizes
+    identity = identity_of(arguments, step_tokens // phases[0].block_size, lengths, tokenizer, source)
     if arguments.resume == "auto" and (finished := finished_summary(output, identity)) is not None:
         accelerator.print(f"{output} holds this run, finished: nothing to do")
-        if arguments.push_to_hub and accelerator.is_main_process:
-            push_run(output, arguments)
         return finished
 
     checkpoint = checkpoint_to_go_on_from(output, arguments, identity)
@@ -108,41 +115,75 @@ def train_model(arguments: TrainArguments) -> dict:
     # The data: every process knows all of a step's blocks and computes its share of them.
     held_out = held_out_blocks(arguments, tokenizer, block_size)
     if arguments.streaming:
-        data = streamed_blocks(arguments, tokenizer, block_size, arguments.seed)
         # In the order of the data and from its beginning; raises if there is not one block.
         watched, _, _ = streamed_blocks(arguments, tokenizer, block_size, None).take(
             max(1, arguments.statistics_blocks), slice
         )
     else:
-        data = ShuffledBlocks(packed_blocks(output, arguments, tokenizer, block_size, accelerator), arguments.seed)
-        watched = batch_of(*data.blocks.rows(np.arange(min(arguments.statistics_blocks, len(data.blocks)))))
+        tokens, starts = packed_tokens(output, arguments, tokenizer, block_size, accelerator)
+        blocks = Blocks(tokens, starts, block_size)
+        watched = batch_of(*blocks.rows(np.arange(min(max(1, arguments.statistics_blocks), len(blocks)))))
     if held_out is not None:
-        watched = {name: rows[: arguments.statistics_blocks] for name, rows in held_out.items()}
+        watched = {name: rows[: max(1, arguments.statistics_blocks)] for name, rows in held_out.items()}
+
+    def walk(phase: int):
+        """The way through the data in a phase, from its beginning."""
+        size = phases[phase].block_size
+        if arguments.streaming:
+            data = streamed_blocks(arguments, tokenizer, size, arguments.seed)
+        else:
+            # Each block size in an order of its own.
+            order = arguments.seed if phase == 0 else [arguments.seed, phase]
+            data = ShuffledBlocks(Blocks(tokens, starts, size), order)
+        data.skip((first_token + phases[phase].first * step_tokens) // size)
+        return data
 
     # The parameters: all of them or adapters, the map's own without decay and at their own rate.
+    def build():
+        model, _ = load_model(source, None if source.is_sparse else settings, arguments.dtype)
+        if arguments.lora_rank:
+            return with_lora(
+                model, rank=arguments.lora_rank, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
+                targets=arguments.lora_targets,
+            )  # fmt: skip
+        freeze(model, arguments.trained or ("map" if matches else "all"))
+        return model
+
     set_seed(arguments.seed)
-    model, _ = load_model(source, None if source.is_sparse else settings, arguments.dtype)
-    new_names = new_parameter_names(model)
-    if arguments.gradient_checkpointing:
+    model = build()
+    recompute = wants_checkpointing(arguments)
+    if recompute and not matches:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if arguments.lora_rank:
-        model = with_lora(
-            model, rank=arguments.lora_rank, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
-            targets=arguments.lora_targets,
-        )  # fmt: skip
+    counts: dict = {
+        "parameters": count_parameters(model),
+        "trainable_parameters": count_parameters(model, trainable=True),
+        "new_parameters": len(new_parameter_names(model)),
+    }
+    if matches:
+        same = (arguments.trained or "map") == "map" and not arguments.lora_rank
+        begin_matching(model, same_projections=same, recompute=recompute)
+    if arguments.loss_chunk or dense_source is not None:
+        _compute_loss_in_chunks(model, arguments, dense_source, accelerator)
     groups = parameter_groups(
         model, learning_rate=arguments.learning_rate, new_learning_rate=arguments.new_learning_rate,
         weight_decay=arguments.weight_decay,
     )  # fmt: skip
-    trainable = [parameter for group in groups for parameter in group["params"]]
     peaks = [group["lr"] for group in groups]
     betas = (arguments.beta1, arguments.beta2)
     optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused_adamw(accelerator.device))
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    layers = [layer for _, layer in matched(model)]
+    wrapped, optimizer = spread(accelerator, model, optimizer, own_units=tuple({type(layer) for layer in layers}))
+    counts["spread"] = ("FSDP2" if is_sharded(model) else "DDP") if processes > 1 else None
+    if matches:
+        # Before the random numbers of the run begin, and the same after a stop.
+        measure_scales(wrapped, layers, tensors_of(watched, slice(None), accelerator.device))
     # Adapters start the same in every process, dropout does not.
     set_seed(arguments.seed, device_specific=True)
 
     # Where in the run we are.
+    begins = 0 if checkpoint is None else read_state(checkpoint)["step"]
+    phase = phase_at(phases, max(0, begins - 1))
+    data = walk(phase)
     start, run = begin_run(output, arguments, identity, checkpoint, accelerator, model, optimizer, data)
     earlier = run["seconds"]
     metrics = Metrics(output / "metrics.jsonl", start, accelerator)
@@ -154,6 +195,10 @@ def train_model(arguments: TrainArguments) -> dict:
     rise = math.ceil(arguments.alpha_share * arguments.steps)
     warmup = round(arguments.warmup_share * arguments.steps)
     target = None if settings is None else settings.alpha
+    alpha_of = partial(
+        alpha_at, target=target, schedule=arguments.alpha_schedule, rise=rise,
+        start=1.0 if arguments.alpha_start is None else arguments.alpha_start, plateaus=arguments.alpha_plateaus,
+    )  # fmt: skip
 
     def begin_step(step: int) -> float | None:
         """Alpha and learning rates follow from the step alone; returns alpha, None for a dense model."""
@@ -164,14 +209,15 @@ def train_model(arguments: TrainArguments) -> dict:
             group["lr"] = peak * rate
         if target is None:
             return None
-        alpha = alpha_at(step, target=target, schedule=arguments.alpha_schedule, rise=rise)
+        alpha = alpha_of(step)
         set_alpha(model, alpha)
         return alpha
 
     def evaluate(step: int) -> None:
         alpha = {} if (value := begin_step(step)) is None else {"alpha": value}
+        set_matching(model, False)
         if held_out is not None:
-            loss = held_out_loss(wrapped, held_out_batches(held_out, arguments, accelerator), accelerator)
+            loss = held_out_loss(wrapped, held_out_batches(held_out, phases[-1].batch_size, accelerator), accelerator)
             run["held_out"].append([step, loss])
             metrics.write(step, "eval", loss=loss, **alpha)
         if target is not None and arguments.statistics_blocks:
@@ -179,50 +225,84 @@ def train_model(arguments: TrainArguments) -> dict:
             run["attention"], by_layer = looked
             metrics.write(step, "attention", **alpha, **run["attention"])
             metrics.write(step, "layers", **by_layer)
+        set_matching(model, True)
         wrapped.train()
+
+    def share_of_loss(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """(1,) this part's share of the step's mean loss; when matching (layers,), one for each layer."""
+        if matches:
+            return match_errors(wrapped, layers, inputs) / step_tokens
+        return wrapped(**inputs, num_items_in_batch=labels, use_cache=False).loss[None]
 
     if start == 0:
         evaluate(0)
-    mine = partial(rows_of_process, arguments, accelerator)
     window, checked = run["window"], False
     window_begun, window_tokens = time.perf_counter(), 0
+    flops, peak = None if matches else flops_per_token(model, phases[0].block_size), peak_flops(accelerator.device)
     wrapped.train()
     with tqdm(
         total=arguments.steps, initial=start, desc="train", unit="step", disable=not accelerator.is_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
     ) as bar:  # fmt: skip
         for step in range(start, arguments.steps):
+            if phase != phase_at(phases, step):
+                phase = phase_at(phases, step)
+                data = walk(phase)
+                flops = None if matches else flops_per_token(model, phases[phase].block_size)
             alpha = begin_step(step)
-            batch, labels, blocks = data.take(per_step, mine)
+            size, done = phases[phase].batch_size, step + 1
+            mine = partial(rows_of_process, passes, size, accelerator)
+            batch, labels, numbers = data.take(size * passes * processes, mine)
             labels = torch.tensor(labels, device=accelerator.device)
-            loss = torch.zeros((), device=accelerator.device)
-            for part in range(arguments.gradient_accumulation):
-                rows = slice(part * arguments.batch_size, (part + 1) * arguments.batch_size)
-                with accelerator.accumulate(wrapped):
-                    # No attention mask and no cache: position_ids that restart are what keeps documents apart.
-                    inputs = tensors_of(batch, rows, accelerator.device)
-                    share = wrapped(**inputs, num_items_in_batch=labels, use_cache=False).loss
-                    # Already a share of the step's mean, but accelerate divides by the parts and DDP by the processes.
-                    accelerator.backward(share * (per_step // arguments.batch_size))
-                loss += share.detach().float()
-            norm = accelerator.clip_grad_norm_(trainable, arguments.clip or math.inf)
-            loss, norm = torch.stack([accelerator.reduce(loss, "sum"), norm.float().to(loss.device)]).tolist()
-            if not checked and (alpha != 1.0 or target == 1.0):
+            loss = torch.zeros(len(layers) if matches else 1, device=accelerator.device)
+            parts = [slice(part * size, (part + 1) * size) for part in range(passes)]
+            report = norm = None
+            try:
+                for part in parts:
+                    with accelerator.accumulate(wrapped):
+                        # No attention mask and no cache: position_ids that restart are what keeps documents apart.
+                        share = share_of_loss(tensors_of(batch, part, accelerator.device), labels)
+                        # Already a share of the step's mean, but accelerate divides by the parts and DDP and FSDP by
+                        # the processes.
+                        accelerator.backward(share.mean() * (passes * processes))
+                    loss += share.detach().float()
+            except torch.OutOfMemoryError as error:
+                report = explain_no_memory(error, model, numbers, data, step=done)
+                # The other processes wait for this one's gradients: no step can be skipped by one of several.
+                if arguments.on_nonfinite == "stop" or processes > 1:
+                    raise RuntimeError(f"{report}. {last_whole(output)}") from error
+                accelerator.step = 0
+                if accelerator.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            if report is None:
+                norm = clip_gradients(accelerator, model, arguments.clip)
+                loss, norm = torch.cat([accelerator.reduce(loss, "sum"), norm.to(loss.device)[None]]).split(
+                    [len(loss), 1]
+                )
+                layer_losses, norm = loss.tolist(), norm.item()
+                loss = sum(layer_losses) / len(layer_losses)
+                # The scaler of fp16 skips a step with an infinite norm itself: that is how it finds its scale.
+                if not math.isfinite(loss) or not (math.isfinite(norm) or accelerator.scaler is not None):
+                    values = f"step {done}: loss {loss}, gradient norm {norm}"
+                    report = explain_not_finite(
+                        accelerator, model, partial(_again, share_of_loss, batch, parts, labels, accelerator.device),
+                        numbers, data, values=values + (f", alpha {alpha:g}" if alpha is not None else ""),
+                    )  # fmt: skip
+                    if arguments.on_nonfinite == "stop":
+                        raise RuntimeError(f"{report}. {last_whole(output)}")
+            if not checked and report is None and (alpha != 1.0 or target == 1.0):
                 _warn_of_idle(model, accelerator)
                 checked = True
 
-            done = step + 1
-            run["tokens"] += per_step * block_size
-            window_tokens += per_step * block_size
-            # The scaler of fp16 skips a step with an infinite norm itself: that is how it finds its scale.
-            if math.isfinite(loss) and (math.isfinite(norm) or accelerator.scaler is not None):
+            run["tokens"] += step_tokens
+            window_tokens += step_tokens
+            if report is None:
                 optimizer.step()
                 window["loss"] += loss
                 window["steps"] += 1
+                summed = window["layers"] or [0.0] * len(layer_losses)
+                window["layers"] = [one + other for one, other in zip(summed, layer_losses, strict=True)]
             else:
-                report = _not_finite(done, loss, norm, alpha, blocks, data)
-                if arguments.on_nan == "stop":
-                    raise RuntimeError(f"{report}. {_last_whole(output)}")
                 metrics.write(done, "skipped", reason=report)
                 run["skipped"] += 1
             optimizer.zero_grad()
@@ -232,14 +312,23 @@ def train_model(arguments: TrainArguments) -> dict:
                 now = time.perf_counter()
                 if window["steps"]:
                     run["loss"] = window["loss"] / window["steps"]
-                line = {"loss": run["loss"], "gradient_norm": norm if math.isfinite(norm) else None, "alpha": alpha}
+                line = {"loss": run["loss"], "gradient_norm": norm, "alpha": alpha}
+                if norm is not None and not math.isfinite(norm):
+                    line["gradient_norm"] = None
                 line |= {"learning_rate": optimizer.param_groups[0]["lr"], "tokens": run["tokens"]}
                 timing = {"tokens_per_second": window_tokens / (now - window_begun), "seconds": earlier + now - begun}
+                if flops and peak:
+                    run["utilisation"] = timing["tokens_per_second"] * flops / (peak * processes)
+                    timing["flop_utilisation"] = run["utilisation"]
                 metrics.write(
                     done, "train", **{key: value for key, value in line.items() if value is not None}, timing=timing
                 )
+                if matches and window["steps"]:
+                    means = [value / window["steps"] for value in window["layers"]]
+                    named = zip(matched(model), means, strict=True)
+                    metrics.write(done, "match", **{f"layer_{number}": value for (number, _), value in named})
                 _show(bar, line, timing, run["attention"])
-                window |= {"loss": 0.0, "steps": 0}
+                window |= {"loss": 0.0, "steps": 0, "layers": []}
                 window_begun, window_tokens = now, 0
             pause = time.perf_counter()
             if done % arguments.eval_every == 0 or done == arguments.steps:
@@ -254,101 +343,52 @@ def train_model(arguments: TrainArguments) -> dict:
             window_begun += time.perf_counter() - pause
 
     begin_step(arguments.steps)
-    summary = summary_of(source, settings, arguments, accelerator, model, new_names, run, identity, data.epochs)
+    epochs = data.epochs if arguments.streaming else run["tokens"] / (len(blocks) * block_size)
+    summary = summary_of(source, settings, arguments, accelerator, counts, run, identity, epochs)
+    if is_sharded(model):
+        # No process has the whole model: the first one puts it together again.
+        values = whole_parameters(accelerator, model)
+        if accelerator.is_main_process:
+            model = build()
+            put_parameters(model, values)
+            if target is not None:
+                set_alpha(model, alpha_of(arguments.steps))
     if accelerator.is_main_process:
+        end_matching(model)
         save_model(output / "model", source, model, arguments, summary)
         write_json(output / "summary.json", summary)
         print_summary(output, summary)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if arguments.push_to_hub and accelerator.is_main_process:
-        push_run(output, arguments)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.free_memory()
     return summary
 
 
-def _check_family(config: PreTrainedConfig) -> None:
-    """Dense models of other families are refused even as a control: packed documents might see each other."""
-    if getattr(config, "sparse_attention", None) is None:
-        check_convertible(config)
-
-
-def _positions(source: Source) -> int | None:
-    return getattr(source.config.get_text_config(), "max_position_embeddings", None)
-
-
-def _settings(source: Source, arguments: TrainArguments, block_size: int) -> SparseAttentionConfig | None:
-    """What the attention computes at the end of the run; None for a dense model as it is."""
-    if arguments.map == "none":
-        if source.is_sparse:
+def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, accelerator) -> None:
+    """The model's loss `loss_chunk` labels at a time, and with what it learns from the dense model's logits."""
+    plain = model.get_base_model() if arguments.lora_rank else model
+    distillation = None
+    if dense_source is not None:
+        teacher, _ = load_model(dense_source, None, arguments.dtype)
+        if teacher.config.vocab_size != plain.config.vocab_size:
             raise ValueError(
-                f"map is 'none', but {arguments.model} is sparse; the control starts from the dense model"
+                f"distill is {arguments.distill} with a vocabulary of {teacher.config.vocab_size}, the model has one "
+                f"of {plain.config.vocab_size}: their logits cannot be compared"
             )
-        return None
-    if not source.is_sparse:
-        if arguments.lora_rank and arguments.lora_save == "adapter":
-            raise ValueError(
-                "lora_save is 'adapter', which needs a sparse model to sit on later: convert the dense model first, "
-                "or use merge"
-            )
-        settings = make_settings(
-            arguments.map or "asentmax", arguments.alpha, arguments.position or "rope", arguments.layers or "all",
-            block_size,
-        )  # fmt: skip
-        return check_settings(source, settings)
-    saved = SparseAttentionConfig.from_model_config(source.config)
-    asked = make_settings(
-        arguments.map or saved.map,
-        saved.alpha if arguments.alpha is None else arguments.alpha,
-        arguments.position or saved.position,
-        "all",
-        saved.train_length,
-    )
-    different = [name for name in ("map", "position") if getattr(asked, name) != getattr(saved, name)]
-    if different or arguments.layers is not None:
-        names = ", ".join(different or ["layers"])
-        raise ValueError(
-            f"{arguments.model} is already sparse ({saved.map}, {saved.position}): its {names} cannot change"
-        )
-    if arguments.lora_rank and arguments.lora_save == "adapter" and asked.alpha != saved.alpha:
-        raise ValueError(
-            f"lora_save is 'adapter', which cannot change the model's alpha from {saved.alpha} to {asked.alpha}"
-        )
-    return SparseAttentionConfig.from_dict({**saved.to_dict(), "alpha": asked.alpha})
+        teacher = teacher.requires_grad_(False).eval().to(accelerator.device)
+        distillation = Distillation(teacher, arguments.distill_weight, arguments.distill_temperature)
+    chunk_loss(plain, arguments.loss_chunk, distillation)
 
 
-def _check_block_size(source: Source, settings: SparseAttentionConfig | None, block_size: int) -> None:
-    rotates = settings is None or settings.position == "rope"
-    if not rotates:
-        config = source.config if source.is_sparse else sparse_config(source.config, settings)
-        rotates = len(sparse_layers(config)) < config.num_hidden_layers
-    limit = _positions(source)
-    if rotates and limit is not None and block_size > limit:
-        raise ValueError(
-            f"block_size is {block_size}, but {source.name} has rotary positions up to {limit} "
-            "(max_position_embeddings): use shorter blocks, or --position nape"
-        )
+def _again(share_of_loss, batch, parts: list[slice], labels: torch.Tensor, device: torch.device) -> None:
+    for part in parts:
+        share_of_loss(tensors_of(batch, part, device), labels)
 
 
 def _warn_of_idle(model, accelerator) -> None:
     if idle := idle_parameters(model):
         accelerator.print(f"warning: {len(idle)} trainable parameters get no gradient, first {idle[0]}")
-
-
-def _not_finite(step: int, loss: float, norm: float, alpha: float | None, blocks: list[int], data) -> str:
-    named = []
-    for block in blocks[:8]:
-        documents = data.documents(block)
-        named.append(f"{block} (documents {documents.start} to {documents.stop - 1})")
-    return (
-        f"step {step}: loss {loss}, gradient norm {norm}"
-        + (f", alpha {alpha:g}" if alpha is not None else "")
-        + f"; blocks {', '.join(named)}{', ...' if len(blocks) > 8 else ''}"
-    )
-
-
-def _last_whole(output: Path) -> str:
-    last = next(reversed(whole_states(output / "checkpoints")), None)
-    return "There is no checkpoint to go on from" if last is None else f"The last whole checkpoint is {last}"
 
 
 def _show(bar: tqdm, line: dict, timing: dict, attention: dict) -> None:
@@ -357,6 +397,8 @@ def _show(bar: tqdm, line: dict, timing: dict, attention: dict) -> None:
         shown = {"loss": f"{line['loss']:.4f}", **shown}
     if line["alpha"] is not None:
         shown["alpha"] = f"{line['alpha']:.3f}"
+    if "flop_utilisation" in timing:
+        shown["MFU"] = f"{timing['flop_utilisation']:.1%}"
     if attention:
         shown["support"] = f"{attention['support']:.1f}"
     bar.set_postfix(shown, refresh=False)

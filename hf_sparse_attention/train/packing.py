@@ -88,7 +88,7 @@ class ShuffledBlocks:
         seed: of the order; None walks in the order of the data.
     """
 
-    def __init__(self, blocks: Blocks, seed: int | None):
+    def __init__(self, blocks: Blocks, seed: int | list[int] | None):
         self.blocks, self.seed = blocks, seed
         self.consumed = 0
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
@@ -122,8 +122,12 @@ class ShuffledBlocks:
             return place
         if epoch != self._epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.blocks))
+            self._order = np.random.default_rng([*np.atleast_1d(self.seed), epoch]).permutation(len(self.blocks))
         return int(self._order[place])
+
+    def skip(self, count: int) -> None:
+        """Goes past blocks without looking at them."""
+        self.consumed += count
 
     def state_dict(self) -> dict:
         return {"consumed": self.consumed}
@@ -157,8 +161,11 @@ class StreamedBlocks:
         self.texts, self.encode, self.block_size, self.seed = texts, encode, block_size, seed
         self.buffer = buffer if seed is not None else 1
         self.consumed = self.epoch = self.documents_read = self.epoch_blocks = 0
-        self.tokens, self.positions = np.empty(0, np.int64), np.empty(0, np.int64)
-        self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        # Of each token not yet in a block: itself, its position, the number of its document.
+        self.rest = np.empty((3, 0), np.int64)
+        # Blocks in the buffer, three rows each as above.
+        self.waiting: list[np.ndarray] = []
+        self._taken: dict[int, range] = {}
         self.generator = np.random.default_rng(0 if seed is None else seed)
         self._stream: Iterator[str] | None = None
 
@@ -166,14 +173,16 @@ class StreamedBlocks:
         self, count: int, mine: Callable[[int], slice | np.ndarray]
     ) -> tuple[dict[str, np.ndarray], int, list[int]]:
         """As `ShuffledBlocks.take`; a block is numbered by when it was taken."""
-        rows = [self._next() for _ in range(count)]
+        rows = np.stack([self._next() for _ in range(count)])
         numbers = np.arange(self.consumed, self.consumed + count)
         self.consumed += count
-        labels = sum(int((positions != 0).sum()) for _, positions in rows)
-        chosen = numbers[mine(count)]
-        picked = [rows[number - numbers[0]] for number in chosen]
-        tokens, positions = (np.stack(part) for part in zip(*picked, strict=True))
-        return batch_of(tokens, positions), labels, chosen.tolist()
+        chosen = mine(count)
+        tokens, positions, documents = rows[chosen].swapaxes(0, 1)
+        chosen = numbers[chosen].tolist()
+        self._taken = {
+            number: range(int(row[0]), int(row[-1]) + 1) for number, row in zip(chosen, documents, strict=True)
+        }
+        return batch_of(tokens, positions), int((rows[:, 1] != 0).sum()), chosen
 
     @property
     def epochs(self) -> float:
@@ -181,10 +190,16 @@ class StreamedBlocks:
         return float(self.epoch)
 
     def documents(self, block: int) -> range:
-        """A stream does not keep which documents a block had; they are among those read so far."""
-        return range(self.documents_read)
+        """Numbers, in the order of the data, of the documents that have tokens in a block of the last batch."""
+        return self._taken[block]
 
-    def _next(self) -> tuple[np.ndarray, np.ndarray]:
+    def skip(self, count: int) -> None:
+        """Goes past blocks; they are read and encoded, the buffer shuffles them like the others."""
+        for _ in range(count):
+            self._next()
+        self.consumed += count
+
+    def _next(self) -> np.ndarray:
         while len(self.waiting) < self.buffer and self._fill():
             pass
         place = int(self.generator.integers(len(self.waiting))) if self.seed is not None else 0
@@ -193,7 +208,7 @@ class StreamedBlocks:
 
     def _fill(self) -> bool:
         """Moves one block into the buffer; False at the end of the data while the buffer still holds blocks."""
-        while len(self.tokens) < self.block_size:
+        while self.rest.shape[1] < self.block_size:
             if self._stream is None:
                 self._stream = islice(self.texts(), self.documents_read, None)
             text = next(self._stream, None)
@@ -202,21 +217,21 @@ class StreamedBlocks:
                     return False
                 if not self.epoch_blocks:
                     raise ValueError(
-                        f"the data has {self.documents_read} documents with {len(self.tokens)} tokens, less than one "
-                        f"block of {self.block_size}"
+                        f"the data has {self.documents_read} documents with {self.rest.shape[1]} tokens, less than "
+                        f"one block of {self.block_size}"
                     )
                 self._stream, self.documents_read, self.epoch_blocks = None, 0, 0
-                self.tokens, self.positions = self.tokens[:0], self.positions[:0]
+                self.rest = self.rest[:, :0]
                 self.epoch += 1
                 continue
-            self.documents_read += 1
             for tokens in self.encode(iter([text])):
-                self.tokens = np.concatenate([self.tokens, np.asarray(tokens, np.int64)])
-                self.positions = np.concatenate([self.positions, np.arange(len(tokens))])
-        size = self.block_size
-        tokens, positions = self.tokens[:size], self.positions[:size]
-        self.waiting.append((tokens, self._restarted(positions)))
-        self.tokens, self.positions = self.tokens[size:], self.positions[size:]
+                numbers = np.full(len(tokens), self.documents_read)
+                self.rest = np.concatenate([self.rest, [tokens, np.arange(len(tokens)), numbers]], axis=1)
+            self.documents_read += 1
+        block = self.rest[:, : self.block_size].copy()
+        block[1] = self._restarted(block[1])
+        self.waiting.append(block)
+        self.rest = self.rest[:, self.block_size :]
         self.epoch_blocks += 1
         return True
 
@@ -228,21 +243,20 @@ class StreamedBlocks:
         return np.concatenate([np.arange(ending), positions[ending:]])
 
     def state_dict(self) -> dict:
-        waiting = np.array([[tokens, positions] for tokens, positions in self.waiting], dtype=np.int64)
+        waiting = np.array(self.waiting, dtype=np.int64)
         return {
             "consumed": self.consumed,
             "epoch": self.epoch,
             "epoch_blocks": self.epoch_blocks,
             "documents_read": self.documents_read,
-            "rest": np.stack([self.tokens, self.positions]),
-            "waiting": waiting.reshape(-1, 2, self.block_size),
+            "rest": self.rest,
+            "waiting": waiting.reshape(-1, 3, self.block_size),
             "generator": self.generator.bit_generator.state,
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.consumed, self.epoch = state["consumed"], state["epoch"]
         self.epoch_blocks, self.documents_read = state["epoch_blocks"], state["documents_read"]
-        self.tokens, self.positions = state["rest"]
-        self.waiting = [(tokens, positions) for tokens, positions in state["waiting"]]
+        self.rest, self.waiting = state["rest"], list(state["waiting"])
         self.generator.bit_generator.state = state["generator"]
         self._stream = None

@@ -8,8 +8,9 @@ import math
 import torch
 from torch import nn
 
-from ..models import FAMILIES, new_parameter_names
+from ..models import FAMILIES, attention_layers, new_parameter_names
 
+TRAINED = ("all", "map", "attention")
 SCHEDULES = ("cosine", "linear", "constant")
 ALPHA_SCHEDULES = ("linear", "cosine", "none")
 # Entmax is sound in float32 from here; below it lies only softmax itself, alpha 1.
@@ -18,21 +19,26 @@ LOWEST_ALPHA = 1.01
 NEW_MODULES = ("sparse_scale", "sparse_alpha")
 
 
-def alpha_at(step: int, *, target: float, schedule: str, rise: int) -> float:
-    """Alpha in a step counted from 0: exactly 1, the dense model, in step 0, `target` from step `rise` on.
+def alpha_at(
+    step: int, *, target: float, schedule: str, rise: int, start: float = 1.0, plateaus: int | None = None
+) -> float:
+    """Alpha in a step counted from 0: exactly `start` in step 0 (1 is the dense model), `target` from step `rise` on.
 
-    Between them it is at least 1.01; `none` is `target` from the beginning.
+    Between them it is at least 1.01; `none` is `target` from the beginning. With `plateaus` the rise is a staircase of
+    so many values, the first of them `start`, each the schedule's at its plateau's beginning.
     """
     if schedule not in ALPHA_SCHEDULES:
         raise ValueError(f"alpha_schedule is {schedule!r}; choose one of {', '.join(ALPHA_SCHEDULES)}")
     if schedule == "none" or step >= rise:
         return target
-    if step == 0:
-        return 1.0
     share = step / rise
+    if plateaus is not None:
+        share = math.floor(share * plateaus) / plateaus
+    if share == 0:
+        return min(start, target)
     if schedule == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
-    return min(target, max(LOWEST_ALPHA, 1 + (target - 1) * share))
+    return min(target, max(LOWEST_ALPHA, start + (target - start) * share))
 
 
 def rate_at(step: int, *, steps: int, schedule: str, warmup: int, final: float) -> float:
@@ -71,6 +77,28 @@ def parameter_groups(
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def freeze(model: nn.Module, trained: str) -> None:
+    """Leaves only some parameters trainable: `map`, the map's new ones; `attention`, also everything else in the
+    layers whose attention is sparse; `all` changes nothing.
+
+    Raises:
+        ValueError: if there would be none.
+    """
+    if trained == "all":
+        return
+    chosen = set(new_parameter_names(model))
+    if trained == "attention":
+        inside = {id(item) for _, layer in attention_layers(model) for item in layer.parameters()}
+        chosen |= {name for name, item in model.named_parameters() if id(item) in inside}
+    if not chosen:
+        raise ValueError(
+            f"trained is {trained!r}, but the model's map has no parameters of its own: use --trained attention, or "
+            "adapters with --lora_rank"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
 
 
 def attention_projections(model: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import examine
 from ..config import VERSION
 from ..files import flush_file, remove_partial, whole_folder, write_json
-from ..loading import Source, companions_of, count_parameters
+from ..loading import Source, companions_of
 from ..text import find_texts
 from .arguments import TrainArguments
 from .state import load_state, read_state, whole_states
@@ -26,8 +27,8 @@ from .state import load_state, read_state, whole_states
 # are compared as their number, however they are shared out.
 FREE = {
     "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "report_to", "run_name", "log_every",
-    "eval_every", "on_nan", "lora_save", "save_dtype", "batch_size", "gradient_accumulation", "compile", "cpu",
-    "push_to_hub", "hub_model_id", "hub_private",
+    "eval_every", "on_nonfinite", "lora_save", "save_dtype", "batch_size", "gradient_accumulation", "compile", "cpu",
+    "gradient_checkpointing", "loss_chunk", "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def check_output(output: Path, arguments: TrainArguments) -> None:
         raise FileExistsError(f"output {output} is not empty and holds no training run (it has no run.json)")
 
 
-def identity_of(arguments: TrainArguments, per_step: int, block_size: int, tokenizer) -> dict:
+def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list, tokenizer, source: Source) -> dict:
     """What must be the same for a run to go on: everything its numbers follow from."""
     options = {name: value for name, value in asdict(arguments).items() if name not in FREE}
     files = [
@@ -101,7 +102,22 @@ def identity_of(arguments: TrainArguments, per_step: int, block_size: int, token
         "blocks_per_step": per_step,
         "data": files,
         "vocabulary": len(tokenizer),
+        "weights": fingerprint(source.weights),
     }
+
+
+def fingerprint(weights: tuple[Path, ...], *, pieces: int = 256, size: int = 2**14) -> str:
+    """Of weight files: their sizes and pieces spread over them, which training changes; of a small file all of it."""
+    digest = hashlib.sha256()
+    for file in weights:
+        total = file.stat().st_size
+        digest.update(f"{file.name} {total} ".encode())
+        places = [0] if total <= pieces * size else [index * (total - size) // (pieces - 1) for index in range(pieces)]
+        with file.open("rb") as opened:
+            for place in places:
+                opened.seek(place)
+                digest.update(opened.read(size if len(places) > 1 else -1))
+    return digest.hexdigest()[:32]
 
 
 def _different(identity: dict, saved: dict) -> str:
@@ -143,7 +159,7 @@ def begin_run(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if arguments.overwrite:
-            for name in ("checkpoints", "model", "logs"):
+            for name in ("checkpoints", "model", "logs", "stages"):
                 shutil.rmtree(output / name, ignore_errors=True)
             for name in ("summary.json", "metrics.jsonl"):
                 (output / name).unlink(missing_ok=True)
@@ -158,8 +174,16 @@ def begin_run(
                     shutil.rmtree(later)
     accelerator.wait_for_everyone()
     if path is None:
-        fresh = {"tokens": 0, "seconds": 0.0, "skipped": 0, "loss": None, "held_out": [], "attention": {}}
-        return 0, {**fresh, "window": {"loss": 0.0, "steps": 0}}
+        fresh = {
+            "tokens": 0,
+            "seconds": 0.0,
+            "skipped": 0,
+            "loss": None,
+            "held_out": [],
+            "attention": {},
+            "utilisation": None,
+        }
+        return 0, {**fresh, "window": {"loss": 0.0, "steps": 0, "layers": []}}
     saved, run = load_state(path, accelerator, model, optimizer)
     data.load_state_dict(saved)
     del run["identity"]
@@ -173,8 +197,7 @@ def summary_of(
     settings,
     arguments: TrainArguments,
     accelerator,
-    model,
-    new_names,
+    counts: dict,
     run: dict,
     identity: dict,
     epochs,
@@ -183,6 +206,8 @@ def summary_of(
     cuda = accelerator.device.type == "cuda"
     device = torch.cuda.get_device_name(accelerator.device) if cuda else f"{platform.machine()} CPU"
     attention = {} if settings is None else settings.to_dict()
+    # Of blocks that grow, the longest.
+    block_size = identity["block_size"] if isinstance(identity["block_size"], int) else identity["block_size"][-1][0]
     return {
         "base_model": source.name,
         "base_commit": source.commit,
@@ -191,8 +216,9 @@ def summary_of(
         "steps": arguments.steps,
         "tokens": run["tokens"],
         "epochs": epochs,
-        "block_size": identity["block_size"],
+        "block_size": block_size,
         "blocks_per_step": identity["blocks_per_step"],
+        "stage": arguments.stage,
         "skipped_steps": run["skipped"],
         "learning_rate": arguments.learning_rate,
         "new_learning_rate": arguments.learning_rate
@@ -204,13 +230,12 @@ def summary_of(
         "attention": run["attention"],
         "train_data": arguments.train_data,
         "eval_data": arguments.eval_data,
-        "parameters": count_parameters(model),
-        "trainable_parameters": count_parameters(model, trainable=True),
-        "new_parameters": len(new_names),
+        **counts,
         "hardware": f"{accelerator.num_processes} x {device}",
         "mixed_precision": accelerator.mixed_precision,
         "seconds": run["seconds"],
         "tokens_per_second": run["tokens"] / run["seconds"] if run["seconds"] else None,
+        "flop_utilisation": run["utilisation"],
         "versions": {
             "hf-sparse-attention": VERSION,
             **_versions("torch", "transformers", "accelerate", "peft", "triton"),
@@ -266,6 +291,10 @@ def save_model(folder: Path, source: Source, model: PreTrainedModel, arguments: 
 def print_summary(output: Path, summary: dict) -> None:
     lines = [f"model: {output / 'model'}", f"steps {summary['steps']:,}, tokens {summary['tokens']:,}"]
     lines[1] += f", {summary['epochs']:.2f} passes over the data, {summary['seconds']:.0f} s"
+    if summary["flop_utilisation"]:
+        lines[1] += f", model FLOP utilisation {summary['flop_utilisation']:.1%}"
+    if summary["stage"] == "match" and summary["train_loss"] is not None:
+        lines.append(f"squared error of the attention outputs, relative to their size: {summary['train_loss']:.5f}")
     if summary["eval_loss"]:
         (first, before), (last, after) = summary["eval_loss"][0], summary["eval_loss"][-1]
         lines.append(f"held-out loss: {before:.4f} at step {first}, {after:.4f} at step {last}")

@@ -1,5 +1,6 @@
-"""Checkpoints of a training run, from which it goes on exactly: parameters, optimizer, random numbers of every
-process, the place in the data, the numbers gathered so far. A checkpoint has its name only when it is whole."""
+"""Checkpoints of a training run, from which it goes on exactly, on any number of processes: parameters and optimizer,
+each process writing its part; random numbers, the place in the data, the numbers gathered so far. A checkpoint has its
+name only when it is whole."""
 
 from __future__ import annotations
 
@@ -7,16 +8,20 @@ import json
 import logging
 import random
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as sharded
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..files import PARTIAL, explained_write, flush_folder, write_json
+from .distributed import all_agree
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+TENSORS = "tensors"
 
 
 def save_state(
@@ -33,45 +39,74 @@ def save_state(
 
     Args:
         model: the plain model; its trainable parameters are saved, frozen ones come from where the run began.
+        optimizer: AdamW over them.
         data: state of the walk through the data, JSON values and numpy arrays.
         run: whatever else the run needs to go on, JSON values.
 
     Raises:
-        OSError: if it cannot be written; nothing half-written is left, earlier checkpoints stay.
+        OSError: if a process cannot write its part, in every process; nothing half-written is left, earlier
+            checkpoints stay.
     """
     path = folder / f"step-{step:08d}"
     partial = folder / f"{PARTIAL}{path.name}"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+
+    def begin():
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def write_tensors():
+        writer = sharded.FileSystemWriter(partial / TENSORS)
+        with _alone_or_not(accelerator) as options:
+            sharded.save(_tensors(model, optimizer), storage_writer=writer, **options)
+
+    def write_rest():
+        torch.save(_random_state(), partial / f"random-{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            if accelerator.scaler is not None:
+                torch.save(accelerator.scaler.state_dict(), partial / "scaler.pt")
+            arrays = {name: value for name, value in data.items() if isinstance(value, np.ndarray)}
+            np.savez(partial / "data.npz", **arrays)
+
+    def finish():
+        if accelerator.is_main_process:
+            files = sorted(file for file in partial.rglob("*") if file.is_file())
+            sizes = {str(file.relative_to(partial).as_posix()): file.stat().st_size for file in files}
+            values = {name: value for name, value in data.items() if not isinstance(value, np.ndarray)}
+            content = {"step": step, "data": values, "run": run, "files": sizes}
+            content["stepped"] = [
+                name for name, parameter in _trainable(model).items() if _moments(optimizer, parameter)
+            ]
+            write_json(partial / STATE, content)
+            flush_folder(partial)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+            for old in whole_states(folder)[:-keep]:
+                shutil.rmtree(old)
+
     try:
-        with explained_write(path):
-            torch.save(_random_state(), partial / f"random-{accelerator.process_index}.pt")
-            if accelerator.is_main_process:
-                save_file(_trainable(model), partial / "model.safetensors")
-                torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-                if accelerator.scaler is not None:
-                    torch.save(accelerator.scaler.state_dict(), partial / "scaler.pt")
-                arrays = {name: value for name, value in data.items() if isinstance(value, np.ndarray)}
-                np.savez(partial / "data.npz", **arrays)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-                values = {name: value for name, value in data.items() if name not in arrays}
-                write_json(partial / STATE, {"step": step, "data": values, "run": run, "files": sizes})
-                flush_folder(partial)
-                if path.exists():
-                    shutil.rmtree(path)
-                partial.rename(path)
-                for old in whole_states(folder)[:-keep]:
-                    shutil.rmtree(old)
+        for part in (begin, write_tensors, write_rest, finish):
+            _together(accelerator, path, part)
     except BaseException:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    accelerator.wait_for_everyone()
     return path
+
+
+def _together(accelerator: Accelerator, path: Path, part: Callable[[], None]) -> None:
+    """Does a part of the work in every process; if it fails in one, all of them stop."""
+    failed = None
+    try:
+        with explained_write(path):
+            try:
+                part()
+            except CheckpointException as error:
+                raise next(iter(error.failures.values()))[0] from error
+    except Exception as error:
+        failed = error
+    all_agree(accelerator, failed)
 
 
 def whole_states(folder: Path) -> list[Path]:
@@ -108,24 +143,35 @@ def read_state(path: Path) -> dict:
 def load_state(path: Path, accelerator: Accelerator, model: nn.Module, optimizer) -> tuple[dict, dict]:
     """Puts everything back in place and returns (data, run) as they were given to `save_state`.
 
+    It does not matter how many processes wrote it, nor whether each held all parameters or a part.
+
     Raises:
         OSError: if a file cannot be read.
         ValueError: if the model has other trainable parameters than the checkpoint.
     """
     state = read_state(path)
-    try:
-        saved = load_file(path / "model.safetensors")
-        optimizer_state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} cannot be read: {error}") from error
     trainable = _trainable(model)
-    different = sorted(set(saved) ^ set(trainable))
-    if different:
+    reader = sharded.FileSystemReader(path / TENSORS)
+    try:
+        saved = reader.read_metadata().state_dict_metadata
+    except Exception as error:
+        raise OSError(f"{path} cannot be read: {error}") from error
+    names = {name.removeprefix("model/") for name in saved if name.startswith("model/")}
+    if different := sorted(names ^ set(trainable)):
         raise ValueError(f"{path} has other trainable parameters than the model, first {different[0]}")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(saved[name])
-    optimizer.load_state_dict(optimizer_state)
+    for name in sorted(names):
+        if tuple(saved[f"model/{name}"].size) != tuple(trainable[name].shape):
+            raise ValueError(
+                f"{path} has {name} of shape {tuple(saved[f'model/{name}'].size)}, the model of "
+                f"{tuple(trainable[name].shape)}"
+            )
+    for name in state["stepped"]:
+        _begin_moments(optimizer, trainable[name])
+    try:
+        with _alone_or_not(accelerator) as options:
+            sharded.load(_tensors(model, optimizer), storage_reader=reader, **options)
+    except (CheckpointException, RuntimeError, OSError, EOFError) as error:
+        raise OSError(f"{path} cannot be read: {error}") from error
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(torch.load(path / "scaler.pt", weights_only=True))
     numbers = path / f"random-{accelerator.process_index}.pt"
@@ -137,12 +183,45 @@ def load_state(path: Path, accelerator: Accelerator, model: nn.Module, optimizer
         return {**state["data"], **arrays}, state["run"]
 
 
-def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+@contextmanager
+def _alone_or_not(accelerator: Accelerator) -> Iterator[dict]:
+    """What tells torch whether it writes with other processes; it warns of being alone even when it was told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield {"no_dist": accelerator.num_processes == 1}
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _plain(optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _moments(optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What AdamW knows of a parameter; nothing before its first gradient."""
+    return _plain(optimizer).state.get(parameter, {})
+
+
+def _begin_moments(optimizer, parameter: nn.Parameter) -> None:
+    """What AdamW makes at a parameter's first gradient."""
+    device = parameter.device if _plain(optimizer).defaults["fused"] else "cpu"
+    _plain(optimizer).state[parameter] = {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter.detach()),
+        "exp_avg_sq": torch.zeros_like(parameter.detach()),
     }
+
+
+def _tensors(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """Everything that torch saves and loads in place, by a name that no way of sharding changes."""
+    tensors = {}
+    for name, parameter in _trainable(model).items():
+        tensors[f"model/{name}"] = parameter.detach()
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in _moments(optimizer, parameter).items()}
+    return tensors
 
 
 def _random_state() -> dict:

@@ -1,0 +1,171 @@
+"""What accelerate launched enters (one process, DDP or FSDP2), leaves the accelerator of a run, a model and optimizer
+spread over the processes, and what of them one process needs whole: the gradient's norm, the parameters to save."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .arguments import TrainArguments
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# What accelerate may be told to run that train does not, and what to use instead.
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed, under which train was never tested: FSDP2 shards the same (examples/accelerate/fsdp2.yaml; "
+        "ZeRO-2 is its fsdp_reshard_after_forward: false)"
+    ),
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM; use DDP or FSDP2",
+    "PARALLELISM_CONFIG_TP_SIZE": (
+        "tensor parallelism: the map's parameters are per head and would be split wrongly; use FSDP2"
+    ),
+    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism, which is a softmax of its own; use FSDP2",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism, which is a softmax of its own; use FSDP2",
+}
+
+
+def check_launch() -> None:
+    """Raises ValueError for a way of running that accelerate was told and train does not know."""
+    for name, reason in _REFUSED.items():
+        value = os.environ.get(name, "").lower()
+        if value not in ("", "false", "0") and not (name.endswith("_SIZE") and value == "1"):
+            raise ValueError(f"accelerate was configured for {reason}")
+    if _wants_fsdp():
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError(
+                f"accelerate was configured for FSDP {os.environ.get('FSDP_VERSION', '1')}: set fsdp_version: 2, as "
+                "in examples/accelerate/fsdp2.yaml"
+            )
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("true", "1"):
+            raise ValueError(
+                "accelerate was configured for fsdp_cpu_ram_efficient_loading, under which all processes but the "
+                "first load nothing: set it to false"
+            )
+
+
+def _wants_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) -> Accelerator:
+    """The accelerator of a run.
+
+    Args:
+        idles: whether some trainable parameters take no part in some steps, which DDP has to be told.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import DistributedType, ProjectConfiguration
+
+    accelerator = Accelerator(
+        cpu=arguments.cpu,
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.gradient_accumulation,
+        dynamo_backend="inductor" if arguments.compile else None,
+        log_with=arguments.report_to or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idles)],
+    )
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and _wants_fsdp():
+        # Accelerate forgets FSDP on CPUs and would run DDP instead, in silence.
+        _shard_on_cpus(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # Its own wrappers rename parameters; the layers' own checkpointing recomputes the same.
+        accelerator.state.fsdp_plugin.activation_checkpointing = False
+    return accelerator
+
+
+def _shard_on_cpus(accelerator) -> None:
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+def wants_checkpointing(arguments: TrainArguments) -> bool:
+    """Whether layers are recomputed backward: asked of train, or of accelerate for FSDP."""
+    asked = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() in ("true", "1")
+    return arguments.gradient_checkpointing or (_wants_fsdp() and asked)
+
+
+def spread(accelerator: Accelerator, model: nn.Module, optimizer, own_units: tuple[type, ...] = ()) -> tuple:
+    """The model as it is called and the optimizer, on their devices.
+
+    Args:
+        own_units: classes whose modules FSDP2 gathers on their own, beside the decoder layers.
+    """
+    if accelerator.is_fsdp2:
+        names = list(getattr(model, "_no_split_modules", None) or [])
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [*names, *(kind.__name__ for kind in own_units)]
+    return accelerator.prepare(model, optimizer)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 spread the parameters: asked of the model, as accelerate forgets it once its state is read."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def clip_gradients(accelerator: Accelerator, model: nn.Module, most: float) -> torch.Tensor:
+    """Clips to the norm `most` (0 does not clip) and returns the norm that was, of all processes' parts.
+
+    Gradients with a norm that is not finite stay as they are: clipped, every one would be NaN and none told from which
+    layer it comes.
+    """
+    accelerator.unscale_gradients()
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    total = whole(norm).float()
+    if most and bool(total.isfinite()):
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return total
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which this process may hold a part; every process has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable parameters by name, whole, on the main process's CPU; empty elsewhere. Every process has to ask."""
+    gathered = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = whole(parameter.detach())
+            if accelerator.is_main_process:
+                gathered[name] = value.cpu()
+    return gathered
+
+
+def put_parameters(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Copies `values`, which must name trainable parameters of the model."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
+def all_agree(accelerator: Accelerator, error: BaseException | None) -> None:
+    """Raises where a process failed, in every process: none waits for one that is gone.
+
+    Raises:
+        error: in a process that had one.
+        OSError: in the others, saying which process failed and why.
+    """
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        messages = gather_object([None if error is None else f"process {accelerator.process_index}: {error}"])
+        if error is None and any(messages):
+            raise OSError("; ".join(message for message in messages if message))
+    if error is not None:
+        raise error

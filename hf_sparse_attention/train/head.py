@@ -1,0 +1,113 @@
+"""The loss of a language model from its last hidden states, some tokens at a time: the logits of a long batch, which
+are larger than everything else, never exist at once. On the way the dense model's logits can be learned from too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .packing import IGNORED_LABEL
+
+# Shapes: B batch, N tokens, T labelled tokens, V vocabulary, E hidden size.
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a frozen dense model adds to the loss: (1 - weight) cross entropy + weight temperature^2 KL(dense | model),
+    both softmaxes taken of logits / temperature (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    teacher: nn.Module
+    weight: float
+    temperature: float
+
+    def hidden_states(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return self.teacher.base_model(**inputs).last_hidden_state
+
+
+class ChunkedLoss:
+    """Mixin before a causal LM: with labels its forward gives the loss and no logits.
+
+    The loss is that of Transformers: sum over the labels / num_items_in_batch, or their mean. While training with a
+    `distillation` it is what that says.
+    """
+
+    loss_chunk = 0
+    distillation: Distillation | None = None
+
+    def forward(self, input_ids=None, *, labels=None, num_items_in_batch=None, **kwargs):
+        if labels is None:
+            return super().forward(input_ids, **kwargs)
+        # PEFT asks for these by name; a loss without logits has neither.
+        for name in ("output_attentions", "output_hidden_states", "return_dict", "task_ids"):
+            kwargs.pop(name, None)
+        hidden_BNE = self.base_model(input_ids=input_ids, **kwargs).last_hidden_state
+        distillation = self.distillation if self.training else None
+        others_BNE = None
+        if distillation is not None:
+            others_BNE = distillation.hidden_states({"input_ids": input_ids, **kwargs})
+        # The state before a token predicts it.
+        targets_BN = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        chosen_BN = targets_BN != IGNORED_LABEL
+        hidden_TE, targets_T = hidden_BNE[chosen_BN], targets_BN[chosen_BN]
+        others_TE = None if others_BNE is None else others_BNE[chosen_BN]
+        loss = hidden_BNE.new_zeros((), dtype=torch.float32) + 0.0 * hidden_TE.sum().float()
+        size = self.loss_chunk or max(1, len(targets_T))
+        for first in range(0, len(targets_T), size):
+            rows = slice(first, first + size)
+            others = None if others_TE is None else others_TE[rows]
+            arguments = (hidden_TE[rows], targets_T[rows], others)
+            # Not torch's own linear_cross_entropy: its loss of bf16 states is off by 0.2 %.
+            loss = loss + checkpoint(self._chunk_loss, *arguments, use_reentrant=False)
+        count = len(targets_T) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=loss / count)
+
+    def _chunk_loss(self, hidden_TE: torch.Tensor, targets_T: torch.Tensor, others_TE: torch.Tensor | None):
+        logits_TV = self.lm_head(hidden_TE).float()
+        if others_TE is None:
+            return F.cross_entropy(logits_TV, targets_T, reduction="sum")
+        distillation = self.distillation
+        with torch.no_grad():
+            dense_TV = F.log_softmax(distillation.teacher.lm_head(others_TE).float() / distillation.temperature, -1)
+        own_TV = F.log_softmax(logits_TV / distillation.temperature, -1)
+        divergence = F.kl_div(own_TV, dense_TV, reduction="sum", log_target=True) * distillation.temperature**2
+        if distillation.weight == 1:
+            return divergence
+        entropy = F.cross_entropy(logits_TV, targets_T, reduction="sum")
+        return (1 - distillation.weight) * entropy + distillation.weight * divergence
+
+
+def chunk_loss(model: nn.Module, size: int, distillation: Distillation | None = None) -> None:
+    """Makes a causal LM compute its loss `size` labels at a time (0: all of them at once).
+
+    Raises:
+        ValueError: if the model does more to its hidden states than one linear layer, which is not computed here.
+    """
+    for each in [model, *([distillation.teacher] if distillation is not None else [])]:
+        _check_head(each)
+    model.__class__ = type(
+        f"{type(model).__name__}", (ChunkedLoss, type(model)), {"__module__": type(model).__module__}
+    )
+    model.loss_chunk, model.distillation = size, distillation
+
+
+@torch.no_grad()
+def _check_head(model: nn.Module) -> None:
+    """Compares the model's own logits of a few tokens with what the chunks compute."""
+    training = model.training
+    model.eval()
+    tokens = torch.arange(2, device=model.device)[None]
+    own = model(input_ids=tokens, use_cache=False).logits
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    same = hasattr(model, "lm_head") and torch.equal(model.lm_head(hidden), own)
+    model.train(training)
+    if not same:
+        raise ValueError(
+            f"{type(model).__name__} scales or bounds its logits, which loss_chunk and distill do not compute: "
+            "leave them out"
+        )

@@ -1,0 +1,128 @@
+"""What a run starts from and what it makes of it: arguments enter, leave the model's folder and the settings its
+attention has at the end, checked against each other and against the length of the blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from ..config import SparseAttentionConfig
+from ..loading import Source, check_settings, find_model, make_settings
+from ..maps import MAPS
+from ..models import check_convertible, sparse_config, sparse_layers, with_rope
+from .arguments import TrainArguments
+
+
+def find_source(arguments: TrainArguments) -> Source:
+    """The folder of the model, with the rotary positions that are asked for.
+
+    Raises:
+        ValueError: for a family that cannot be converted, or one whose loss is not that of its tokens alone.
+    """
+    source = find_model(arguments.model, arguments.revision, _check_family)
+    if getattr(source.config, "output_router_logits", False):
+        raise ValueError(
+            f"{arguments.model} has output_router_logits: its auxiliary loss would be added to every part of a batch. "
+            "Set it to false in config.json to train on the tokens alone"
+        )
+    rope = {"theta": arguments.rope_theta, "yarn": arguments.rope_yarn, "max_positions": arguments.max_positions}
+    return replace(source, config=with_rope(source.config, **rope))
+
+
+def _check_family(config: PreTrainedConfig) -> None:
+    """Dense models of other families are refused even as a control: packed documents might see each other."""
+    if getattr(config, "sparse_attention", None) is None:
+        check_convertible(config)
+
+
+def positions_of(source: Source) -> int | None:
+    return getattr(source.config.get_text_config(), "max_position_embeddings", None)
+
+
+def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> SparseAttentionConfig | None:
+    """What the attention computes at the end of the run; None for a dense model as it is."""
+    if arguments.map == "none":
+        if source.is_sparse:
+            raise ValueError(
+                f"map is 'none', but {arguments.model} is sparse; the control starts from the dense model"
+            )
+        return None
+    if not source.is_sparse:
+        if arguments.lora_rank and arguments.lora_save == "adapter":
+            raise ValueError(
+                "lora_save is 'adapter', which needs a sparse model to sit on later: convert the dense model first, "
+                "or use merge"
+            )
+        settings = make_settings(
+            arguments.map or "asentmax", arguments.alpha, arguments.position or "rope", arguments.layers or "all",
+            block_size,
+        )  # fmt: skip
+        return check_settings(source, settings)
+    saved = SparseAttentionConfig.from_model_config(source.config)
+    asked = make_settings(
+        arguments.map or saved.map,
+        saved.alpha if arguments.alpha is None else arguments.alpha,
+        arguments.position or saved.position,
+        "all",
+        saved.train_length,
+    )
+    different = [name for name in ("map", "position") if getattr(asked, name) != getattr(saved, name)]
+    if different or arguments.layers is not None:
+        names = ", ".join(different or ["layers"])
+        raise ValueError(
+            f"{arguments.model} is already sparse ({saved.map}, {saved.position}): its {names} cannot change"
+        )
+    if arguments.lora_rank and arguments.lora_save == "adapter" and asked.alpha != saved.alpha:
+        raise ValueError(
+            f"lora_save is 'adapter', which cannot change the model's alpha from {saved.alpha} to {asked.alpha}"
+        )
+    return SparseAttentionConfig.from_dict({**saved.to_dict(), "alpha": asked.alpha})
+
+
+def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments: TrainArguments) -> None:
+    """Raises ValueError for options that this model and map have no use for."""
+    row = None if settings is None else MAPS[settings.map]
+    if arguments.new_learning_rate is not None and row.scale is None and not row.learned_alpha:
+        raise ValueError(
+            f"new_learning_rate is {arguments.new_learning_rate}, but {settings.map} has no new parameters: leave "
+            "it out"
+        )
+    schedule = (arguments.alpha_schedule or "none") != "none"
+    alphas = [name for name in ("alpha_start", "alpha_plateaus") if getattr(arguments, name) is not None]
+    alphas += ["alpha_schedule"] if schedule else []
+    if settings is not None and settings.alpha == 1 and alphas:
+        raise ValueError(
+            f"{', '.join(alphas)} would raise alpha, which is 1 throughout with {settings.map}: leave out"
+        )
+    if settings is not None and (arguments.alpha_start or 1) > settings.alpha:
+        raise ValueError(f"alpha_start is {arguments.alpha_start}, above the alpha at the end, {settings.alpha:g}")
+    rope = [name for name in ("rope_theta", "rope_yarn", "max_positions") if getattr(arguments, name) is not None]
+    if rope and arguments.lora_save == "adapter":
+        raise ValueError(
+            f"lora_save is 'adapter', which cannot change {', '.join(rope)} of the model: convert with them first"
+        )
+    if arguments.stage != "match":
+        return
+    if not source.is_untrained:
+        raise ValueError(
+            f"stage is 'match', but {arguments.model} was trained since it was converted, and its layers no longer "
+            "know the dense model's: match first, from the dense model"
+        )
+    if rope:
+        raise ValueError(f"stage is 'match', where {', '.join(rope)} would change the dense layers too: extend later")
+    if arguments.lora_save == "adapter":
+        raise ValueError("lora_save is 'adapter', but stage 'match' leaves a whole model to go on from: use merge")
+
+
+def check_block_size(source: Source, settings: SparseAttentionConfig | None, block_size: int) -> None:
+    rotates = settings is None or settings.position == "rope"
+    if not rotates:
+        config = source.config if source.is_sparse else sparse_config(source.config, settings)
+        rotates = len(sparse_layers(config)) < config.num_hidden_layers
+    limit = positions_of(source)
+    if rotates and limit is not None and block_size > limit:
+        raise ValueError(
+            f"block_size is {block_size}, but {source.name} has rotary positions up to {limit} "
+            "(max_position_embeddings): use shorter blocks, --rope_theta or --rope_yarn, or --position nape"
+        )

@@ -1,0 +1,186 @@
+"""A training run: one stage of it, or several one after the other, each going on from the model of the one before and
+from its place in the data."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from ..files import write_json
+from .arguments import TrainArguments, check_arguments
+from .loop import train_stage
+from .publish import check_push, push_run
+from .run import check_output, command_of, print_summary
+
+# Options that are those of the whole run: what it starts from, reads and writes.
+COMMON = {
+    "model", "output", "revision", "train_data", "eval_data", "text_column", "train_split", "eval_split",
+    "blank_lines", "streaming", "map", "position", "layers", "stages", "resume", "overwrite", "cpu", "report_to",
+    "dtype", "compile", "mixed_precision", "push_to_hub", "hub_model_id", "hub_private",
+}  # fmt: skip
+# What a dense model is converted with: the first stage does it, the later ones find it done.
+_CONVERSION = ("position", "layers", "revision", "rope_theta", "rope_yarn", "max_positions")
+
+
+def train_model(arguments: TrainArguments) -> dict:
+    """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
+
+    With `stages`, each stage is a run in `output/stages/1-match` and so on; the summary is the last one's, with the
+    tokens, steps and seconds of all and every stage's own under `stages`.
+
+    Raises:
+        ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
+        FileExistsError: if output is in use and the run is neither to go on nor to be replaced.
+        OSError: if the model or data is missing or corrupt, the disk is full, or the model could not be pushed.
+        RuntimeError: if the loss is not finite or memory runs out, and `on_nonfinite` is stop.
+    """
+    check_push(arguments)
+    summary = _train_stages(arguments) if arguments.stages else train_stage(arguments)
+    from accelerate import PartialState
+
+    state = PartialState()
+    if arguments.push_to_hub and state.is_main_process:
+        push_run(Path(arguments.output).expanduser(), arguments)
+    state.destroy_process_group()
+    return summary
+
+
+def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
+    """The arguments of every stage: those of the run, with what the stage changes.
+
+    Raises:
+        ValueError: for a stage that is no mapping, or has a value or an option that a stage cannot have.
+    """
+    output = Path(arguments.output).expanduser()
+    found = []
+    for number, text in enumerate(arguments.stages, start=1):
+        changes = _changes(text, number)
+        stage = replace(arguments, stages=[], **changes)
+        folder = output / "stages" / f"{number}-{stage.stage}"
+        stage = replace(stage, output=str(folder), run_name=f"{arguments.run_name}-{folder.name}")
+        if found:
+            before = found[-1]
+            none = {name: None for name in _CONVERSION if name not in changes}
+            if arguments.map != "none":
+                none["map"] = None
+            stage = replace(stage, model=str(Path(before.output) / "model"), **none)
+            if stage.stage == "match":
+                raise ValueError(
+                    f"stage {number} is 'match', which needs the dense model's own layers: it can only come first"
+                )
+        found.append(stage)
+    for stage in found:
+        check_arguments(stage)
+    return found
+
+
+def _changes(text: str | dict, number: int) -> dict:
+    values = text
+    if isinstance(text, str):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError:
+            import yaml
+
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"stage {number}, {text!r}, is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"stage {number} is {text!r}; it must be a mapping such as {{stage: match, steps: 200}}")
+    allowed = [field.name for field in fields(TrainArguments) if field.name not in COMMON]
+    if unknown := sorted(set(map(str, values)) - set(allowed)):
+        raise ValueError(
+            f"stage {number} sets {', '.join(unknown)}, which a stage cannot; it can set {', '.join(allowed)}"
+        )
+    # Through the parser of the command line, so that 1e-3, which YAML takes for a word, is a number here too.
+    words = []
+    for field in fields(TrainArguments):
+        if field.default is MISSING and field.default_factory is MISSING:
+            words += [f"--{field.name}", "-"]
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    parser = HfArgumentParser(TrainArguments, prog=f"stage {number}", allow_abbrev=False, exit_on_error=False)
+    try:
+        parsed, rest = parser.parse_known_args(words)
+    except Exception as error:
+        raise ValueError(f"stage {number}: {error}") from error
+    if rest:
+        raise ValueError(f"stage {number}: {' '.join(rest)} is not understood")
+    return {name: getattr(parsed, name) for name in values}
+
+
+def _train_stages(arguments: TrainArguments) -> dict:
+    from accelerate import PartialState
+
+    if arguments.resume not in ("never", "auto"):
+        raise ValueError(f"resume is {arguments.resume!r}; with stages it is auto, which finds the stage, or never")
+    stages = stages_of(arguments)
+    output = Path(arguments.output).expanduser()
+    check_output(output, arguments)
+    state = PartialState(cpu=arguments.cpu)
+    names = [Path(stage.output).name for stage in stages]
+    if (output / "run.json").is_file() and arguments.resume == "auto":
+        known = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        if known.get("stages") != names:
+            raise ValueError(f"{output} holds a run of other stages: {known.get('stages')} then, {names} now")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if arguments.overwrite:
+            for name in ("stages", "model", "checkpoints", "logs"):
+                shutil.rmtree(output / name, ignore_errors=True)
+            for name in ("summary.json", "metrics.jsonl"):
+                (output / name).unlink(missing_ok=True)
+        write_json(output / "run.json", {"stages": names})
+    state.wait_for_everyone()
+    summaries, tokens = [], 0
+    for stage in stages:
+        state.print(f"stage {Path(stage.output).name}")
+        # A stage that was never begun has nothing to go on from, which auto takes for the beginning.
+        there = (Path(stage.output) / "run.json").is_file()
+        stage = replace(stage, overwrite=False, resume="auto" if there else "never")
+        last = stage.output == stages[-1].output
+        if last and (output / "model").is_dir() and not (Path(stage.output) / "model").is_dir():
+            # It was finished and its model moved, but the end of the run was not written: move it back.
+            state.wait_for_everyone()
+            if state.is_main_process:
+                os.rename(output / "model", Path(stage.output) / "model")
+            state.wait_for_everyone()
+        summaries.append(train_stage(stage, first_token=tokens))
+        tokens += summaries[-1]["tokens"]
+    summary = _joined(arguments, summaries, state.num_processes)
+    if state.is_main_process:
+        last = Path(stages[-1].output)
+        write_json(last / "model" / "summary.json", summary)
+        os.rename(last / "model", output / "model")
+        write_json(output / "summary.json", summary)
+        print_summary(output, summary)
+    state.wait_for_everyone()
+    return summary
+
+
+def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) -> dict:
+    """The last stage's summary, as one of the whole run."""
+    first, last = summaries[0], summaries[-1]
+    total = {name: sum(summary[name] for summary in summaries) for name in ("steps", "tokens", "seconds", "epochs")}
+    total["tokens_per_second"] = total["tokens"] / total["seconds"] if total["seconds"] else None
+    held_out, steps = [], 0
+    for summary in summaries:
+        held_out += [[steps + step, loss] for step, loss in summary["eval_loss"] if step or not steps]
+        steps += summary["steps"]
+    return {
+        **last,
+        **total,
+        **{name: first[name] for name in ("base_model", "base_commit", "new_parameters")},
+        "skipped_steps": sum(summary["skipped_steps"] for summary in summaries),
+        "eval_loss": held_out,
+        "stages": summaries,
+        "options": {name: value for name, value in asdict(arguments).items() if name not in ("output", "resume")},
+        "command": command_of(arguments, processes),
+    }

@@ -1,0 +1,203 @@
+"""Training on two gloo processes, DDP and FSDP2: the numbers of one process, and what is left when one dies."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import (
+    all_die_in_second_checkpoint,
+    assert_close_metrics,
+    dense_folder,
+    die_in_second_checkpoint,
+    full_disk_for_one,
+    metrics,
+    nan_in_third_step_of_one,
+    options,
+    run,
+    split_heads,
+    train_together,
+    weights,
+    write_text,
+)
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attention.train.distributed import check_launch
+from hf_sparse_attention.train.state import whole_states
+
+pytest.importorskip("accelerate")
+EXAMPLES = Path(__file__).parent.parent / "examples" / "accelerate"
+# DDP runs from the command line in test_train.py; here, what it shares with FSDP2 is left to the slow tests.
+ways = pytest.mark.parametrize("fsdp", [pytest.param(False, marks=pytest.mark.slow), True], ids=["ddp", "fsdp2"])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    dense_folder(folder / "dense")
+    write_text(folder / "train.txt")
+    write_text(folder / "eval.txt", 20, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """One process with the blocks a step that two have in the tests below."""
+    run(home, **recipe(home, output=str(home / "alone"), batch_size=4))
+    return home / "alone"
+
+
+def recipe(home, **changes):
+    common = {"steps": 6, "batch_size": 2, "eval_blocks": 3, "checkpoint_every": 2, "keep_checkpoints": 9}
+    return options(home, **{**common, **changes})
+
+
+def text_of(log: Path) -> str:
+    return "".join(file.read_text() for file in sorted(log.parent.glob(f"{log.name}-*")))
+
+
+def assert_close_weights(first: Path, second: Path) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-3, rtol=1e-2)
+
+
+@ways
+def test_two_processes_compute_what_one_does(home, alone, tmp_path, fsdp):
+    values = recipe(home, output=str(tmp_path / "two"), batch_size=1, gradient_accumulation=2)
+    values |= {"gradient_checkpointing": True}
+    assert train_together(values, tmp_path / "log", fsdp=fsdp) == [0, 0], text_of(tmp_path / "log")
+    assert_close_metrics(alone, tmp_path / "two")
+    assert_close_weights(alone, tmp_path / "two")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+    assert type(model).__name__ == "SparseLlamaForCausalLM" and model.config.sparse_attention["alpha"] == 1.5
+    names = {file.name for file in (tmp_path / "two" / "model").iterdir()}
+    assert names == {file.name for file in (alone / "model").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "death"),
+    [
+        (True, die_in_second_checkpoint),
+        pytest.param(False, die_in_second_checkpoint, marks=pytest.mark.slow),
+        pytest.param(True, all_die_in_second_checkpoint, marks=pytest.mark.slow),
+    ],
+    ids=["fsdp2", "ddp", "fsdp2-all"],
+)
+def test_a_process_that_dies_in_a_checkpoint(home, alone, tmp_path, fsdp, death):
+    """The checkpoint it dies in is none; the run goes on from the one before, also on another number of processes and
+    another way of spreading, and ends where an undisturbed one does."""
+    values = recipe(home, output=str(tmp_path / "two"), resume="auto")
+    codes = train_together(values, tmp_path / "log", fsdp=fsdp, before=death)
+    assert codes[1] == -9 and codes[0] != 0, text_of(tmp_path / "log")
+    assert [path.name for path in whole_states(tmp_path / "two" / "checkpoints")] == ["step-00000002"]
+    assert not (tmp_path / "two" / "model").exists()
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    shutil.copytree(tmp_path / "two", tmp_path / "other")
+    assert train_together(values, tmp_path / "again", fsdp=fsdp) == [0, 0], text_of(tmp_path / "again")
+    assert "going on from" in text_of(tmp_path / "again")
+    run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
+    other = {**values, "output": str(tmp_path / "other")}
+    assert train_together(other, tmp_path / "otherwise", fsdp=not fsdp) == [0, 0], text_of(tmp_path / "otherwise")
+    for name in ("two", "one", "other"):
+        assert_close_metrics(alone, tmp_path / name)
+        assert_close_weights(alone, tmp_path / name)
+        assert not list((tmp_path / name / "checkpoints").glob(".partial*"))
+
+
+@ways
+def test_stages_on_two_processes(home, tmp_path, fsdp):
+    """Output matching with trained projections, then training in chunks and from a teacher."""
+    stages = [
+        {
+            "stage": "match",
+            "steps": 3,
+            "alpha_schedule": "none",
+            "trained": "attention",
+            "gradient_checkpointing": True,
+        },
+        {"steps": 3, "loss_chunk": 16, "distill": str(home / "dense")},
+    ]
+    values = recipe(home, output=str(tmp_path / "two"), stages=stages, log_every=1)
+    assert train_together(values, tmp_path / "log", fsdp=fsdp) == [0, 0], text_of(tmp_path / "log")
+    run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
+    assert_close_weights(tmp_path / "one", tmp_path / "two")
+    for stage in ("1-match", "2-pretrain"):
+        assert_close_metrics(tmp_path / "one" / "stages" / stage, tmp_path / "two" / "stages" / stage)
+
+
+def test_one_bad_process_is_named_by_all(home, tmp_path):
+    """A loss that is not finite in one process stops both of them, with the same words."""
+    values = recipe(home, output=str(tmp_path / "stop"))
+    assert train_together(values, tmp_path / "stopped", before=nan_in_third_step_of_one) == [1, 1]
+    logs = [(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)]
+    found = [re.search(r"RuntimeError: (step 3: loss nan.*)", log)[1] for log in logs]
+    assert found[0] == found[1]
+    assert re.search(r"process 1: first in the output of model\.layers\.1\.mlp; blocks \d+ \(documents", found[0]), (
+        found
+    )
+
+
+@pytest.mark.slow
+def test_one_bad_process_makes_all_skip(home, tmp_path):
+    values = recipe(home, output=str(tmp_path / "skip"), on_nonfinite="skip")
+    assert train_together(values, tmp_path / "skipped", before=nan_in_third_step_of_one) == [0, 0]
+    assert [line["step"] for line in metrics(tmp_path / "skip") if line["kind"] == "skipped"] == [3]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "skip").values())
+
+
+@pytest.mark.parametrize(("options", "works"), [({"map": "entmax"}, True), ({"map": "asentmax"}, False)])
+def test_tensor_parallelism(home, tmp_path, options, works):
+    """It computes what one process does, or is refused."""
+    codes = train_together({"model": str(home / "dense"), **options}, tmp_path / "log", run=split_heads)
+    text = text_of(tmp_path / "log")
+    if works:
+        assert codes == [0, 0], text
+    else:
+        assert codes == [1, 1] and "tensor parallelism splits the heads" in text, text
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_configs(name, monkeypatch):
+    """accelerate reads the files of examples/, and train runs what it makes of them."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / f"{name}.yaml")).to_dict()
+    for key, value in (config.get("fsdp_config") or {}).items():
+        monkeypatch.setenv(key.upper() if key.startswith("fsdp") else f"FSDP_{key.upper()}", str(value).lower())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(config["distributed_type"] == "FSDP").lower())
+    check_launch()
+    assert config["distributed_type"] == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+
+
+@pytest.mark.parametrize("fsdp", [True], ids=["fsdp2"])
+def test_a_full_disk_stops_all(home, tmp_path, fsdp):
+    values = recipe(home, output=str(tmp_path / "two"))
+    assert train_together(values, tmp_path / "log", fsdp=fsdp, before=full_disk_for_one) == [1, 1]
+    logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+    assert all("step-00000004 could not be written: the disk is full" in log for log in logs), logs
+    assert "process 1" in logs[0]
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading",
+        ),
+    ],
+)
+def test_other_ways_are_refused(home, tmp_path, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        run(home, output=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
