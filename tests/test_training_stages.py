@@ -171,6 +171,13 @@ def test_match_stage(here, home, tmp_path, changes):
     assert all(after[name].count_nonzero() for name in new)
 
 
+@pytest.mark.parametrize("name", ["adaptive_entmax", "ssmax"])
+def test_every_map_with_parameters_matches(here, tmp_path, name):
+    here(map=name, stage="match", steps=4, position="nape")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert all(model.get_parameter(new).count_nonzero() for new in new_parameter_names(model))
+
+
 def test_stages_one_after_the_other(here, home, tmp_path):
     """Two stages are two runs; the second goes on in the data where the first stopped."""
     stages = ["{stage: match, steps: 4, learning_rate: 1e-3}", '{"steps": 5, "schedule": "constant"}']
@@ -491,6 +498,7 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"distill_weight": 0.5}, "distill_weight needs distill"),
         ({"map": "entmax", "stage": "match"}, "the model's map has no parameters of its own"),
         ({"map": "none", "stage": "match"}, "stage is 'match', but map is 'none'"),
+        ({"stage": "match", "map": "adaptive_entmax", "alpha_start": 1.0}, "learns nothing while alpha is 1"),
         ({"stage": "match", "distill": "x"}, "distill learns from logits"),
         ({"stage": "match", "trained": "all"}, "everything beside the attention is frozen"),
         ({"stage": "match", "rope_yarn": 2.0}, "would change the dense layers too"),

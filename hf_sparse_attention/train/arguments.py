@@ -129,7 +129,8 @@ class TrainArguments:
         ),
     )
     alpha_start: float | None = field(
-        default=None, metadata=_help("alpha in the first step of a rise (default: 1, the dense model)")
+        default=None,
+        metadata=_help("alpha in the first step of a rise (default: 1, the dense model; 1.01 in stage match)"),
     )
     alpha_plateaus: int | None = field(
         default=None,

@@ -36,7 +36,7 @@ from .matching import begin_matching, end_matching, match_errors, matched, measu
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
 from .plan import check_block_size, check_fit, find_source, positions_of, settings_of
-from .recipe import alpha_at, freeze, fused_adamw, idle_parameters, parameter_groups, rate_at, with_lora
+from .recipe import LOWEST_ALPHA, alpha_at, freeze, fused_adamw, idle_parameters, parameter_groups, rate_at, with_lora
 from .run import (
     Metrics,
     begin_run,
@@ -197,7 +197,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     target = None if settings is None else settings.alpha
     alpha_of = partial(
         alpha_at, target=target, schedule=arguments.alpha_schedule, rise=rise,
-        start=1.0 if arguments.alpha_start is None else arguments.alpha_start, plateaus=arguments.alpha_plateaus,
+        # At 1 a layer is the dense one, and there is nothing to match.
+        start=arguments.alpha_start or (LOWEST_ALPHA if matches else 1.0), plateaus=arguments.alpha_plateaus,
     )  # fmt: skip
 
     def begin_step(step: int) -> float | None:

@@ -104,6 +104,8 @@ def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments:
         )
     if arguments.stage != "match":
         return
+    if row.learned_alpha and 1 in (settings.alpha, arguments.alpha_start):
+        raise ValueError(f"stage is 'match', but {settings.map} learns nothing while alpha is 1: use a higher alpha")
     if not source.is_untrained:
         raise ValueError(
             f"stage is 'match', but {arguments.model} was trained since it was converted, and its layers no longer "
