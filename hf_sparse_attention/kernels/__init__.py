@@ -8,6 +8,8 @@ import math
 import torch
 import triton
 
+from .configurations import TILE
+from .decode_operator import entmax_decode, is_decoding
 from .operators import entmax_forward
 
 __all__ = ["entmax_attention", "supports"]
@@ -46,7 +48,9 @@ def supports(query, key, value, *, alpha=1.5, scaling=None, causal=True, visible
     return None
 
 
-def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True, visible=None, slopes=None, mask=None):
+def entmax_attention(
+    query, key, value, *, alpha=1.5, scaling=None, causal=True, visible=None, slopes=None, mask=None, pages=None
+):
     """out_i = sum_j p_ij v_j with p_ij = [(alpha-1) score_ij - tau_i]_+ ^ (1/(alpha-1)), sum_j p_ij = 1.
 
     query (batch, heads, queries, dim); key, value (batch, kv_heads, keys, dim), heads a multiple of kv_heads.
@@ -55,6 +59,9 @@ def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True,
     visible: integer (batch or 1, queries, 2), the half-open range [start, end) of keys each query sees. None: if
         causal, query i sees the keys up to keys - queries + i, else all. slopes: (heads,), ALiBi slopes. mask: bool,
         broadcastable to (batch, heads, queries, keys), True = visible.
+    pages: (lower, upper), per-channel minimum and maximum of every page of 64 keys, (batch, kv_heads, pages, dim) in
+        key's dtype, for decoding (at most 16 queries without a gradient; else they are not needed and not read). Of
+        a page that ends after the last key any query of its sequence sees they are not read.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.
@@ -83,13 +90,37 @@ def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True,
         if alpha.shape != (query.shape[1],):
             raise ValueError(f"alpha must be a float or of shape ({query.shape[1]},), got {tuple(alpha.shape)}")
         alpha_tensor, alpha = alpha, 0.0
+    inputs = [query, key, value] + ([] if alpha_tensor is None else [alpha_tensor])
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if is_decoding(query.shape[2], save):
+        lower, upper = _checked_pages(pages, key)
+        return entmax_decode(
+            query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask, lower, upper
+        )
     dtype = query.dtype
     if alpha_tensor is None and alpha > 2.0 and dtype != torch.float32:
         # The slopes of alpha > 2 are unbounded at the threshold: half precision would lose the gradient.
         query, key, value = query.float(), key.float(), value.float()
-    inputs = [query, key, value] + ([] if alpha_tensor is None else [alpha_tensor])
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     out, tau, *_ = entmax_forward(
         query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask, save
     )
     return out.to(dtype), tau.detach()
+
+
+def _checked_pages(pages, key):
+    """The bounds of the pages, or nothing, as the decoding operator takes them."""
+    if pages is None:
+        return None, None
+    batch, key_heads, keys, head_dim = key.shape
+    for name, bounds in zip(("lower", "upper"), pages, strict=True):
+        fits = bounds.dim() == 4 and bounds.shape[2] >= keys // TILE and bounds.stride(3) == 1
+        if not fits or bounds.shape[:2] != key.shape[:2] or bounds.shape[3] != head_dim:
+            raise ValueError(
+                f"the {name} bounds of pages have shape {tuple(bounds.shape)}; {keys} keys of shape {tuple(key.shape)} "
+                f"need ({batch}, {key_heads}, at least {keys // TILE}, {head_dim})"
+            )
+        if bounds.dtype != key.dtype or bounds.device != key.device:
+            raise ValueError(
+                f"the {name} bounds of pages are {bounds.dtype} on {bounds.device}, the keys {key.dtype} on {key.device}"
+            )
+    return pages

@@ -1,0 +1,44 @@
+"""Decoding as a `torch.library` operator: fake shapes for torch.compile, no gradient, nothing asked of the device."""
+
+import torch
+
+from .decode import MOST_QUERIES, decode
+from .operators import _CALL, _register, describe
+
+
+def is_decoding(queries, save):
+    """Whether a call is decoding: few queries whose gradient nobody wants."""
+    return queries <= MOST_QUERIES and not save
+
+
+def _decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    alpha: float,
+    alpha_tensor: torch.Tensor | None,
+    scaling: float,
+    causal: bool,
+    visible: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    lower: torch.Tensor | None,
+    upper: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
+    with torch.cuda.device_of(query):
+        return decode(call, None if lower is None else (lower, upper))
+
+
+def _decode_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, lower, upper):
+    batch, heads, queries, head_dim = query.shape
+    out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+    return out, query.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+entmax_decode = _register(
+    "entmax_decode",
+    f"(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? lower, Tensor? upper) -> (Tensor, Tensor)",
+    _decode,
+    _decode_fake,
+)
