@@ -5,6 +5,7 @@ Importing registers every attention map as an `attn_implementation` and every sp
 
 from . import attention, models
 from .attention import implementation
+from .cache import BoundedDynamicCache, BoundedStaticCache
 from .config import VERSION as __version__
 from .config import SparseAttentionConfig
 from .maps import MAPS
@@ -17,6 +18,8 @@ models.register()
 globals().update(_classes)
 
 __all__ = [
+    "BoundedDynamicCache",
+    "BoundedStaticCache",
     "FAMILIES",
     "MAPS",
     "SparseAttentionConfig",

@@ -99,8 +99,11 @@ def _kernels_refuse(*arguments, **keywords) -> str | None:
     return kernels.supports(*arguments, **keywords)
 
 
-def sparse_attention(query, key, value, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract of `reference.attention`, computed by what `implementation` chooses."""
+def sparse_attention(query, key, value, *, pages=None, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract of `reference.attention`, computed by what `implementation` chooses.
+
+    pages: bounds of the keys (lower, upper), with which the kernels read fewer of them; the result is the same.
+    """
     chosen = _switches.implementation
     refusal = None if chosen == "reference" else _kernels_refuse(query, key, value, **arguments)
     if chosen == "triton" and refusal is not None:
@@ -111,7 +114,7 @@ def sparse_attention(query, key, value, **arguments) -> tuple[torch.Tensor, torc
     from . import kernels
 
     _announce("attention runs on the Triton kernels")
-    return kernels.entmax_attention(query, key, value, **arguments)
+    return kernels.entmax_attention(query, key, value, pages=pages, **arguments)
 
 
 def _softmax_attention(query, key, value, *, scaling, causal, visible, slopes, mask):
@@ -150,6 +153,7 @@ def sparse_attention_forward(
     alpha: float | torch.Tensor | None = None,
     query_scale: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    page_bounds=None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Registered as the AttentionInterface of every map.
@@ -158,6 +162,7 @@ def sparse_attention_forward(
         query: (B, H, N, D); key, value: (B, G, K, D) with the cache's keys.
         attention_mask: see the legend at the top.
         alpha, query_scale, slopes: what the model's sparse attention layer computed.
+        page_bounds: the layer of the cache, if it keeps bounds of its keys (`cache.page_bounds`), or None.
 
     Returns:
         output (B, N, H, D), and the weights (B, H, N, K) if `output_attentions=True`, else None.
@@ -191,7 +196,8 @@ def sparse_attention_forward(
     if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
         output, tau = _softmax_attention(query, key, value, **arguments), None
     else:
-        output, tau = sparse_attention(query, key, value, alpha=alpha, **arguments)
+        pages = None if page_bounds is None else page_bounds.bounds()
+        output, tau = sparse_attention(query, key, value, pages=pages, alpha=alpha, **arguments)
     arguments["alpha"] = alpha
     if (callback := _switches.recorder) is not None:
         scale = None if query_scale is None else query_scale.detach()

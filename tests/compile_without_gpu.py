@@ -1,6 +1,7 @@
-"""Compiles every kernel that a call would launch, for a card that is not here: `launches(call)` -> registers, spills,
-shared memory. Run in a process of its own, as Triton must not be interpreted: `python tests/compile_without_gpu.py`."""
+"""Compiles every kernel that a call would launch, for a card that is not here -> registers, stack, shared memory.
+Run in a process of its own, as Triton must not be interpreted: `python tests/compile_without_gpu.py`."""
 
+import functools
 import inspect
 import os
 import re
@@ -76,30 +77,31 @@ def launches(call):
     return found
 
 
-def main(words):
-    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
-    from hf_sparse_attention.kernels import configurations, decode, decode_operator
+def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, keys=4096):
+    """The launches of a decoding call; alpha 0 stands for one alpha per head."""
+    from hf_sparse_attention.kernels import decode
 
-    configurations.processors = decode.processors = lambda index: 132
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    decode.run_passes.__globals__["processors"] = lambda index: 132
+    dtype = getattr(torch, name)
+    query = torch.empty(1, heads, queries, dim, dtype=dtype)
+    key = torch.empty(1, key_heads, keys, dim, dtype=dtype)
+    bounds = torch.empty(1, key_heads, keys // 64, dim, dtype=dtype) if pages else None
+    visible = torch.tensor([0, keys], dtype=torch.int32).expand(1, queries, 2).contiguous()
+    call = functools.partial(
+        decode.decode_call, query, key, key, float(alpha), None if alpha else torch.ones(heads), dim**-0.5,
+        True, visible, torch.ones(heads) if slopes else None,
+        torch.ones(1, 1, queries, keys, dtype=torch.bool) if mask else None, bounds, bounds,
+    )  # fmt: skip
+    return launches(call)
+
+
+def main(words):
+    """Words such as bfloat16:128:32:8:1:1.5:0:0:0 -> a line per kernel."""
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for word in words:
-        # dtype:head_dim:heads:kv_heads:queries:alpha:pages:slopes:mask
         name, *numbers = word.split(":")
-        dim, heads, key_heads, queries, alpha, pages, slopes, mask = (float(number) for number in numbers)
-        dim, heads, key_heads, queries = (int(number) for number in (dim, heads, key_heads, queries))
-        dtype, keys = dtypes[name], 4096
-        query = torch.empty(1, heads, queries, dim, dtype=dtype)
-        key = torch.empty(1, key_heads, keys, dim, dtype=dtype)
-        bounds = torch.empty(1, key_heads, keys // 64, dim, dtype=dtype) if pages else None
-        visible = torch.tensor([0, keys], dtype=torch.int32).expand(1, queries, 2).contiguous()
-        found = launches(
-            lambda query=query, key=key, bounds=bounds, visible=visible, alpha=alpha: decode_operator._decode(
-                query, key, key, alpha, torch.ones(heads) if alpha == 0 else None, dim**-0.5, True, visible,
-                torch.ones(heads) if slopes else None,
-                torch.ones(1, 1, queries, keys, dtype=torch.bool) if mask else None, bounds, bounds,
-            )  # fmt: skip
-        )
-        for kernel, warps, resources in found:
+        numbers = [float(number) if "." in number else int(number) for number in numbers]
+        for kernel, warps, resources in decoding(name, *numbers):
             print(word, kernel, warps, *(f"{key}={value}" for key, value in resources.items()), flush=True)
 
 

@@ -21,7 +21,8 @@ ALLOWED = {
     "maps": {"config"},
     "reference": {"visible"},
     "attention": {"maps", "reference", "kernels", "visible"},
-    "models": {"attention", "maps", "config"},
+    "cache": {"kernels"},
+    "models": {"attention", "cache", "maps", "config"},
 }
 COMMANDS = {"convert", "train", "evaluate", "report", "hub", "demo", "benchmark"}
 

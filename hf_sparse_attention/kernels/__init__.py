@@ -9,7 +9,7 @@ import torch
 import triton
 
 from .configurations import TILE
-from .decode_operator import entmax_decode, is_decoding
+from .decode import entmax_decode, is_decoding
 from .operators import entmax_forward
 
 __all__ = ["entmax_attention", "supports"]
@@ -77,6 +77,8 @@ def entmax_attention(
         raise ValueError("slopes need causal=True or a visible range: the distance is measured from its end")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
+        # Bounds of keys that are rounded afterwards need not hold.
+        pages = pages if key.dtype == dtype else None
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     reason = supports(
         query, key, value, alpha=alpha, scaling=scaling, causal=causal, visible=visible, slopes=slopes, mask=mask
@@ -111,16 +113,16 @@ def _checked_pages(pages, key):
     """The bounds of the pages, or nothing, as the decoding operator takes them."""
     if pages is None:
         return None, None
-    batch, key_heads, keys, head_dim = key.shape
+    least = (*key.shape[:2], key.shape[2] // TILE, key.shape[3])
     for name, bounds in zip(("lower", "upper"), pages, strict=True):
-        fits = bounds.dim() == 4 and bounds.shape[2] >= keys // TILE and bounds.stride(3) == 1
-        if not fits or bounds.shape[:2] != key.shape[:2] or bounds.shape[3] != head_dim:
+        fits = bounds.dim() == 4 and bounds.shape[2] >= least[2] and bounds.stride(3) == 1
+        if not fits or bounds.shape[:2] != least[:2] or bounds.shape[3] != least[3]:
             raise ValueError(
-                f"the {name} bounds of pages have shape {tuple(bounds.shape)}; {keys} keys of shape {tuple(key.shape)} "
-                f"need ({batch}, {key_heads}, at least {keys // TILE}, {head_dim})"
+                f"the {name} bounds of pages have shape {tuple(bounds.shape)}; keys {tuple(key.shape)} need {least} "
+                "or more pages"
             )
         if bounds.dtype != key.dtype or bounds.device != key.device:
             raise ValueError(
-                f"the {name} bounds of pages are {bounds.dtype} on {bounds.device}, the keys {key.dtype} on {key.device}"
+                f"the {name} bounds are {bounds.dtype} on {bounds.device}, the keys {key.dtype} on {key.device}"
             )
     return pages

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from ..attention import return_weights
+from ..cache import check_cache
 from ..config import SparseAttentionConfig
 from ..maps import MAPS, NEW_MODULES
 from .configuration import sparse_config, sparse_layers
@@ -181,6 +183,10 @@ class SparseModel(SparsePreTrainedModel):
         uses_cache = kwargs.get("use_cache") if kwargs.get("use_cache") is not None else self.config.use_cache
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if cache is not None and inputs is not None and not isinstance(cache, torch.Tensor):
+            check_cache(cache, self.config, inputs, mask if isinstance(mask, torch.Tensor) else None)
         strict = mask is None and cache is None and not uses_cache
         starts = document_starts(position_ids, every_jump=strict)
         if starts is None and getattr(kwargs.get("cu_seq_lens_q"), "numel", int)() > 2:

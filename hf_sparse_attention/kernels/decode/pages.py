@@ -1,5 +1,4 @@
-"""Bounds of pages of keys: the per-channel minimum and maximum of every whole page enter, the pages that can hold weight
-leave, as a list. A page of TILE keys is read only if the bound of its scores is above a lower bound of tau.
+"""Per-channel minimum and maximum of every page of TILE keys enter, the list of pages that can hold weight leaves.
 
 Exact for every input. A page's score is at most sum_d max(q_d lower_d, q_d upper_d), as every key lies between its
 page's bounds; what float32 sums can add to that is added to it. tau of some of the keys is a lower bound of tau of
@@ -10,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import TILE
-from .decode import STEPS, launch_of, locate, subset_threshold
-from .operators import _block_dim, _register
-from .tiles import entmax_parameters, masked_scores, row_ranges
+from ..configurations import TILE
+from ..operators import _block_dim
+from ..tiles import entmax_parameters, masked_scores, row_ranges
+from .rows import locate
+from .threshold import STEPS, subset_threshold
 
 # Pages whose keys give the lower bound of tau: the best of as many interleaved classes of pages.
 SEEDS = 4
@@ -207,9 +207,9 @@ def _seed_kernel(
     for base in range(0, head_dim, CHANNELS):
         dims = base + channels
         q = tl.load(q_row + dims, mask=dims < head_dim, other=0.0).to(tl.float32)
-        k = tl.load(
-            k_rows[:, None] + dims[None, :], mask=seen[:, None] & (dims < head_dim)[None, :], other=0.0
-        ).to(tl.float32)
+        k = tl.load(k_rows[:, None] + dims[None, :], mask=seen[:, None] & (dims < head_dim)[None, :], other=0.0).to(
+            tl.float32
+        )
         products = q[None, :] * k
         dots += tl.sum(products, 1)
         sizes += tl.sum(tl.abs(products), 1)
@@ -232,9 +232,7 @@ def _seed_kernel(
     x = tl.reshape(x, (SEEDS, TILE))
     greatest = tl.max(tl.max(x, 1), 0)
     empty = greatest == float("-inf")
-    bound = subset_threshold(
-        x, tl.where(empty, 0.0, greatest), exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS
-    )
+    bound = subset_threshold(x, tl.where(empty, 0.0, greatest), exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
     tl.store(bound_ptr + row, tl.where(empty, float("-inf"), bound))
 
 
@@ -263,7 +261,7 @@ def _list_kernel(
     tl.store(count_ptr + group_tile, count)
 
 
-def listed_pages(call, pages, maxima, sizes, block):
+def listed_pages(call, pages, maxima, sizes, block, launch):
     """The pages to read of every row tile, ascending, their number, and every row's lower bound of tau.
 
     maxima is filled with the pages' bounds: of what is not read they stand in for the maxima.
@@ -280,7 +278,8 @@ def listed_pages(call, pages, maxima, sizes, block):
     bound = torch.empty((group_tiles, rows), dtype=torch.float32, device=device)
     shared = {name: call.constants[name] for name in ("GROUP", "ALPHA_KIND", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")}
     margin = _margin(head_dim)
-    _bounds_kernel[(group_tiles, triton.cdiv(tiles, PAGES))](
+    pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
+    _bounds_kernel[(group_tiles, triton.cdiv(tiles, pages_at_once))](
         query, lower, upper, call.alpha_tensor, call.slopes, call.visible, maxima,
         call.excess, call.scaling,
         *query.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *call.visible_strides,
@@ -288,11 +287,11 @@ def listed_pages(call, pages, maxima, sizes, block):
         **shared,
         BLOCK_M=block,
         TILE=TILE,
-        PAGES=PAGES,
+        PAGES=pages_at_once,
         BLOCK_D=call.block_dim,
         PRECISION=call.constants["PRECISION"],
         MARGIN=margin,
-        **launch_of(query.element_size(), call.block_dim, block),
+        **launch,
     )  # fmt: skip
     _seed_kernel[(group_tiles * rows,)](
         query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, maxima, seeds, bound,
@@ -321,10 +320,12 @@ def listed_pages(call, pages, maxima, sizes, block):
     return listed, count, bound
 
 
-def _update(
-    key: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, length: torch.Tensor | None, old: int, new: int
-) -> None:
-    batch, key_heads, _, head_dim = key.shape
+def update_bounds(key, lower, upper, length, old, new):
+    """Bounds of the pages that became whole when the keys grew from `old` to `new`.
+
+    With a length tensor it says how many keys there are now, and `new` how many of them were appended.
+    """
+    batch, key_heads, keys, head_dim = key.shape
     touched = new // TILE + 1 if length is not None else new // TILE - old // TILE
     if touched == 0:
         return
@@ -332,23 +333,9 @@ def _update(
         _update_kernel[(batch * key_heads, touched)](
             key, lower, upper, length,
             *key.stride()[:3], *lower.stride()[:3], *upper.stride()[:3],
-            key_heads, old, new, min(lower.shape[2], key.shape[2] // TILE), head_dim,
+            key_heads, old, new, min(lower.shape[2], keys // TILE), head_dim,
             HAS_LENGTH=length is not None,
             TILE=TILE,
             BLOCK_D=_block_dim(head_dim),
             num_warps=4,
         )  # fmt: skip
-
-
-def _update_fake(key, lower, upper, length, old, new):
-    return None
-
-
-# Bounds of the pages that became whole when the keys grew from `old` to `new`; with a length tensor it says how many
-# keys there are now and `new` how many were appended.
-update_page_bounds = _register(
-    "update_page_bounds",
-    "(Tensor key, Tensor(a!) lower, Tensor(b!) upper, Tensor? length, int old, int new) -> ()",
-    _update,
-    _update_fake,
-)

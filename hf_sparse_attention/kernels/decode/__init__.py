@@ -2,8 +2,11 @@
 
 import torch
 
-from .decode import MOST_QUERIES, decode
-from .operators import _CALL, _register, describe
+from ..operators import _CALL, _register, describe
+from .launch import run_passes
+
+# Queries of one sequence that count as decoding: more are a prefill.
+MOST_QUERIES = 16
 
 
 def is_decoding(queries, save):
@@ -11,7 +14,7 @@ def is_decoding(queries, save):
     return queries <= MOST_QUERIES and not save
 
 
-def _decode(
+def decode_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -27,7 +30,7 @@ def _decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
-        return decode(call, None if lower is None else (lower, upper))
+        return run_passes(call, None if lower is None else (lower, upper))
 
 
 def _decode_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, lower, upper):
@@ -39,6 +42,6 @@ def _decode_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visibl
 entmax_decode = _register(
     "entmax_decode",
     f"(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? lower, Tensor? upper) -> (Tensor, Tensor)",
-    _decode,
+    decode_call,
     _decode_fake,
 )

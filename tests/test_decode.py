@@ -1,0 +1,253 @@
+"""Decoding kernels beside the reference: compiled on a GPU, else in Triton's interpreter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from bounds import check_against_reference  # noqa: E402
+from kernel_cases import random_case  # noqa: E402
+from test_kernels import CUDA, DEVICE, DTYPES, HALF, poisoned, randn, same_products  # noqa: E402, F401
+
+from hf_sparse_attention import reference  # noqa: E402
+from hf_sparse_attention.cache import PAGE  # noqa: E402
+from hf_sparse_attention.kernels import entmax_attention  # noqa: E402
+from hf_sparse_attention.kernels.configurations import TILE  # noqa: E402
+from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
+from hf_sparse_attention.kernels.decode.launch import listed_pages, run_passes  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+LENGTHS = (1, 64, 100, 333, 1000, 4097, 20000) if CUDA else (1, 63, 64, 130, 333, 700)
+FEW = (1, 1, 1, 2, 5, 16)
+
+
+def bounds_of(key, length=None):
+    """(lower, upper) of the whole pages by the kernel; one more page, which must not be read, is NaN."""
+    length = key.shape[2] if length is None else length
+    lower, upper = (key.new_full((*key.shape[:2], key.shape[2] // TILE + 1, key.shape[3]), torch.nan) for _ in "lu")
+    page_kernels.update_bounds(key, lower, upper, None, 0, length)
+    return lower, upper
+
+
+@torch.no_grad()
+def check(case, pages):
+    def attend(query, key, value, **arguments):
+        return entmax_attention(query, key, value, pages=bounds_of(key) if pages else None, **arguments)
+
+    return check_against_reference(attend, case.query, case.key, case.value, **case.arguments)
+
+
+@pytest.mark.parametrize("seed", range(60 if CUDA else 14))
+@pytest.mark.parametrize("pages", [False, True], ids=["plain", "pages"])
+def test_random_calls(seed, pages, poisoned):  # noqa: F811
+    check(random_case(seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << 20), pages)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2000, 2300))
+def test_many_random_calls(seed, poisoned):  # noqa: F811
+    lengths = (1, 111, 4097, 20000) if seed % 3 else (65536, 131072, 200000)
+    case = random_case(seed, device=DEVICE, lengths=lengths, few=FEW, dtypes=DTYPES, budget=1 << 23)
+    check(case, pages=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0])
+def test_values_without_weight_are_not_read(alpha, poisoned):  # noqa: F811
+    query, key, value = randn(1, 4, 1, 16, seed=1) * 3, randn(1, 2, 500, 16, seed=2), randn(1, 2, 500, 16, seed=3)
+    expected, _ = entmax_attention(query, key, value, alpha=alpha)
+    weights = reference.attention_weights(query.float(), key.float(), alpha=alpha)
+    # Far enough from the threshold that rounding does not decide.
+    hidden = (weights.unflatten(1, (2, 2)).amax((2, 3)) == 0)[..., None].expand_as(value)
+    assert 0.5 < hidden.float().mean() < 1
+    found, _ = entmax_attention(query, key, value.masked_fill(hidden, torch.nan), alpha=alpha)
+    assert torch.equal(found, expected)
+
+
+def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # noqa: F811
+    codes = randn(1, 1, 12, 16, seed=4) * 3
+    key = (codes.repeat_interleave(TILE, 2) + randn(1, 1, 12 * TILE, 16, seed=5) * 0.1)[:, :, :-10]
+    query, value = (codes[:, :, 3:4] / 2).repeat(1, 2, 1, 1), randn(*key.shape, seed=6)
+    expected, expected_tau = entmax_attention(query, key, value)
+    pages, counts = bounds_of(key), []
+
+    def spy(*arguments):
+        counts.append(listed_pages(*arguments))
+        return counts[-1]
+
+    monkeypatch.setitem(run_passes.__globals__, "listed_pages", spy)
+    broken_key, broken_value = key.clone(), value.clone()
+    for page in range(11):
+        if page != 3:
+            broken_key[:, :, page * TILE : (page + 1) * TILE] = torch.nan
+            broken_value[:, :, page * TILE : (page + 1) * TILE] = torch.nan
+    found, tau = entmax_attention(query, broken_key, broken_value, pages=pages)
+    # The page aimed at, and the last one, which is not whole; seeds may be read elsewhere, but weigh nothing.
+    assert counts[0][0][0, : counts[0][1][0]].tolist() == [3, 11]
+    assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
+
+
+# What keys could break a bound: heavy tails, one huge channel, equal keys, both signs of zero, flipped signs, the
+# largest and the smallest numbers.
+ADVERSARIES = {
+    "random": lambda x: x,
+    "heavy tails": lambda x: x / x.roll(1, 2).abs().clamp(min=1e-2),
+    "one channel": lambda x: x * (1 + 100 * (torch.arange(x.shape[-1], device=x.device) == 2)),
+    "constant": lambda x: x[:, :, :1].expand_as(x).contiguous(),
+    "flipped": lambda x: x[:, :, :1] * torch.where(torch.arange(x.shape[2], device=x.device) % 2 > 0, 1, -1)[:, None],
+    "zeros": lambda x: torch.where(x > 0, 0.0, -0.0).to(x.dtype),
+    "huge": lambda x: x * 2000,
+    "tiny": lambda x: x * 1e-6,
+    "one of each page": lambda x: x * (torch.arange(x.shape[2], device=x.device) % TILE == 7)[:, None],
+    "rounded": lambda x: (x * 8).round() / 8,
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_no_keys_break_the_bounds(name, poisoned):  # noqa: F811
+    for seed in range(40 if CUDA else 3):
+        dtype = DTYPES[seed % len(DTYPES)]
+        shape = (1, 1, (200, 333, 129)[seed % 3], (16, 32, 24)[seed % 3])
+        key = ADVERSARIES[name](randn(*shape, dtype=torch.float32, seed=seed)).to(dtype)
+        query = (randn(1, 2, 1 + seed % 2, shape[-1], seed=seed + 50) * (0.3, 1, 5)[seed % 3]).to(dtype)
+        value = randn(*shape, dtype=torch.float32, seed=seed + 90).to(dtype)
+        for alpha in (1.5, 2.0, 1.2, 3.0) if CUDA else (1.5, 2.0, 1.2)[seed : seed + 1]:
+            expected, expected_tau = entmax_attention(query, key, value, alpha=alpha)
+            found, tau = entmax_attention(query, key, value, alpha=alpha, pages=bounds_of(key))
+            torch.testing.assert_close(tau, expected_tau, atol=1e-6, rtol=1e-6)
+            eps = torch.finfo(dtype).eps if alpha <= 2 else 1e-2
+            torch.testing.assert_close(found, expected, atol=4 * eps, rtol=4 * eps)
+
+
+def test_a_bound_that_is_too_tight_shows():
+    """What the search above looks for can be seen: bounds that hold for no key lose the keys."""
+    query, key, value = randn(1, 1, 1, 16, seed=1) * 3, randn(1, 1, 400, 16, seed=2), randn(1, 1, 400, 16, seed=3)
+    pages = [torch.full_like(bounds, -9.0) * query[:, :, :1].sign() for bounds in bounds_of(key)]
+    found = entmax_attention(query, key, value, pages=pages)[0]
+    assert not torch.allclose(found, entmax_attention(query, key, value)[0], atol=1e-2)
+
+
+def test_keys_that_are_no_numbers_are_not_hidden():
+    query, key, value = (randn(1, 1, length, 16, seed=length) for length in (1, 300, 300))
+    key[0, 0, 70, 3] = torch.nan
+    lower, upper = bounds_of(key)
+    assert lower[0, 0, 1, 3].isnan() and upper[0, 0, 1, 3].isnan() and not lower[0, 0, 0].isnan().any()
+    call_maxima = {}
+
+    def spy(call, pages, maxima, *arguments):
+        result = listed_pages(call, pages, maxima, *arguments)
+        call_maxima["listed"] = result[0][0, : result[1][0]].tolist()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run_passes.__globals__, "listed_pages", spy)
+        entmax_attention(query, key, value, pages=(lower, upper))
+    assert 1 in call_maxima["listed"]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_bounds_grow_with_the_keys(static):
+    """By the kernel, in pieces of any length, as a growing or a static cache counts."""
+    key = randn(2, 2, 400, 24, seed=7)
+    lower, upper = (key.new_full((2, 2, 6, 24), torch.nan) for _ in "lu")
+    length = 0
+    for piece in (1, 62, 1, 64, 130, 5, 100, 1):
+        length += piece
+        now = torch.tensor(length, device=DEVICE)
+        old, new = (0, piece) if static else (length - piece, length)
+        page_kernels.update_bounds(key, lower, upper, now if static else None, old, new)
+    whole = length // TILE
+    pages = key[:, :, : whole * TILE].unflatten(2, (whole, TILE))
+    assert torch.equal(lower[:, :, :whole], pages.amin(3)) and torch.equal(upper[:, :, :whole], pages.amax(3))
+    assert lower[:, :, whole:].isnan().all() and upper[:, :, whole:].isnan().all()
+    assert PAGE == TILE
+
+
+def test_caches_of_any_strides_and_a_length_on_the_device(poisoned):  # noqa: F811
+    """A static cache's tail is not read, whatever it holds, and the result is that of the written keys alone."""
+    room = torch.full((2, 300, 2, 16), torch.nan, dtype=HALF, device=DEVICE).transpose(1, 2)
+    key, value = room.clone(memory_format=torch.preserve_format), room
+    key[:, :, :201], value[:, :, :201] = randn(2, 2, 201, 16, seed=1), randn(2, 2, 201, 16, seed=2)
+    query = randn(2, 3, 4, 16, seed=3).transpose(1, 2)
+    visible = torch.tensor([[[0, 199], [0, 200], [0, 201]], [[0, 0], [50, 51], [50, 201]]], device=DEVICE)
+    found, tau = entmax_attention(query, key, value, visible=visible, pages=bounds_of(key, 201))
+    expected, expected_tau = entmax_attention(query, key[:, :, :201], value[:, :, :201], visible=visible)
+    assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
+    assert (found[1, :, 0] == 0).all() and torch.isposinf(tau[1, :, 0]).all()
+
+
+def test_two_runs_give_the_same_bits(poisoned):  # noqa: F811
+    case = random_case(1, device=DEVICE, lengths=(700,), few=(3,), dtypes=(HALF,), mask="packed")
+    first, second = (entmax_attention(case.query, case.key, case.value, **case.arguments) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_the_operator_is_registered_whole():
+    query, key = randn(1, 4, 1, 16), randn(1, 2, 130, 16)
+    arguments = (query, key, key, 1.5, None, 0.25, True, None, None, None, *bounds_of(key))
+    operator = torch.ops.hf_sparse_attention.entmax_decode.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_wrong_bounds_are_refused():
+    query, key = randn(1, 2, 1, 16), randn(1, 2, 200, 16)
+    lower, upper = bounds_of(key)
+    for wrong, reason in (
+        (lower[:, :, :2], r"need \(1, 2, 3, 16\)"),
+        (lower[:, :1], "shape"),
+        (lower.double(), "float64"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            entmax_attention(query, key, key, pages=(wrong, upper))
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_for_hopper():
+    """Without a GPU: what registers cannot hold would show as a stack, and shared memory has a limit."""
+    calls = [
+        "bfloat16:128:32:8:1:1.5:1:0:0", "float16:128:32:8:1:2.0:0:0:0", "bfloat16:128:32:8:16:1.5:1:0:0",
+        "bfloat16:64:32:8:1:1.333:1:1:0", "float16:80:32:4:4:2.0:0:0:1", "float32:128:32:8:1:1.5:1:0:0",
+        "bfloat16:256:8:1:16:1.5:0:0:0", "float16:8:2:2:1:3.0:1:0:0", "float32:256:8:2:16:0:1:1:1",
+    ]  # fmt: skip
+    script = Path(__file__).parent / "compile_without_gpu.py"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(script.parents[1]), "TRITON_DEFAULT_FP_FUSION": "1"}
+    lines = subprocess.run(
+        [sys.executable, script, *calls], capture_output=True, text=True, check=True, env=environment
+    ).stdout.splitlines()
+    assert {line.split()[0] for line in lines} == set(calls)
+    for line in lines:
+        numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
+        assert numbers["shared"] <= 227 * 1024, line
+        # float32 pays for exact products, as in the training kernels.
+        assert numbers["stack"] <= (128 if "float32" not in line else 8192), line
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pages", [False, True])
+def test_a_cuda_graph_replays_as_the_cache_fills(pages):
+    key, value = randn(2, 2, 5000, 64, seed=1), randn(2, 2, 5000, 64, seed=2)
+    query = randn(2, 8, 1, 64, seed=3)
+    visible = torch.tensor([[[0, 1000]], [[17, 1000]]], dtype=torch.int32, device=DEVICE)
+    bounds = bounds_of(key) if pages else None
+
+    def step():
+        return entmax_attention(query, key, value, visible=visible, pages=bounds)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for length in (1001, 1024, 4999, 5000):
+        visible[:, :, 1] = length
+        query.copy_(randn(2, 8, 1, 64, seed=length))
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
