@@ -4,6 +4,7 @@ asks of any cache before it writes to it. Enter keys and values as Transformers 
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
 
@@ -171,8 +172,8 @@ def check_cache(cache, config: PreTrainedConfig, inputs: torch.Tensor, attention
 
     Raises:
         TypeError: for something that is not a decoder's cache.
-        ValueError: for a cache of other layers, another batch, head size, number of heads, dtype or device, or one
-            that does not hold what the 2-D attention mask speaks of.
+        ValueError: for a cache with another number of layers, on another device, or one that does not hold what the
+            2-D attention mask speaks of.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"past_key_values is a {type(cache).__name__}; sparse attention takes a decoder's Cache")
@@ -184,21 +185,9 @@ def check_cache(cache, config: PreTrainedConfig, inputs: torch.Tensor, attention
             f"past_key_values has {len(layers)} layers, the model {expected}: it is of another model. Make one with "
             f"{type(cache).__name__}(config=model.config, ...)"
         )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index, layer in enumerate(layers):
         if not isinstance(layer, CacheLayerMixin):
             raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
-        keys = layer.keys
-        if not layer.is_initialized or keys is None or keys.ndim != 4:
-            continue
-        # A tensor-parallel rank holds a part of the heads.
-        found, wanted = tuple(keys.shape), (inputs.shape[0], heads, keys.shape[2], head_dim)
-        if found[0] != wanted[0] or found[3] != wanted[3] or heads % found[1] or not _may_be_parallel(found[1], heads):
-            raise ValueError(
-                f"past_key_values holds keys of shape {found} in layer {index}, this model and input need "
-                f"{wanted}: it was filled by another model or for another batch. Make a new cache, or reset() it"
-            )
     if cache.is_initialized and not getattr(cache, "offloading", False) and layers[0].keys.device != inputs.device:
         raise ValueError(
             f"past_key_values is on {layers[0].keys.device}, the input on {inputs.device}: move the input, or make "
@@ -217,8 +206,30 @@ def check_cache(cache, config: PreTrainedConfig, inputs: torch.Tensor, attention
         raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
 
 
-def _may_be_parallel(found: int, heads: int) -> bool:
-    return found == heads or (torch.distributed.is_available() and torch.distributed.is_initialized())
+def check_layer(cache: Cache | None, attention: nn.Module, hidden_states: torch.Tensor) -> None:
+    """Whether an attention layer can append the keys of these hidden states (B, N, ...) to its layer of the cache.
+
+    Raises:
+        ValueError: if that holds keys of another batch, head size or number of heads.
+    """
+    index = attention.layer_idx
+    if torch.compiler.is_compiling() or index >= len(getattr(cache, "layers", ())):
+        return
+    layer = cache.layers[index]
+    if not layer.is_initialized or layer.keys is None or layer.keys.ndim != 4:
+        return
+    heads = attention.config.num_attention_heads // getattr(attention, "num_key_value_groups", 1)
+    head_dim = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+    found = tuple(layer.keys.shape)
+    # A tensor-parallel rank holds a part of the heads.
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    same_heads = found[1] == heads or (parallel and heads % found[1] == 0)
+    if found[0] != hidden_states.shape[0] or found[3] != head_dim or not same_heads:
+        raise ValueError(
+            f"past_key_values holds keys of shape {found} in layer {index}, this model and input need "
+            f"{(hidden_states.shape[0], heads, found[2], head_dim)}: it was filled by another model or for another "
+            "batch. Make a new cache, or reset() it"
+        )
 
 
 def _update_page_bounds(

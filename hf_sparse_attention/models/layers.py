@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..attention import is_own_matrix, is_range, visible_entries
-from ..cache import page_bounds
+from ..cache import check_layer, page_bounds
 from ..config import SparseAttentionConfig
 from ..maps import MAPS, AdaptiveAlpha, alibi_slopes, scaled_heads
 from .configuration import layer_window
@@ -59,6 +59,7 @@ class SparseAttention:
             position_embeddings = torch.ones_like(cosine), torch.zeros_like(sine)
         # One family calls it otherwise. Asked for its bounds only by the attention, which the update comes before.
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        check_layer(cache, self, hidden_states)
         return super().forward(
             hidden_states,
             position_embeddings=position_embeddings,
