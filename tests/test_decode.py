@@ -9,11 +9,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import families  # noqa: E402
 from bounds import check_against_reference  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 from test_kernels import CUDA, DEVICE, DTYPES, HALF, poisoned, randn, same_products  # noqa: E402, F401
+from transformers import DynamicCache, StaticCache  # noqa: E402
 
-from hf_sparse_attention import reference  # noqa: E402
+import hf_sparse_attention as hsa  # noqa: E402
+from hf_sparse_attention import attention, reference  # noqa: E402
 from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE  # noqa: E402
@@ -251,3 +254,87 @@ def test_a_cuda_graph_replays_as_the_cache_fills(pages):
         query.copy_(randn(2, 8, 1, 64, seed=length))
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """Models decode on the kernels also where these are interpreted."""
+    monkeypatch.setattr(attention, "_kernels_refuse", lambda query, key, value, **arguments: None)
+
+
+ROWS = [("qwen2", "rope", kind) for kind in ("dynamic", "static", "plain", "plain static")]
+
+
+@pytest.mark.parametrize("family, position, kind", [*ROWS, ("llama", "nape", "static")])
+def test_a_model_decodes_on_the_kernels(family, position, kind, kernels_everywhere, poisoned):  # noqa: F811
+    """Left padding, windows, ALiBi and grouped heads; steps of one token and of several, as in assisted generation."""
+    model = families.stir(families.sparse_model(families.dense_model(family), "asentmax", position=position)).to(
+        DEVICE
+    )
+    ids, mask = families.tokens(2, 140).to(DEVICE), torch.ones(2, 140, dtype=torch.long, device=DEVICE)
+    ids[0, :70] = mask[0, :70] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    caches = {
+        "dynamic": lambda: hsa.BoundedDynamicCache(model.config),
+        "static": lambda: hsa.BoundedStaticCache(model.config, max_cache_len=200),
+        "plain": lambda: DynamicCache(config=model.config),
+        "plain static": lambda: StaticCache(config=model.config, max_cache_len=200),
+    }
+    cache = caches[kind]()
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            model(ids[:, :132], attention_mask=mask[:, :132], position_ids=positions[:, :132], past_key_values=cache)
+        start = 132
+        for piece in (6, 1):
+            part, start = slice(start, start + piece), start + piece
+            with hsa.implementation("triton"):
+                found = model(
+                    ids[:, part],
+                    attention_mask=mask[:, :start],
+                    position_ids=positions[:, part],
+                    past_key_values=cache,
+                ).logits
+            torch.testing.assert_close(found, expected[:, part], atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_compiles_whole_and_once(kernels_everywhere):
+    """One graph without a break for every step of a static cache with bounds, the kernels inside."""
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "asentmax")).to(DEVICE)
+    ids = families.tokens(1, 66).to(DEVICE)
+    cache = hsa.BoundedStaticCache(model.config, max_cache_len=128)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            expected = model(ids, use_cache=False).logits
+            model(ids[:, :62], past_key_values=cache)
+        # A page becomes whole on the way.
+        for index in range(62, 66):
+            visible = torch.tensor([[[[0, index + 1]]]], dtype=torch.int32, device=DEVICE)
+            place = torch.tensor([[index]], device=DEVICE)
+            with torch._dynamo.config.patch(error_on_recompile=index > 62):
+                found = compiled(
+                    ids[:, index : index + 1], attention_mask=visible, position_ids=place, past_key_values=cache
+                ).logits
+            torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dynamic", "bounded", "static", "bounded static"])
+def test_long_greedy_generation_equals_the_reference(kind):
+    dense = families.dense_model("llama", hidden_size=64, head_dim=16, max_position_embeddings=2048)
+    model = families.stir(families.sparse_model(dense, "asentmax")).to(DEVICE)
+    ids, mask = families.tokens(2, 300).to(DEVICE), torch.ones(2, 300, dtype=torch.long, device=DEVICE)
+    ids[0, :77] = mask[0, :77] = 0
+    how = {"max_new_tokens": 512, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+    with hsa.implementation("reference"):
+        expected = model.generate(ids, **how)
+    caches = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "bounded": lambda: hsa.BoundedDynamicCache(model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=812),
+        "bounded static": lambda: hsa.BoundedStaticCache(model.config, max_cache_len=812),
+    }
+    # Static caches are compiled, with CUDA graphs.
+    with hsa.implementation("triton"):
+        assert torch.equal(model.generate(ids, **how, past_key_values=caches[kind]()), expected)

@@ -15,7 +15,7 @@ from ..tiles import entmax_parameters, masked_scores, row_ranges
 from .rows import locate
 from .threshold import STEPS, subset_threshold
 
-# Pages whose keys give the lower bound of tau: the best of as many interleaved classes of pages.
+# Pages whose keys give the lower bound of tau: the newest one, and the best of interleaved classes of the others.
 SEEDS = 4
 PAGES = 32
 SCAN = 1024
@@ -179,20 +179,25 @@ def _seed_kernel(
         visible_base += batch * stride_vb
     start, end = row_ranges(visible_base, stride_vn, query, queries, keys, RANGE_KIND=RANGE_KIND)
 
-    # The page with the largest bound of every class; the classes interleave, so neighbours do not compete.
+    # The page with the largest bound of every class; the classes interleave, so neighbours do not compete. The last
+    # slot is for the newest keys a query sees, which may have no bound yet.
+    CLASSES: tl.constexpr = SEEDS - 1
+    newest = tl.maximum(end - 1, 0) // TILE
     classes = tl.arange(0, SEEDS)
     steps = tl.arange(0, SCAN // SEEDS)
     best = tl.full((SEEDS,), float("-inf"), tl.float32)
     chosen = tl.zeros((SEEDS,), tl.int32)
-    for base in range(0, tiles, SCAN):
-        page = base + steps[:, None] * SEEDS + classes[None, :]
-        x = tl.load(maxima_ptr + row.to(tl.int64) * tiles + page, mask=page < tiles, other=float("-inf"))
+    for base in range(0, tiles, SCAN // SEEDS * CLASSES):
+        page = base + steps[:, None] * CLASSES + classes[None, :]
+        known = (page < tiles) & (classes < CLASSES)[None, :]
+        x = tl.load(maxima_ptr + row.to(tl.int64) * tiles + page, mask=known, other=float("-inf"))
+        x = tl.where(x < float("inf"), x, float("-inf"))
         greatest = tl.max(x, 0)
-        # Of equal ones the last: pages without bounds are the newest keys.
-        found = tl.max(tl.where((x == greatest[None, :]) & (page < tiles), page, 0), 0)
-        better = (greatest >= best) & (greatest > float("-inf"))
+        found = tl.max(tl.where((x == greatest[None, :]) & known, page, 0), 0)
+        better = greatest > best
         chosen = tl.where(better, found, chosen)
         best = tl.maximum(best, greatest)
+    chosen = tl.where(classes < CLASSES, chosen, newest)
     tl.store(seed_ptr + row * SEEDS + classes, chosen)
     tl.debug_barrier()
 
@@ -225,8 +230,10 @@ def _seed_kernel(
     if HAS_SLOPES:
         x -= 1e-6 * slope * tl.abs((columns - end + 1).to(tl.float32))
     x -= 1e-6 * tl.abs(x)
-    # A class without a page chose the first one, perhaps for the second time: a key counts once.
-    x = tl.where(columns // TILE % SEEDS == local // TILE, x, float("-inf"))
+    # A class may have chosen the newest page too, or none, which reads as the first: a key counts once.
+    page = columns // TILE
+    once = (local // TILE == CLASSES) | ((page % CLASSES == local // TILE) & (page != newest))
+    x = tl.where(once, x, float("-inf"))
     # Sums that are not numbers bound nothing, and hidden keys were just made so.
     x = tl.where((x == x) & (x < float("inf")) & seen, x, float("-inf"))
     x = tl.reshape(x, (SEEDS, TILE))
