@@ -3,7 +3,7 @@
 import torch
 
 from ..operators import _CALL, _register, describe
-from .launch import run_passes
+from .launch import pages_read, run_passes
 
 # Queries of one sequence that count as decoding: more are a prefill.
 MOST_QUERIES = 16
@@ -31,6 +31,13 @@ def decode_call(
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
         return run_passes(call, None if lower is None else (lower, upper))
+
+
+def share_of_pages_read(query, key, pages, *, alpha=1.5):
+    """The share of the pages that one decoding step reads with these bounds, of all its keys."""
+    call = describe(query, key, key, alpha, None, query.shape[-1] ** -0.5, True, None, None, None)
+    with torch.cuda.device_of(query):
+        return pages_read(call, pages).double().mean().item() / call.key_tiles
 
 
 def _decode_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, lower, upper):

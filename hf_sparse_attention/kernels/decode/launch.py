@@ -28,6 +28,34 @@ def split_count(group_tiles, device_index):
     return min(MOST_SPLITS, 1 << max(wanted, 1).bit_length() - 1)
 
 
+def division(call):
+    """How a call is divided: row tiles of all key heads, rows of a program, most splits, and the kernels' sizes."""
+    batch, heads, queries, _ = call.query.shape
+    key_heads, keys = call.key.shape[1:3]
+    block = row_block(queries * call.group, call.constants["PRECISION"])
+    row_tiles = triton.cdiv(queries * call.group, block)
+    group_tiles = batch * key_heads * row_tiles
+    most = split_count(group_tiles, call.query.device.index)
+    sizes = (
+        heads,
+        queries,
+        keys,
+        call.key_tiles,
+        min(most, call.key_tiles),
+        row_tiles,
+        min(block, queries * call.group),
+    )
+    return group_tiles, block, most, sizes
+
+
+def pages_read(call, pages):
+    """How many of the pages a call reads, (row tiles of all key heads,)."""
+    group_tiles, block, _, sizes = division(call)
+    maxima = torch.empty((group_tiles, sizes[-1], sizes[3]), dtype=torch.float32, device=call.query.device)
+    launch = launch_of(call.query.element_size(), call.block_dim, block)
+    return listed_pages(call, pages, maxima, sizes, block, launch)[1]
+
+
 def run_passes(call, pages=None):
     """Output (B, H, N, D), laid out (B, N, H, D), and tau (B, H, N), +inf in rows that see no key.
 
@@ -35,14 +63,9 @@ def run_passes(call, pages=None):
     """
     query, key, value = call.query, call.key, call.value
     batch, heads, queries, head_dim = query.shape
-    keys, tiles, group = key.shape[2], call.key_tiles, call.group
-    device = query.device
-    block = row_block(queries * group, call.constants["PRECISION"])
-    row_tiles = triton.cdiv(queries * group, block)
-    rows = min(block, queries * group)
-    group_tiles = batch * key.shape[1] * row_tiles
-    most = split_count(group_tiles, device.index)
-    splits = min(most, tiles)
+    group, device = call.group, query.device
+    group_tiles, block, most, sizes = division(call)
+    tiles, splits, row_tiles, rows = sizes[3:]
 
     def scratch(*shape, dtype=torch.float32):
         return torch.empty((group_tiles, *shape), dtype=dtype, device=device)
@@ -54,7 +77,6 @@ def run_passes(call, pages=None):
     origin, level = scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
-    sizes = (heads, queries, keys, tiles, splits, row_tiles, rows)
     constants = {name: call.constants[name] for name in ("GROUP", "ALPHA_KIND", "RANGE_KIND", "HAS_ALPHA")}
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
