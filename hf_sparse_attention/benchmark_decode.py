@@ -1,7 +1,7 @@
 """This GPU -> time of one decoding step beside softmax, and tokens per second of a whole model.
 
-Over cache length, batch and how peaked the scores are; steps are replayed from a CUDA graph. Leaves tables, decode.json
-and decode.png.
+Over cache length, batch and how peaked the scores are; steps are replayed from a CUDA graph. Leaves tables,
+decode.json and decode.png.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | Non
 
 
 def cache_inputs(arguments, length: int, batch: int, noise: float, device: str) -> tuple[torch.Tensor, ...]:
-    """query (B, H, 1, D), key and value (B, G, K, D): the query aims at the last block of keys and at an earlier one."""
+    """query (B, H, 1, D), key and value (B, G, K, D): the query aims at the last block of keys and an earlier one."""
     generator = torch.Generator(device).manual_seed(arguments.seed)
     dtype, dim = getattr(torch, arguments.dtype), arguments.head_dim
     shape = (batch, arguments.kv_heads)
