@@ -26,14 +26,17 @@ class _BoundedLayer:
 
     lower: torch.Tensor | None = None
     upper: torch.Tensor | None = None
+    # For how many calls the bounds rest, as they did not help; on the device, where decoding finds that out.
+    idle: torch.Tensor | None = None
 
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(lower, upper), each (B, G, P, D), or None before the first key."""
-        return None if self.lower is None else (self.lower, self.upper)
+    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(lower, upper, idle), bounds of shape (B, G, P, D), or None before the first key."""
+        return None if self.lower is None else (self.lower, self.upper, self.idle)
 
     def _make_bounds(self, key_states: torch.Tensor, keys: int) -> None:
         shape = (*key_states.shape[:2], max(keys // PAGE, 1), key_states.shape[-1])
         self.lower, self.upper = key_states.new_zeros(shape), key_states.new_zeros(shape)
+        self.idle = torch.zeros(1, dtype=torch.int32, device=key_states.device)
 
     def _reorder_bounds(self, take) -> None:
         if self.lower is not None:
@@ -108,7 +111,7 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._room = self.lower = self.upper = None
+        self._room = self.lower = self.upper = self.idle = None
 
 
 class BoundedStaticLayer(_BoundedLayer, StaticLayer):
@@ -118,8 +121,8 @@ class BoundedStaticLayer(_BoundedLayer, StaticLayer):
         super().lazy_initialization(key_states, value_states)
         self._make_bounds(self.keys, self.max_cache_len)
         if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.lower)
-            torch._dynamo.mark_static_address(self.upper)
+            for tensor in self.bounds():
+                torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes (B, G, N, D) behind what was written and returns the whole cache, (B, G, max_cache_len, D)."""

@@ -42,7 +42,7 @@ def check_bounds(cache, length):
     for layer in cache.layers:
         if not isinstance(layer, (BoundedDynamicLayer, BoundedStaticLayer)):
             continue
-        lower, upper = layer.bounds()
+        lower, upper, _ = layer.bounds()
         assert int(layer.get_seq_length()) == length
         whole = length // PAGE
         pages = layer.keys[:, :, : whole * PAGE].unflatten(2, (whole, PAGE))

@@ -96,6 +96,28 @@ def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # n
     assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
 
 
+def test_bounds_that_do_not_help_rest_and_are_tried_again():
+    query, key, value = randn(1, 2, 1, 16, seed=1) / 10, randn(1, 1, 700, 16, seed=2), randn(1, 1, 700, 16, seed=3)
+    idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    lower, upper = bounds_of(key)
+    expected = entmax_attention(query, key, value)[0]
+    for left in (page_kernels.REST, page_kernels.REST - 1):
+        found = entmax_attention(query, key, value, pages=(lower, upper, idle))[0]
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        assert idle.item() == left
+        # While they rest they are not read: wrong ones change nothing.
+        lower, upper = torch.full_like(lower, 9.0), torch.full_like(upper, -9.0)
+    idle.fill_(1)
+    entmax_attention(query, key, value, pages=(lower, upper, idle))
+    assert idle.item() == 0
+    # Keys of one page are far above the others: from then on the bounds are used.
+    key[:, :, 64:128] += 4 * query[:, :1].sign()
+    query = query[:, :1].repeat(1, 2, 1, 1) * 50
+    for _ in range(2):
+        entmax_attention(query, key, value, pages=(*bounds_of(key), idle))
+        assert idle.item() == 0
+
+
 # What keys could break a bound: heavy tails, one huge channel, equal keys, both signs of zero, flipped signs, the
 # largest and the smallest numbers.
 ADVERSARIES = {
@@ -193,7 +215,8 @@ def test_two_runs_give_the_same_bits(poisoned):  # noqa: F811
 
 def test_the_operator_is_registered_whole():
     query, key = randn(1, 4, 1, 16), randn(1, 2, 130, 16)
-    arguments = (query, key, key, 1.5, None, 0.25, True, None, None, None, *bounds_of(key))
+    idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    arguments = (query, key, key, 1.5, None, 0.25, True, None, None, None, *bounds_of(key), idle)
     operator = torch.ops.hf_sparse_attention.entmax_decode.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -59,9 +59,11 @@ def entmax_attention(
     visible: integer (batch or 1, queries, 2), the half-open range [start, end) of keys each query sees. None: if
         causal, query i sees the keys up to keys - queries + i, else all. slopes: (heads,), ALiBi slopes. mask: bool,
         broadcastable to (batch, heads, queries, keys), True = visible.
-    pages: (lower, upper), per-channel minimum and maximum of every page of 64 keys, (batch, kv_heads, pages, dim) in
-        key's dtype, for decoding (at most 16 queries without a gradient; else they are not needed and not read). Of
-        a page that ends after the last key any query of its sequence sees they are not read.
+    pages: (lower, upper) or (lower, upper, idle), for decoding (at most 16 queries without a gradient; else they are
+        not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the per-channel minimum and maximum
+        of every page of 64 keys; they are not read of a page that ends after the last key a query of its sequence
+        sees. idle, int32 (1,), starts at 0 and is written: where more than 9 of 10 pages must be read anyway, it
+        makes the bounds rest for 31 calls.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.
@@ -95,10 +97,10 @@ def entmax_attention(
     inputs = [query, key, value] + ([] if alpha_tensor is None else [alpha_tensor])
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     if is_decoding(query.shape[2], save):
-        lower, upper = _checked_pages(pages, key)
         return entmax_decode(
-            query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask, lower, upper
-        )
+            query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask,
+            *_checked_pages(pages, key),
+        )  # fmt: skip
     dtype = query.dtype
     if alpha_tensor is None and alpha > 2.0 and dtype != torch.float32:
         # The slopes of alpha > 2 are unbounded at the threshold: half precision would lose the gradient.
@@ -112,9 +114,10 @@ def entmax_attention(
 def _checked_pages(pages, key):
     """The bounds of the pages, or nothing, as the decoding operator takes them."""
     if pages is None:
-        return None, None
+        return None, None, None
     least = (*key.shape[:2], key.shape[2] // TILE, key.shape[3])
-    for name, bounds in zip(("lower", "upper"), pages, strict=True):
+    lower, upper, *idle = pages
+    for name, bounds in (("lower", lower), ("upper", upper)):
         fits = bounds.dim() == 4 and bounds.shape[2] >= least[2] and bounds.stride(3) == 1
         if not fits or bounds.shape[:2] != least[:2] or bounds.shape[3] != least[3]:
             raise ValueError(
@@ -125,4 +128,4 @@ def _checked_pages(pages, key):
             raise ValueError(
                 f"the {name} bounds are {bounds.dtype} on {bounds.device}, the keys {key.dtype} on {key.device}"
             )
-    return pages
+    return lower, upper, idle[0] if idle else None

@@ -19,6 +19,8 @@ from .threshold import STEPS, subset_threshold
 SEEDS = 4
 PAGES = 32
 SCAN = 1024
+# Where more than 9 of 10 pages are read anyway, the bounds are left alone for as many calls.
+REST = 31
 # Channels read at once where scores are summed without a tensor core.
 CHANNELS = 32
 
@@ -71,7 +73,7 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def _bounds_kernel(
-    q_ptr, lower_ptr, upper_ptr, alpha_ptr, slopes_ptr, visible_ptr, maxima_ptr,
+    q_ptr, lower_ptr, upper_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr, votes_ptr, maxima_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_lb, stride_lg, stride_ln,
@@ -83,6 +85,7 @@ def _bounds_kernel(
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     PAGES: tl.constexpr,
@@ -107,6 +110,11 @@ def _bounds_kernel(
     end = tl.where(inside, end, 0)
     written = tl.max(end, 0)
     known = ((page + 1) * TILE <= written) & (page < tiles)
+    if HAS_IDLE:
+        # While they rest no page has a bound.
+        known = known & (page < tl.where(tl.load(idle_ptr) > 0, 0, tiles))
+        if (group_tile == 0) & (tl.program_id(1) == 0):
+            tl.store(votes_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int32))
     q_rows = head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn + batch.to(tl.int64) * stride_qb
     q_mask = inside[:, None] & (dims < head_dim)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
@@ -140,7 +148,7 @@ def _bounds_kernel(
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def _seed_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, maxima_ptr, seed_ptr, bound_ptr,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, idle_ptr, maxima_ptr, seed_ptr, bound_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -152,6 +160,7 @@ def _seed_kernel(
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
@@ -204,6 +213,8 @@ def _seed_kernel(
     local = tl.arange(0, SEEDS * TILE)
     columns = tl.load(seed_ptr + row * SEEDS + local // TILE) * TILE + local % TILE
     seen = (columns >= start) & (columns < end)
+    if HAS_IDLE:
+        seen = seen & (columns < tl.where(tl.load(idle_ptr) > 0, 0, keys))
     q_row = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
     k_rows = k_ptr + batch * stride_kb + group * stride_kg + columns.to(tl.int64) * stride_kn
     channels = tl.arange(0, CHANNELS)
@@ -245,35 +256,51 @@ def _seed_kernel(
 
 @triton.jit(do_not_specialize=["queries", "tiles", "row_tiles", "rows"])
 def _list_kernel(
-    maxima_ptr, bound_ptr, list_ptr, count_ptr,
+    maxima_ptr, bound_ptr, idle_ptr, votes_ptr, list_ptr, count_ptr,
     queries, tiles, row_tiles, rows,
     GROUP: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SCAN: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     group_tile = tl.program_id(0)
     existing = tl.minimum(queries * GROUP - group_tile % row_tiles * BLOCK_M, BLOCK_M)
     scan = tl.arange(0, SCAN)
     count = 0
+    seen = 0
     for base in range(0, tiles, SCAN):
         page = base + scan
         wanted = tl.zeros((SCAN,), tl.int32)
+        present = tl.zeros((SCAN,), tl.int32)
         for local in range(0, existing):
             row = group_tile.to(tl.int64) * rows + local
             x = tl.load(maxima_ptr + row * tiles + page, mask=page < tiles, other=float("-inf"))
             wanted |= (x > tl.load(bound_ptr + row)).to(tl.int32)
+            present |= (x > float("-inf")).to(tl.int32)
         place = count + tl.cumsum(wanted, 0) - wanted
         tl.store(list_ptr + group_tile.to(tl.int64) * tiles + place, page, mask=wanted > 0)
         count += tl.sum(wanted, 0)
+        seen += tl.sum(present, 0)
     tl.store(count_ptr + group_tile, count)
+    if HAS_IDLE:
+        tl.atomic_add(votes_ptr, count)
+        tl.atomic_add(votes_ptr + 1, seen)
+        # The last program to arrive has every program's vote before it.
+        if tl.atomic_add(votes_ptr + 2, 1) == tl.num_programs(0) - 1:
+            idle = tl.load(idle_ptr)
+            most = tl.atomic_add(votes_ptr + 1, 0) // 10 * 9
+            useless = (tl.atomic_add(votes_ptr, 0) > most).to(tl.int32)
+            tl.store(idle_ptr, tl.where(idle > 0, idle - 1, useless * REST))
 
 
 def listed_pages(call, pages, maxima, sizes, block, launch):
     """The pages to read of every row tile, ascending, their number, and every row's lower bound of tau.
 
+    pages: lower, upper and, to measure whether they help, how many calls they rest still (int32 (1,)) or None.
     maxima is filled with the pages' bounds: of what is not read they stand in for the maxima.
     """
-    lower, upper = pages
+    lower, upper, idle = pages
     query, key = call.query, call.key
     heads, queries, _, tiles, _, row_tiles, rows = sizes
     head_dim = query.shape[-1]
@@ -283,15 +310,17 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
     count = torch.empty((group_tiles,), dtype=torch.int32, device=device)
     seeds = torch.empty((group_tiles, rows, SEEDS), dtype=torch.int32, device=device)
     bound = torch.empty((group_tiles, rows), dtype=torch.float32, device=device)
+    votes = None if idle is None else torch.empty((4,), dtype=torch.int32, device=device)
     shared = {name: call.constants[name] for name in ("GROUP", "ALPHA_KIND", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")}
     margin = _margin(head_dim)
     pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
     _bounds_kernel[(group_tiles, triton.cdiv(tiles, pages_at_once))](
-        query, lower, upper, call.alpha_tensor, call.slopes, call.visible, maxima,
+        query, lower, upper, call.alpha_tensor, call.slopes, call.visible, idle, votes, maxima,
         call.excess, call.scaling,
         *query.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *call.visible_strides,
         *sizes, head_dim,
         **shared,
+        HAS_IDLE=idle is not None,
         BLOCK_M=block,
         TILE=TILE,
         PAGES=pages_at_once,
@@ -301,11 +330,12 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
         **launch,
     )  # fmt: skip
     _seed_kernel[(group_tiles * rows,)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, maxima, seeds, bound,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, idle, maxima, seeds, bound,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         *sizes, head_dim,
         **shared,
+        HAS_IDLE=idle is not None,
         HAS_MASK=call.constants["HAS_MASK"],
         BLOCK_M=block,
         TILE=TILE,
@@ -317,11 +347,13 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
         num_warps=4,
     )  # fmt: skip
     _list_kernel[(group_tiles,)](
-        maxima, bound, listed, count,
+        maxima, bound, idle, votes, listed, count,
         queries, tiles, row_tiles, rows,
         GROUP=call.group,
+        HAS_IDLE=idle is not None,
         BLOCK_M=block,
         SCAN=SCAN,
+        REST=REST,
         num_warps=4,
     )  # fmt: skip
     return listed, count, bound
