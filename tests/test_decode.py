@@ -46,7 +46,7 @@ def check(case, pages):
 
 
 # Seed 0 has alpha 4 and a key whose score is 4e-7 above tau: float32's rounding decides its weight, for both.
-@pytest.mark.parametrize("seed", range(1, 60 if CUDA else 13))
+@pytest.mark.parametrize("seed", range(1, 60 if CUDA else 9))
 @pytest.mark.parametrize("pages", [False, True], ids=["plain", "pages"])
 def test_random_calls(seed, pages, poisoned):  # noqa: F811
     check(random_case(seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << 20), pages)
@@ -136,7 +136,7 @@ ADVERSARIES = {
 
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_no_keys_break_the_bounds(name, poisoned):  # noqa: F811
-    for seed in range(40 if CUDA else 3):
+    for seed in range(40 if CUDA else 2):
         dtype = DTYPES[seed % len(DTYPES)]
         shape = (1, 1, (200, 333, 129)[seed % 3], (16, 32, 24)[seed % 3])
         key = ADVERSARIES[name](randn(*shape, dtype=torch.float32, seed=seed)).to(dtype)
@@ -310,7 +310,7 @@ def test_a_model_decodes_on_the_kernels(family, position, kind, kernels_everywhe
             expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
             model(ids[:, :132], attention_mask=mask[:, :132], position_ids=positions[:, :132], past_key_values=cache)
         start = 132
-        for piece in (6, 1):
+        for piece in (6, 1) if kind == "dynamic" else (1,):
             part, start = slice(start, start + piece), start + piece
             with hsa.implementation("triton"):
                 found = model(

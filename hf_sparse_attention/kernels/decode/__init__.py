@@ -2,7 +2,7 @@
 
 import torch
 
-from ..operators import _CALL, _register, describe
+from ..operators import _CALL, _register, _vmap, describe
 from .launch import pages_read, run_passes
 
 # Queries of one sequence that count as decoding: more are a prefill.
@@ -54,3 +54,4 @@ entmax_decode = _register(
     decode_call,
     _decode_fake,
 )
+torch.library.register_vmap("hf_sparse_attention::entmax_decode", _vmap)
