@@ -49,7 +49,12 @@ def check(case, pages):
 @pytest.mark.parametrize("seed", range(1, 60 if CUDA else 9))
 @pytest.mark.parametrize("pages", [False, True], ids=["plain", "pages"])
 def test_random_calls(seed, pages, poisoned):  # noqa: F811
-    check(random_case(seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << 20), pages)
+    check(
+        random_case(
+            seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << (20 if CUDA else 14)
+        ),
+        pages,
+    )
 
 
 @pytest.mark.gpu
