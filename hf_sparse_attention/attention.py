@@ -102,7 +102,7 @@ def _kernels_refuse(*arguments, **keywords) -> str | None:
 def sparse_attention(query, key, value, *, pages=None, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
     """The contract of `reference.attention`, computed by what `implementation` chooses.
 
-    pages: bounds of the keys (lower, upper, idle), with which the kernels read fewer of them; the result is the same.
+    pages: a cache's bounds of its keys, with which the kernels read fewer of them; the result is the same.
     """
     chosen = _switches.implementation
     refusal = None if chosen == "reference" else _kernels_refuse(query, key, value, **arguments)

@@ -95,11 +95,12 @@ def cache_inputs(arguments, length: int, batch: int, noise: float, device: str) 
     return query.to(dtype), key, value
 
 
-def page_bounds_of(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lower, upper) of the pages of keys (B, G, K, D)."""
+def page_bounds_of(key: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(lower, upper, radius) of the pages of keys (B, G, K, D)."""
     lower, upper = (key.new_zeros((*key.shape[:2], key.shape[2] // BLOCK, key.shape[3])) for _ in range(2))
-    update_page_bounds(key, lower, upper, None, 0, key.shape[2])
-    return lower, upper
+    radius = lower.new_zeros(lower.shape[:3], dtype=torch.float32)
+    update_page_bounds(key, lower, upper, radius, None, 0, key.shape[2])
+    return lower, upper, radius
 
 
 def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[dict]:
@@ -234,7 +235,7 @@ def _generation_rows(arguments, length: int, device: str, shape: dict) -> list[d
             layer.keys[:, :, :length] = code + torch.randn_like(code) * math.sqrt(noise)
             layer.values[:, :, :length] = torch.randn_like(code)
             if isinstance(cache, BoundedStaticCache):
-                update_page_bounds(layer.keys, layer.lower, layer.upper, None, 0, length)
+                update_page_bounds(layer.keys, *layer.bounds()[:3], None, 0, length)
         ids = torch.zeros(1, length + 1, dtype=torch.long, device=device)
         row = {"length": length, "implementation": name}
         # The first time compiles, and is not counted.

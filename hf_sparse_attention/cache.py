@@ -18,29 +18,32 @@ LEAST_ROOM = 256
 
 
 class _BoundedLayer:
-    """Mixin before a layer of Transformers: per page of 64 keys the smallest and largest value of every channel.
+    """Mixin before a layer of Transformers: bounds of every page of 64 keys.
 
-    They are those of the keys themselves, in the keys' dtype, so nothing is rounded. A page has bounds from the
+    They are the smallest and the largest value of every channel, the keys' own and in their dtype, so nothing is
+    rounded; and the largest distance of a key from the middle between them, rounded up. A page has bounds from the
     moment it is whole; keys after the last whole page are always read.
     """
 
     lower: torch.Tensor | None = None
     upper: torch.Tensor | None = None
+    radius: torch.Tensor | None = None
     # For how many calls the bounds rest, as they did not help; on the device, where decoding finds that out.
     idle: torch.Tensor | None = None
 
-    def bounds(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """(lower, upper, idle), bounds of shape (B, G, P, D), or None before the first key."""
-        return None if self.lower is None else (self.lower, self.upper, self.idle)
+    def bounds(self) -> tuple[torch.Tensor, ...] | None:
+        """(lower, upper, radius, idle), bounds (B, G, P, D), radius (B, G, P); None before the first key."""
+        return None if self.lower is None else (self.lower, self.upper, self.radius, self.idle)
 
     def _make_bounds(self, key_states: torch.Tensor, keys: int) -> None:
         shape = (*key_states.shape[:2], max(keys // PAGE, 1), key_states.shape[-1])
         self.lower, self.upper = key_states.new_zeros(shape), key_states.new_zeros(shape)
+        self.radius = torch.zeros(shape[:3], dtype=torch.float32, device=key_states.device)
         self.idle = torch.zeros(1, dtype=torch.int32, device=key_states.device)
 
     def _reorder_bounds(self, take) -> None:
         if self.lower is not None:
-            self.lower, self.upper = take(self.lower), take(self.upper)
+            self.lower, self.upper, self.radius = take(self.lower), take(self.upper), take(self.radius)
 
     def offload(self) -> None:
         raise ValueError(f"{type(self).__name__} does not move to the CPU: use a DynamicCache with offloading=True")
@@ -74,17 +77,19 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
         keys[:, :, old:new] = key_states
         values[:, :, old:new] = value_states
         self.keys, self.values = keys[:, :, :new], values[:, :, :new]
-        update_page_bounds(self.keys, self.lower, self.upper, None, old, new)
+        update_page_bounds(self.keys, self.lower, self.upper, self.radius, None, old, new)
         return self.keys, self.values
 
     def _reserve(self, old: int, new: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self._room is not None and new <= self._room[0].shape[2]:
             return
         size = -(-(new + max(new // ROOM, LEAST_ROOM)) // PAGE) * PAGE
-        lower, upper = self.lower, self.upper
+        known = self.bounds()
         self._make_bounds(key_states, size)
-        if lower is not None:
-            self.lower[:, :, : lower.shape[2]], self.upper[:, :, : upper.shape[2]] = lower, upper
+        if known is not None:
+            for tensor, before in zip(self.bounds()[:3], known[:3], strict=True):
+                tensor[:, :, : before.shape[2]] = before
+            self.idle = known[3]
         room = []
         for held, states in ((self.keys, key_states), (self.values, value_states)):
             room.append(states.new_empty((*states.shape[:2], size, states.shape[-1])))
@@ -111,7 +116,7 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._room = self.lower = self.upper = self.idle = None
+        self._room = self.lower = self.upper = self.radius = self.idle = None
 
 
 class BoundedStaticLayer(_BoundedLayer, StaticLayer):
@@ -127,7 +132,7 @@ class BoundedStaticLayer(_BoundedLayer, StaticLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes (B, G, N, D) behind what was written and returns the whole cache, (B, G, max_cache_len, D)."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        update_page_bounds(keys, self.lower, self.upper, self.cumulative_length, 0, key_states.shape[-2])
+        update_page_bounds(keys, self.lower, self.upper, self.radius, self.cumulative_length, 0, key_states.shape[-2])
         return keys, values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -236,12 +241,18 @@ def check_layer(cache: Cache | None, attention: nn.Module, hidden_states: torch.
 
 
 def _update_page_bounds(
-    keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, length: torch.Tensor | None, old: int, new: int
+    keys: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    radius: torch.Tensor,
+    length: torch.Tensor | None,
+    old: int,
+    new: int,
 ) -> None:
     if keys.is_cuda:
         from .kernels.decode.pages import update_bounds
 
-        update_bounds(keys, lower, upper, length, old, new)
+        update_bounds(keys, lower, upper, radius, length, old, new)
         return
     if length is not None:
         old, new = int(length) - new, int(length)
@@ -250,11 +261,20 @@ def _update_page_bounds(
         pages = keys[:, :, first * PAGE : last * PAGE].unflatten(2, (last - first, PAGE))
         torch.amin(pages, 3, out=lower[:, :, first:last])
         torch.amax(pages, 3, out=upper[:, :, first:last])
+        middle = (lower[:, :, first:last].float() + upper[:, :, first:last].float()) * 0.5
+        distance = pages.float() - middle.to(keys.dtype).float().unsqueeze(3)
+        # Rounded up, and in units of the largest difference, as in the kernel.
+        unit = distance.abs().amax((-2, -1))
+        unit = torch.where(unit > 0, unit, 1.0)
+        length = (distance / unit[..., None, None]).square().sum(-1).amax(-1).sqrt()
+        radius[:, :, first:last] = length * unit * 1.0001
 
 
 # Bounds of the pages that became whole when the keys grew from `old` to `new`. With a length tensor, as a static cache
 # counts, it says how many keys there are now and `new` how many were appended: nothing waits for its value.
-_SCHEMA = "(Tensor keys, Tensor(a!) lower, Tensor(b!) upper, Tensor? length, int old, int new) -> ()"
+_SCHEMA = (
+    "(Tensor keys, Tensor(a!) lower, Tensor(b!) upper, Tensor(c!) radius, Tensor? length, int old, int new) -> ()"
+)
 torch.library.define("hf_sparse_attention::update_page_bounds", _SCHEMA)
 torch.library.impl("hf_sparse_attention::update_page_bounds", "CompositeExplicitAutograd", _update_page_bounds)
 torch.library.register_fake("hf_sparse_attention::update_page_bounds", lambda *arguments: None)

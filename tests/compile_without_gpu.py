@@ -91,6 +91,7 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
         decode.decode_call, query, key, key, float(alpha), None if alpha else torch.ones(heads), dim**-0.5,
         True, visible, torch.ones(heads) if slopes else None,
         torch.ones(1, 1, queries, keys, dtype=torch.bool) if mask else None, bounds, bounds,
+        None if bounds is None else torch.empty(bounds.shape[:3]),
         torch.zeros(1, dtype=torch.int32) if pages else None,
     )  # fmt: skip
     return launches(call)

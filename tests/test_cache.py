@@ -42,11 +42,14 @@ def check_bounds(cache, length):
     for layer in cache.layers:
         if not isinstance(layer, (BoundedDynamicLayer, BoundedStaticLayer)):
             continue
-        lower, upper, _ = layer.bounds()
+        lower, upper, radius, _ = layer.bounds()
         assert int(layer.get_seq_length()) == length
         whole = length // PAGE
         pages = layer.keys[:, :, : whole * PAGE].unflatten(2, (whole, PAGE))
         assert torch.equal(lower[:, :, :whole], pages.amin(3)) and torch.equal(upper[:, :, :whole], pages.amax(3))
+        middle = (lower + upper)[:, :, :whole, None] / 2
+        farthest = (pages - middle).norm(dim=-1).amax(-1)
+        assert (radius[:, :, :whole] >= farthest).all() and (radius[:, :, :whole] <= farthest * 1.001 + 1e-6).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +164,7 @@ def test_memory_of_a_long_cache():
     token = keys[:, :, :1]
     for _ in range(100):
         layer.update(token, token)
-    held = sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values, layer.lower, layer.upper))
+    held = sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values, *layer.bounds()))
     plain = 2 * layer.keys.numel() * layer.keys.element_size()
     assert held <= 1.07 * plain
 

@@ -30,11 +30,12 @@ FEW = (1, 1, 1, 2, 5, 16)
 
 
 def bounds_of(key, length=None):
-    """(lower, upper) of the whole pages by the kernel; one more page, which must not be read, is NaN."""
+    """(lower, upper, radius) of the whole pages by the kernel; one more page, which must not be read, is NaN."""
     length = key.shape[2] if length is None else length
     lower, upper = (key.new_full((*key.shape[:2], key.shape[2] // TILE + 1, key.shape[3]), torch.nan) for _ in "lu")
-    page_kernels.update_bounds(key, lower, upper, None, 0, length)
-    return lower, upper
+    radius = torch.full(lower.shape[:3], torch.nan, device=key.device)
+    page_kernels.update_bounds(key, lower, upper, radius, None, 0, length)
+    return lower, upper, radius
 
 
 @torch.no_grad()
@@ -104,16 +105,16 @@ def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # n
 def test_bounds_that_do_not_help_rest_and_are_tried_again():
     query, key, value = randn(1, 2, 1, 16, seed=1) / 10, randn(1, 1, 700, 16, seed=2), randn(1, 1, 700, 16, seed=3)
     idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    lower, upper = bounds_of(key)
+    lower, upper, radius = bounds_of(key)
     expected = entmax_attention(query, key, value)[0]
     for left in (page_kernels.REST, page_kernels.REST - 1):
-        found = entmax_attention(query, key, value, pages=(lower, upper, idle))[0]
+        found = entmax_attention(query, key, value, pages=(lower, upper, radius, idle))[0]
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
         assert idle.item() == left
         # While they rest they are not read: wrong ones change nothing.
         lower, upper = torch.full_like(lower, 9.0), torch.full_like(upper, -9.0)
     idle.fill_(1)
-    entmax_attention(query, key, value, pages=(lower, upper, idle))
+    entmax_attention(query, key, value, pages=(lower, upper, radius, idle))
     assert idle.item() == 0
     # Keys of one page are far above the others: from then on the bounds are used.
     key[:, :, 64:128] += 4 * query[:, :1].sign()
@@ -155,18 +156,32 @@ def test_no_keys_break_the_bounds(name, poisoned):  # noqa: F811
             torch.testing.assert_close(found, expected, atol=4 * eps, rtol=4 * eps)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_numbers_whose_squares_vanish_or_overflow_keep_their_bounds(scale):
+    query, key, value = (randn(1, 1, length, 16, dtype=torch.float32, seed=length) for length in (1, 450, 451))
+    query, key = query * 3 / scale, key * scale
+    expected = entmax_attention(query, key, value[:, :, :450])[0]
+    found = entmax_attention(query, key, value[:, :, :450], pages=bounds_of(key))[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_bound_that_is_too_tight_shows():
     """What the search above looks for can be seen: bounds that hold for no key lose the keys."""
     query, key, value = randn(1, 1, 1, 16, seed=1) * 3, randn(1, 1, 400, 16, seed=2), randn(1, 1, 400, 16, seed=3)
-    pages = [torch.full_like(bounds, -9.0) * query[:, :, :1].sign() for bounds in bounds_of(key)]
-    found = entmax_attention(query, key, value, pages=pages)[0]
-    assert not torch.allclose(found, entmax_attention(query, key, value)[0], atol=1e-2)
+    lower, upper, radius = bounds_of(key)
+    pages = [torch.full_like(bounds, -9.0) * query[:, :, :1].sign() for bounds in (lower, upper)] + [radius]
+    expected = entmax_attention(query, key, value)[0]
+    assert not torch.allclose(entmax_attention(query, key, value, pages=pages)[0], expected, atol=1e-2)
+    # A radius that is too short loses them alike.
+    found = entmax_attention(query, key, value, pages=(lower, upper, torch.zeros_like(radius)))[0]
+    assert not torch.allclose(found, expected, atol=1e-2)
 
 
 def test_keys_that_are_no_numbers_are_not_hidden():
     query, key, value = (randn(1, 1, length, 16, seed=length) for length in (1, 300, 300))
     key[0, 0, 70, 3] = torch.nan
-    lower, upper = bounds_of(key)
+    lower, upper, radius = bounds_of(key)
+    assert radius[0, 0, 1].isnan() and not radius[0, 0, 0].isnan()
     assert lower[0, 0, 1, 3].isnan() and upper[0, 0, 1, 3].isnan() and not lower[0, 0, 0].isnan().any()
     call_maxima = {}
 
@@ -177,7 +192,7 @@ def test_keys_that_are_no_numbers_are_not_hidden():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(run_passes.__globals__, "listed_pages", spy)
-        entmax_attention(query, key, value, pages=(lower, upper))
+        entmax_attention(query, key, value, pages=(lower, upper, radius))
     assert 1 in call_maxima["listed"]
 
 
@@ -186,16 +201,19 @@ def test_bounds_grow_with_the_keys(static):
     """By the kernel, in pieces of any length, as a growing or a static cache counts."""
     key = randn(2, 2, 400, 24, seed=7)
     lower, upper = (key.new_full((2, 2, 6, 24), torch.nan) for _ in "lu")
-    length = 0
+    radius, length = torch.full((2, 2, 6), torch.nan, device=DEVICE), 0
     for piece in (1, 62, 1, 64, 130, 5, 100, 1):
         length += piece
         now = torch.tensor(length, device=DEVICE)
         old, new = (0, piece) if static else (length - piece, length)
-        page_kernels.update_bounds(key, lower, upper, now if static else None, old, new)
+        page_kernels.update_bounds(key, lower, upper, radius, now if static else None, old, new)
     whole = length // TILE
     pages = key[:, :, : whole * TILE].unflatten(2, (whole, TILE))
     assert torch.equal(lower[:, :, :whole], pages.amin(3)) and torch.equal(upper[:, :, :whole], pages.amax(3))
-    assert lower[:, :, whole:].isnan().all() and upper[:, :, whole:].isnan().all()
+    assert all(bounds[:, :, whole:].isnan().all() for bounds in (lower, upper, radius))
+    middle = ((lower.float() + upper.float()) / 2).to(key.dtype).double()[:, :, :whole, None]
+    farthest = (pages.double() - middle).norm(dim=-1).amax(-1)
+    assert (radius[:, :, :whole] >= farthest).all() and (radius[:, :, :whole] <= farthest * 1.001).all()
     assert PAGE == TILE
 
 
@@ -228,14 +246,14 @@ def test_the_operator_is_registered_whole():
 
 def test_wrong_bounds_are_refused():
     query, key = randn(1, 2, 1, 16), randn(1, 2, 200, 16)
-    lower, upper = bounds_of(key)
+    lower, upper, radius = bounds_of(key)
     for wrong, reason in (
         (lower[:, :, :2], r"need \(1, 2, 3, 16\)"),
         (lower[:, :1], "shape"),
         (lower.double(), "float64"),
     ):
         with pytest.raises(ValueError, match=reason):
-            entmax_attention(query, key, key, pages=(wrong, upper))
+            entmax_attention(query, key, key, pages=(wrong, upper, radius))
 
 
 @pytest.mark.slow

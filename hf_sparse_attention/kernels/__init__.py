@@ -59,11 +59,12 @@ def entmax_attention(
     visible: integer (batch or 1, queries, 2), the half-open range [start, end) of keys each query sees. None: if
         causal, query i sees the keys up to keys - queries + i, else all. slopes: (heads,), ALiBi slopes. mask: bool,
         broadcastable to (batch, heads, queries, keys), True = visible.
-    pages: (lower, upper) or (lower, upper, idle), for decoding (at most 16 queries without a gradient; else they are
-        not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the per-channel minimum and maximum
-        of every page of 64 keys; they are not read of a page that ends after the last key a query of its sequence
-        sees. idle, int32 (1,), starts at 0 and is written: where more than 9 of 10 pages must be read anyway, it
-        makes the bounds rest for 31 calls.
+    pages: (lower, upper, radius) or (lower, upper, radius, idle), for decoding (at most 16 queries without a
+        gradient; else they are not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the
+        per-channel minimum and maximum of every page of 64 keys; radius (batch, kv_heads, pages) in float32, the
+        largest distance of a key from their middle. Not read of a page that ends after the last key a query of its
+        sequence sees. idle, int32 (1,), starts at 0 and is written: where more than 9 of 10 pages must be read
+        anyway, it makes the bounds rest for 31 calls.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.
@@ -114,9 +115,9 @@ def entmax_attention(
 def _checked_pages(pages, key):
     """The bounds of the pages, or nothing, as the decoding operator takes them."""
     if pages is None:
-        return None, None, None
+        return None, None, None, None
     least = (*key.shape[:2], key.shape[2] // TILE, key.shape[3])
-    lower, upper, *idle = pages
+    lower, upper, radius, *idle = pages
     for name, bounds in (("lower", lower), ("upper", upper)):
         fits = bounds.dim() == 4 and bounds.shape[2] >= least[2] and bounds.stride(3) == 1
         if not fits or bounds.shape[:2] != least[:2] or bounds.shape[3] != least[3]:
@@ -128,4 +129,8 @@ def _checked_pages(pages, key):
             raise ValueError(
                 f"the {name} bounds are {bounds.dtype} on {bounds.device}, the keys {key.dtype} on {key.device}"
             )
-    return lower, upper, idle[0] if idle else None
+    if radius.dtype != torch.float32 or radius.shape[:2] != least[:2] or radius.shape[2] < least[2]:
+        raise ValueError(
+            f"the radius of pages is {radius.dtype} {tuple(radius.shape)}, not float32 {least[:3]} or more"
+        )
+    return lower, upper, radius, idle[0] if idle else None

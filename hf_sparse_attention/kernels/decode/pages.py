@@ -1,8 +1,8 @@
-"""Per-channel minimum and maximum of every page of TILE keys enter, the list of pages that can hold weight leaves.
+"""Per-channel minimum and maximum and the radius of every page of TILE keys -> the pages that can hold weight, listed.
 
 Exact for every input. A page's score is at most sum_d max(q_d lower_d, q_d upper_d), as every key lies between its
-page's bounds; what float32 sums can add to that is added to it. tau of some of the keys is a lower bound of tau of
-all of them, and a key whose score is not above tau has weight zero. So a page whose bound is not above it is zero.
+page's bounds, and at most q.c + |q| radius, as no key is farther from the middle c; what rounding can add is added.
+tau of some keys is a lower bound of tau of all, and a key not above tau weighs nothing: nor does a page below it.
 """
 
 import torch
@@ -33,12 +33,19 @@ def _margin(head_dim):
     return 4.0 * (head_dim + 16) * 2.0**-23
 
 
+@triton.jit
+def middle(lower, upper, dtype: tl.constexpr):
+    """The middle between two bounds in the keys' dtype."""
+    return ((lower.to(tl.float32) + upper.to(tl.float32)) * 0.5).to(dtype)
+
+
 @triton.jit(do_not_specialize=["old_length", "new_length", "pages"])
 def _update_kernel(
-    k_ptr, lower_ptr, upper_ptr, length_ptr,
+    k_ptr, lower_ptr, upper_ptr, radius_ptr, length_ptr,
     stride_kb, stride_kg, stride_kn,
     stride_lb, stride_lg, stride_ln,
     stride_ub, stride_ug, stride_un,
+    stride_rb, stride_rg,
     key_heads, old_length, new_length, pages, head_dim,
     HAS_LENGTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -69,15 +76,25 @@ def _update_kernel(
     tl.store(lower_ptr + place + dims, lower.to(lower_ptr.dtype.element_ty), mask=inside)
     place = batch * stride_ub + group * stride_ug + page.to(tl.int64) * stride_un
     tl.store(upper_ptr + place + dims, upper.to(upper_ptr.dtype.element_ty), mask=inside)
+    # From the middle as the queries will meet it, rounded; the radius rounded up. Squares of the smallest numbers
+    # would vanish: lengths are taken in units of the largest difference.
+    distance = k - middle(lower, upper, lower_ptr.dtype.element_ty).to(tl.float32)[None, :]
+    unit = tl.max(tl.max(tl.abs(distance), 1), 0)
+    unit = tl.where(unit > 0, unit, 1.0)
+    distance = distance / unit
+    radius = tl.sqrt(tl.max(tl.sum(distance * distance, 1), 0)) * unit * 1.0001
+    radius = tl.where(tl.max(broken.to(tl.int32), 0) > 0, float("nan"), radius)
+    tl.store(radius_ptr + batch * stride_rb + group * stride_rg + page, radius)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def _bounds_kernel(
-    q_ptr, lower_ptr, upper_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr, votes_ptr, maxima_ptr,
+    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr, votes_ptr, maxima_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_lb, stride_lg, stride_ln,
     stride_ub, stride_ug, stride_un,
+    stride_rb, stride_rg,
     stride_vb, stride_vn,
     heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
@@ -130,6 +147,16 @@ def _bounds_kernel(
     bound = tl.dot(positive, tl.trans(upper), input_precision=PRECISION)
     bound = tl.dot(negative, tl.trans(lower), bound, input_precision=PRECISION)
     sizes = tl.maximum(tl.abs(lower.to(tl.float32)), tl.abs(upper.to(tl.float32))).to(lower.dtype)
+    radius_row = radius_ptr + batch.to(tl.int64) * stride_rb + group.to(tl.int64) * stride_rg
+    radius = tl.load(radius_row + page, mask=known, other=0.0)
+    unit = tl.max(tl.abs(q.to(tl.float32)), 1)
+    unit = tl.where(unit > 0, unit, 1.0)
+    direction = q.to(tl.float32) / unit[:, None]
+    length = tl.sqrt(tl.sum(direction * direction, 1)) * unit * 1.0001
+    around = tl.dot(q, tl.trans(middle(lower, upper, q.dtype)), input_precision=PRECISION)
+    around += length[:, None] * radius[None, :]
+    # Where one of them is not a number the other has to do.
+    bound = tl.where(around == around, tl.minimum(bound, around), bound)
     bound += MARGIN * tl.dot(positive - negative, tl.trans(sizes), input_precision=PRECISION)
     x = bound * factor[:, None]
     if HAS_SLOPES:
@@ -297,10 +324,10 @@ def _list_kernel(
 def listed_pages(call, pages, maxima, sizes, block, launch):
     """The pages to read of every row tile, ascending, their number, and every row's lower bound of tau.
 
-    pages: lower, upper and, to measure whether they help, how many calls they rest still (int32 (1,)) or None.
+    pages: lower, upper, radius and, to measure whether they help, how many calls they rest still (int32 (1,)) or None.
     maxima is filled with the pages' bounds: of what is not read they stand in for the maxima.
     """
-    lower, upper, idle = pages
+    lower, upper, radius, idle = pages
     query, key = call.query, call.key
     heads, queries, _, tiles, _, row_tiles, rows = sizes
     head_dim = query.shape[-1]
@@ -315,9 +342,9 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
     margin = _margin(head_dim)
     pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
     _bounds_kernel[(group_tiles, triton.cdiv(tiles, pages_at_once))](
-        query, lower, upper, call.alpha_tensor, call.slopes, call.visible, idle, votes, maxima,
+        query, lower, upper, radius, call.alpha_tensor, call.slopes, call.visible, idle, votes, maxima,
         call.excess, call.scaling,
-        *query.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *call.visible_strides,
+        *query.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2], *call.visible_strides,
         *sizes, head_dim,
         **shared,
         HAS_IDLE=idle is not None,
@@ -359,7 +386,7 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
     return listed, count, bound
 
 
-def update_bounds(key, lower, upper, length, old, new):
+def update_bounds(key, lower, upper, radius, length, old, new):
     """Bounds of the pages that became whole when the keys grew from `old` to `new`.
 
     With a length tensor it says how many keys there are now, and `new` how many of them were appended.
@@ -370,8 +397,8 @@ def update_bounds(key, lower, upper, length, old, new):
         return
     with torch.cuda.device_of(key):
         _update_kernel[(batch * key_heads, touched)](
-            key, lower, upper, length,
-            *key.stride()[:3], *lower.stride()[:3], *upper.stride()[:3],
+            key, lower, upper, radius, length,
+            *key.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2],
             key_heads, old, new, min(lower.shape[2], keys // TILE), head_dim,
             HAS_LENGTH=length is not None,
             TILE=TILE,
