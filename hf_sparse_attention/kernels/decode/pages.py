@@ -369,7 +369,7 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
         TILE=TILE,
         SEEDS=SEEDS,
         SCAN=SCAN,
-        CHANNELS=CHANNELS,
+        CHANNELS=min(CHANNELS, call.block_dim),
         STEPS=STEPS,
         MARGIN=margin,
         num_warps=4,
