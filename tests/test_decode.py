@@ -13,7 +13,7 @@ import families  # noqa: E402
 from bounds import check_against_reference  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 from test_kernels import CUDA, DEVICE, DTYPES, HALF, poisoned, randn, same_products  # noqa: E402, F401
-from transformers import DynamicCache, StaticCache  # noqa: E402
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
 import hf_sparse_attention as hsa  # noqa: E402
 from hf_sparse_attention import attention, reference  # noqa: E402
@@ -368,9 +368,15 @@ def test_decoding_compiles_whole_and_once(kernels_everywhere):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dynamic", "bounded", "static", "bounded static"])
-def test_long_greedy_generation_equals_the_reference(kind):
-    dense = families.dense_model("llama", hidden_size=64, head_dim=16, max_position_embeddings=2048)
-    model = families.stir(families.sparse_model(dense, "asentmax")).to(DEVICE)
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
+def test_long_greedy_generation_equals_the_reference(kind, trained):
+    if trained:
+        folder = Path(hsa.__file__).parent / "data" / "stories260K"
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="asentmax", dtype=torch.float32)
+        model = model.to(DEVICE)
+    else:
+        dense = families.dense_model("llama", hidden_size=64, head_dim=16, max_position_embeddings=2048)
+        model = families.stir(families.sparse_model(dense, "asentmax")).to(DEVICE)
     ids, mask = families.tokens(2, 300).to(DEVICE), torch.ones(2, 300, dtype=torch.long, device=DEVICE)
     ids[0, :77] = mask[0, :77] = 0
     how = {"max_new_tokens": 512, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
