@@ -4,6 +4,8 @@ Importing tells the Auto classes of every attention map and every sparse model; 
 the first model.
 """
 
+from importlib import import_module
+
 from .config import VERSION as __version__
 from .config import SparseAttentionConfig
 from .maps import MAPS
@@ -16,6 +18,8 @@ from .reference import entmax
 _register()
 
 __all__ = [
+    "BoundedDynamicCache",
+    "BoundedStaticCache",
     "FAMILIES",
     "MAPS",
     "SparseAttentionConfig",
@@ -28,11 +32,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name):
-    if name == "implementation":
-        from .attention import implementation
+# Name -> the module it is imported from when it is asked for: these need the models of Transformers.
+_LATER = {"implementation": "attention", "BoundedDynamicCache": "cache", "BoundedStaticCache": "cache"}
 
-        return implementation
+
+def __getattr__(name):
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
     if name in _classes:
         return _class_named(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

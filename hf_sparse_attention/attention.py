@@ -102,8 +102,11 @@ def _kernels_refuse(*arguments, **keywords) -> str | None:
     return kernels.supports(*arguments, **keywords)
 
 
-def sparse_attention(query, key, value, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """The contract of `reference.attention`, computed by what `implementation` chooses."""
+def sparse_attention(query, key, value, *, pages=None, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract of `reference.attention`, computed by what `implementation` chooses.
+
+    pages: a cache's bounds of its keys, with which the kernels read fewer of them; the result is the same.
+    """
     chosen = _switches.implementation
     refusal = None if chosen == "reference" else _kernels_refuse(query, key, value, **arguments)
     if chosen == "triton" and refusal is not None:
@@ -114,7 +117,7 @@ def sparse_attention(query, key, value, **arguments) -> tuple[torch.Tensor, torc
     from . import kernels
 
     _announce("attention runs on the Triton kernels")
-    return kernels.entmax_attention(query, key, value, **arguments)
+    return kernels.entmax_attention(query, key, value, pages=pages, **arguments)
 
 
 def _softmax_attention(query, key, value, *, scaling, causal, visible, slopes, mask):
@@ -180,6 +183,7 @@ def sparse_attention_forward(
     query_scale: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
     sparse_heads: tuple[int, ...] | None = None,
+    page_bounds=None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Registered as the AttentionInterface of every map.
@@ -189,6 +193,7 @@ def sparse_attention_forward(
         attention_mask: see the legend at the top.
         alpha, query_scale, slopes: what the model's sparse attention layer computed; alpha may be one per sparse head.
         sparse_heads: the heads whose weights are sparse, the others compute softmax; None: all of them.
+        page_bounds: the layer of the cache, if it keeps bounds of its keys (`cache.page_bounds`), or None.
 
     Returns:
         output (B, N, H, D), and the weights (B, H, N, K) if `output_attentions=True`, else None.
@@ -221,10 +226,12 @@ def sparse_attention_forward(
         query = (query * query_scale).to(query.dtype)
     wanted = kwargs.get("output_attentions") or _switches.weights_wanted
     if sparse_heads is None or (isinstance(alpha, float) and alpha == 1.0):
-        output, tau = _attend(query, key, value, alpha=alpha, **arguments)
+        output, tau = _attend(query, key, value, alpha=alpha, page_bounds=page_bounds, **arguments)
     else:
         looked_at = wanted or _switches.recorder is not None
-        output, tau, alpha = _attend_in_parts(query, key, value, sparse_heads, looked_at, alpha=alpha, **arguments)
+        output, tau, alpha = _attend_in_parts(
+            query, key, value, sparse_heads, looked_at, alpha=alpha, page_bounds=page_bounds, **arguments
+        )
     arguments["alpha"] = alpha
     if (callback := _switches.recorder) is not None:
         scale = None if query_scale is None else query_scale.detach()
@@ -234,21 +241,23 @@ def sparse_attention_forward(
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _attend(query, key, value, *, alpha, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _attend(query, key, value, *, alpha, page_bounds, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and tau; where alpha is 1 on SDPA, without tau."""
     if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
         return _softmax_attention(query, key, value, **arguments), None
-    return sparse_attention(query, key, value, alpha=alpha, **arguments)
+    pages = None if page_bounds is None else page_bounds.bounds()
+    return sparse_attention(query, key, value, alpha=alpha, pages=pages, **arguments)
 
 
-def _attend_in_parts(query, key, value, heads, looked_at, *, alpha, mask, **arguments):
+def _attend_in_parts(query, key, value, heads, looked_at, *, alpha, mask, page_bounds, **arguments):
     """Output where only `heads` are sparse; if it is looked at, also tau and alpha (H,), alpha 1 for the others."""
     group = query.shape[1] // key.shape[1]
 
     def part(heads, alpha):
         own = mask if mask is None or mask.shape[1] == 1 else take_heads(mask, heads)
         keys, values = take_key_heads(key, heads, group), take_key_heads(value, heads, group)
-        return _attend(take_heads(query, heads), keys, values, alpha=alpha, mask=own, **arguments)
+        # Bounds are of all the cache's heads: without them every key is read.
+        return _attend(take_heads(query, heads), keys, values, alpha=alpha, mask=own, page_bounds=None, **arguments)
 
     rest = other_heads(heads, query.shape[1])
     (output, tau), (dense_output, dense_tau) = part(heads, alpha), part(rest, 1.0)

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from . import reference
+from .benchmark_decode import benchmark_decoding
 from .config import VERSION
 from .files import write_json
 
@@ -33,6 +34,16 @@ CHECKED_ROWS = 512
 class BenchmarkArguments:
     """What is timed, and where the results go."""
 
+    decode: bool = field(
+        default=False, metadata={"help": "time decoding instead: one query against a cache, and whole generation"}
+    )
+    cache_lengths: list[int] = field(
+        default_factory=lambda: [32768, 131072], metadata={"help": "with --decode: cached tokens, multiples of 64"}
+    )
+    batches: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "with --decode: sequences"})
+    new_tokens: int = field(
+        default=128, metadata={"help": "with --decode: tokens that a 1 B model generates on each cache; 0 for none"}
+    )
     lengths: list[int] = field(default_factory=lambda: [8192, 32768], metadata={"help": "tokens, multiples of 64"})
     noise: list[float] = field(
         default_factory=lambda: [0.3, 0.5, 0.6, 0.9],
@@ -60,6 +71,8 @@ def benchmark_attention(arguments: BenchmarkArguments) -> list[dict]:
         RuntimeError: without a CUDA or ROCm device.
     """
     _check(arguments)
+    if arguments.decode:
+        return benchmark_decoding(arguments)
     rows, cells = [], [(length, noise) for length in arguments.lengths for noise in arguments.noise]
     progress = tqdm(cells, desc="benchmark", unit="input")
     softmax: dict[tuple[str, int], dict] = {}
@@ -124,9 +137,12 @@ def _check(arguments: BenchmarkArguments) -> None:
     unknown = [name for name in arguments.peers if name not in PEERS]
     if unknown:
         raise ValueError(f"peers has {', '.join(map(repr, unknown))}; choose from {', '.join(PEERS)}")
-    for length in arguments.lengths:
-        if length < BLOCK or length % BLOCK:
-            raise ValueError(f"lengths has {length}; a length is a positive multiple of {BLOCK}")
+    for name in ("lengths", "cache_lengths"):
+        for length in getattr(arguments, name):
+            if length < BLOCK or length % BLOCK:
+                raise ValueError(f"{name} has {length}; a length is a positive multiple of {BLOCK}")
+    if min(arguments.batches) < 1 or arguments.new_tokens < 0:
+        raise ValueError(f"batches is {arguments.batches}, new_tokens {arguments.new_tokens}: they are not negative")
     for noise in arguments.noise:
         if not 0 <= noise <= 1:
             raise ValueError(f"noise has {noise}; it is a share between 0 and 1")

@@ -37,12 +37,16 @@ def random_case(
     *,
     device="cpu",
     lengths=(1, 7, 63, 64, 65, 111, 128, 130, 200),
+    few=None,
     budget=1 << 40,
     dtypes=DTYPES,
     dtype=None,
     mask=None,
 ):
-    """The call number `seed`; lengths to draw from, budget the largest batch * heads * queries * keys."""
+    """The call number `seed`; lengths to draw from, budget the largest batch * heads * queries * keys.
+
+    few: numbers of queries to draw from, where they are not lengths.
+    """
     draw = random.Random(seed)
     generator = torch.Generator(device).manual_seed(seed)
     dtype = dtype or draw.choice(dtypes)
@@ -50,7 +54,7 @@ def random_case(
     alpha = draw.choice(ALPHAS)
     group, groups, batch = draw.choice((1, 2, 4)), draw.choice((1, 2)), draw.choice((1, 2))
     dim = draw.choice(HEAD_DIMS)
-    queries = draw.choice(lengths)
+    queries = draw.choice(few or lengths)
     keys = queries if draw.random() < 0.4 else draw.choice(lengths)
     while batch * group * groups * queries * keys > budget and group * groups * batch > 1:
         group, groups, batch = (group // 2 or 1), (groups // 2 or 1), (batch // 2 or 1)

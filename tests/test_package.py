@@ -21,7 +21,8 @@ ALLOWED = {
     "maps": {"config"},
     "reference": {"visible"},
     "attention": {"maps", "reference", "kernels", "visible", "heads"},
-    "models": {"attention", "maps", "config", "heads"},
+    "cache": {"kernels"},
+    "models": {"attention", "cache", "maps", "config", "heads"},
 }
 # Commands that another one ends with: a run is pushed when it is done.
 ENDS_WITH = {"train": {"hub"}}

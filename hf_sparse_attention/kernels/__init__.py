@@ -8,6 +8,8 @@ import math
 import torch
 import triton
 
+from .configurations import TILE
+from .decode import entmax_decode, is_decoding
 from .operators import entmax_forward
 
 __all__ = ["entmax_attention", "supports"]
@@ -46,7 +48,9 @@ def supports(query, key, value, *, alpha=1.5, scaling=None, causal=True, visible
     return None
 
 
-def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True, visible=None, slopes=None, mask=None):
+def entmax_attention(
+    query, key, value, *, alpha=1.5, scaling=None, causal=True, visible=None, slopes=None, mask=None, pages=None
+):
     """out_i = sum_j p_ij v_j with p_ij = [(alpha-1) score_ij - tau_i]_+ ^ (1/(alpha-1)), sum_j p_ij = 1.
 
     query (batch, heads, queries, dim); key, value (batch, kv_heads, keys, dim), heads a multiple of kv_heads.
@@ -55,6 +59,12 @@ def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True,
     visible: integer (batch or 1, queries, 2), the half-open range [start, end) of keys each query sees. None: if
         causal, query i sees the keys up to keys - queries + i, else all. slopes: (heads,), ALiBi slopes. mask: bool,
         broadcastable to (batch, heads, queries, keys), True = visible.
+    pages: (lower, upper, radius) or (lower, upper, radius, idle), for decoding (at most 16 queries without a
+        gradient; else they are not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the
+        per-channel minimum and maximum of every page of 64 keys; radius (batch, kv_heads, pages) in float32, the
+        largest distance of a key from their middle. Not read of a page that ends after the last key a query of its
+        sequence sees. idle, int32 (1,), starts at 0 and is written: where more than 9 of 10 pages must be read
+        anyway, it makes the bounds rest for 31 calls.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.
@@ -70,6 +80,8 @@ def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True,
         raise ValueError("slopes need causal=True or a visible range: the distance is measured from its end")
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
+        # Bounds of keys that are rounded afterwards need not hold.
+        pages = pages if key.dtype == dtype else None
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     reason = supports(
         query, key, value, alpha=alpha, scaling=scaling, causal=causal, visible=visible, slopes=slopes, mask=mask
@@ -83,13 +95,42 @@ def entmax_attention(query, key, value, *, alpha=1.5, scaling=None, causal=True,
         if alpha.shape != (query.shape[1],):
             raise ValueError(f"alpha must be a float or of shape ({query.shape[1]},), got {tuple(alpha.shape)}")
         alpha_tensor, alpha = alpha, 0.0
+    inputs = [query, key, value] + ([] if alpha_tensor is None else [alpha_tensor])
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if is_decoding(query.shape[2], save, pages):
+        return entmax_decode(
+            query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask,
+            *_checked_pages(pages, key),
+        )  # fmt: skip
     dtype = query.dtype
     if alpha_tensor is None and alpha > 2.0 and dtype != torch.float32:
         # The slopes of alpha > 2 are unbounded at the threshold: half precision would lose the gradient.
         query, key, value = query.float(), key.float(), value.float()
-    inputs = [query, key, value] + ([] if alpha_tensor is None else [alpha_tensor])
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     out, tau, *_ = entmax_forward(
         query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask, save
     )
     return out.to(dtype), tau.detach()
+
+
+def _checked_pages(pages, key):
+    """The bounds of the pages, or nothing, as the decoding operator takes them."""
+    if pages is None:
+        return None, None, None, None
+    least = (*key.shape[:2], key.shape[2] // TILE, key.shape[3])
+    lower, upper, radius, *idle = pages
+    for name, bounds in (("lower", lower), ("upper", upper)):
+        fits = bounds.dim() == 4 and bounds.shape[2] >= least[2] and bounds.stride(3) == 1
+        if not fits or bounds.shape[:2] != least[:2] or bounds.shape[3] != least[3]:
+            raise ValueError(
+                f"the {name} bounds of pages have shape {tuple(bounds.shape)}; keys {tuple(key.shape)} need {least} "
+                "or more pages"
+            )
+        if bounds.dtype != key.dtype or bounds.device != key.device:
+            raise ValueError(
+                f"the {name} bounds are {bounds.dtype} on {bounds.device}, the keys {key.dtype} on {key.device}"
+            )
+    if radius.dtype != torch.float32 or radius.shape[:2] != least[:2] or radius.shape[2] < least[2]:
+        raise ValueError(
+            f"the radius of pages is {radius.dtype} {tuple(radius.shape)}, not float32 {least[:3]} or more"
+        )
+    return lower, upper, radius, idle[0] if idle else None

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..attention import is_own_matrix, is_range, visible_entries
+from ..cache import check_layer, page_bounds
 from ..config import SparseAttentionConfig
 from ..heads import merge_heads, other_heads
 from ..maps import MAPS, AdaptiveAlpha, alibi_slopes, scaled_heads
@@ -55,6 +56,9 @@ class SparseAttention:
         if not self.rotates and position_embeddings is not None:
             cosine, sine = position_embeddings
             position_embeddings = torch.ones_like(cosine), torch.zeros_like(sine)
+        # One family calls it otherwise. Asked for its bounds only by the attention, which the update comes before.
+        cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        check_layer(cache, self, hidden_states)
         return super().forward(
             hidden_states,
             position_embeddings=position_embeddings,
@@ -62,6 +66,7 @@ class SparseAttention:
             alpha=self.alpha if self.sparse_alpha is None or self.alpha == 1.0 else self.sparse_alpha(self.alpha),
             query_scale=self._query_scale(hidden_states, attention_mask),
             sparse_heads=self.sparse_heads,
+            page_bounds=page_bounds(cache, self.layer_idx),
             slopes=alibi_slopes(self.config.num_attention_heads, hidden_states.device) if self.has_alibi else None,
             **kwargs,
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from ..attention import return_weights
+from ..cache import check_cache
 from ..config import SparseAttentionConfig
 from ..maps import MAPS, NEW_MODULES
 from .classes import family_of, sparse_class
@@ -30,7 +32,8 @@ def check_implementation(requested: str | None, config: PreTrainedConfig) -> str
     Raises:
         ValueError: if another one is requested.
     """
-    expected = SparseAttentionConfig.from_model_config(config).map
+    # Plain reading, which torch.compile can trace; what is missing is said by the check.
+    expected = (config.sparse_attention or {}).get("map") or SparseAttentionConfig.from_model_config(config).map
     if requested not in (None, expected):
         raise ValueError(
             f"this model computes {expected} and cannot run as {requested!r}, which is another function. Load it "
@@ -222,6 +225,10 @@ class SparseModel(SparsePreTrainedModel):
         uses_cache = kwargs.get("use_cache") if kwargs.get("use_cache") is not None else self.config.use_cache
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         cache = kwargs.get("past_key_values", args[3] if len(args) > 3 else None)
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if cache is not None and inputs is not None and not isinstance(cache, torch.Tensor):
+            check_cache(cache, self.config, inputs, mask if isinstance(mask, torch.Tensor) else None)
         strict = mask is None and cache is None and not uses_cache
         starts = document_starts(position_ids, every_jump=strict)
         if starts is None and getattr(kwargs.get("cu_seq_lens_q"), "numel", int)() > 2:

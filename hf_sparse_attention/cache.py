@@ -1,0 +1,281 @@
+"""Caches that keep bounds of their keys, with which decoding reads only pages that can hold weight; and what a model
+asks of any cache before it writes to it. Enter keys and values as Transformers hands them to a cache's layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+# Shapes: B batch, G key heads, K keys, P pages, D head size.
+
+# Keys of a page: the tile of the kernels.
+PAGE = 64
+# A growing cache is copied whenever it is full: every 1/32 of its length, so that the room costs 3 % of its memory.
+ROOM = 32
+LEAST_ROOM = 256
+
+
+class _BoundedLayer:
+    """Mixin before a layer of Transformers: bounds of every page of 64 keys.
+
+    They are the smallest and the largest value of every channel, the keys' own and in their dtype, so nothing is
+    rounded; and the largest distance of a key from the middle between them, rounded up. A page has bounds from the
+    moment it is whole; keys after the last whole page are always read.
+    """
+
+    lower: torch.Tensor | None = None
+    upper: torch.Tensor | None = None
+    radius: torch.Tensor | None = None
+    # For how many calls the bounds rest, as they did not help; on the device, where decoding finds that out.
+    idle: torch.Tensor | None = None
+
+    def bounds(self) -> tuple[torch.Tensor, ...] | None:
+        """(lower, upper, radius, idle), bounds (B, G, P, D), radius (B, G, P); None before the first key."""
+        return None if self.lower is None else (self.lower, self.upper, self.radius, self.idle)
+
+    def _make_bounds(self, key_states: torch.Tensor, keys: int) -> None:
+        shape = (*key_states.shape[:2], max(keys // PAGE, 1), key_states.shape[-1])
+        self.lower, self.upper = key_states.new_zeros(shape), key_states.new_zeros(shape)
+        self.radius = torch.zeros(shape[:3], dtype=torch.float32, device=key_states.device)
+        self.idle = torch.zeros(1, dtype=torch.int32, device=key_states.device)
+
+    def _reorder_bounds(self, take) -> None:
+        if self.lower is not None:
+            self.lower, self.upper, self.radius = take(self.lower), take(self.upper), take(self.radius)
+
+    def offload(self) -> None:
+        raise ValueError(f"{type(self).__name__} does not move to the CPU: use a DynamicCache with offloading=True")
+
+
+class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
+    """A `DynamicLayer` with bounds that grows into spare room instead of being copied for every token.
+
+    `keys` and `values` are views of what was written, as in a `StaticLayer`: a shallow copy of the cache shares them.
+    """
+
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Appends (B, G, N, D) and returns all keys and values, (B, G, K, D), without copying them.
+
+        Raises:
+            ValueError: for keys that want a gradient, which what is written in place cannot give.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise ValueError(
+                "a cache with bounds is written in place and keeps no gradient: call the model under "
+                "torch.no_grad(), or use a DynamicCache"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        self._reserve(old, new, key_states, value_states)
+        keys, values = self._room
+        keys[:, :, old:new] = key_states
+        values[:, :, old:new] = value_states
+        self.keys, self.values = keys[:, :, :new], values[:, :, :new]
+        update_page_bounds(self.keys, self.lower, self.upper, self.radius, None, old, new)
+        return self.keys, self.values
+
+    def _reserve(self, old: int, new: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self._room is not None and new <= self._room[0].shape[2]:
+            return
+        size = -(-(new + max(new // ROOM, LEAST_ROOM)) // PAGE) * PAGE
+        known = self.bounds()
+        self._make_bounds(key_states, size)
+        if known is not None:
+            for tensor, before in zip(self.bounds()[:3], known[:3], strict=True):
+                tensor[:, :, : before.shape[2]] = before
+            self.idle = known[3]
+        room = []
+        for held, states in ((self.keys, key_states), (self.values, value_states)):
+            room.append(states.new_empty((*states.shape[:2], size, states.shape[-1])))
+            if old:
+                room[-1][:, :, :old] = held
+        self._room = tuple(room)
+
+    def _take(self, take) -> None:
+        """Takes other rows of the batch, spare room and bounds included."""
+        if self.get_seq_length() > 0:
+            length = self.get_seq_length()
+            self._room = tuple(take(tensor) for tensor in self._room)
+            self.keys, self.values = (tensor[:, :, :length] for tensor in self._room)
+            self._reorder_bounds(take)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._take(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._take(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._take(lambda tensor: tensor[indices, ...])
+
+    def reset(self) -> None:
+        super().reset()
+        self._room = self.lower = self.upper = self.radius = self.idle = None
+
+
+class BoundedStaticLayer(_BoundedLayer, StaticLayer):
+    """A `StaticLayer` with bounds; all of its tensors keep their address, as torch.compile and CUDA graphs want it."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._make_bounds(self.keys, self.max_cache_len)
+        if not torch.compiler.is_compiling():
+            for tensor in self.bounds():
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Writes (B, G, N, D) behind what was written and returns the whole cache, (B, G, max_cache_len, D)."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        update_page_bounds(keys, self.lower, self.upper, self.radius, self.cumulative_length, 0, key_states.shape[-2])
+        return keys, values
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._reorder_bounds(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+class BoundedDynamicCache(DynamicCache):
+    """A `DynamicCache` whose full-attention layers keep bounds of their keys; pass it as `past_key_values`.
+
+    Args:
+        config: the model's config, which says which layers slide: those keep no bounds.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config=config)
+        self.layers = [BoundedDynamicLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+
+class BoundedStaticCache(StaticCache):
+    """A `StaticCache` whose full-attention layers keep bounds of their keys; pass it as `past_key_values`.
+
+    Args:
+        config: the model's config, which says which layers slide: those keep no bounds.
+        max_cache_len: the most tokens it holds, prompt and generated ones together.
+    """
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int):
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self.layers = [
+            BoundedStaticLayer(max_cache_len) if type(layer) is StaticLayer else layer for layer in self.layers
+        ]
+
+
+def page_bounds(cache: Cache | None, layer_idx: int) -> _BoundedLayer | None:
+    """The layer of a cache that keeps bounds, to be asked for them once it is updated; None if this one does not."""
+    if cache is None or layer_idx >= len(getattr(cache, "layers", ())):
+        return None
+    layer = cache.layers[layer_idx]
+    return layer if isinstance(layer, _BoundedLayer) else None
+
+
+def check_cache(cache, config: PreTrainedConfig, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Whether a model of this config can go on from this cache with these inputs (B, N, ...).
+
+    Raises:
+        TypeError: for something that is not a decoder's cache.
+        ValueError: for a cache with another number of layers, on another device, or one that does not hold what the
+            2-D attention mask speaks of.
+    """
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise TypeError(f"past_key_values is a {type(cache).__name__}; sparse attention takes a decoder's Cache")
+    if torch.compiler.is_compiling():
+        return
+    layers, expected = cache.layers, config.num_hidden_layers
+    if len(layers) > expected or (len(layers) < expected and cache.layer_class_to_replicate is None):
+        raise ValueError(
+            f"past_key_values has {len(layers)} layers, the model {expected}: it is of another model. Make one with "
+            f"{type(cache).__name__}(config=model.config, ...)"
+        )
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, CacheLayerMixin):
+            raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
+    if cache.is_initialized and not getattr(cache, "offloading", False) and layers[0].keys.device != inputs.device:
+        raise ValueError(
+            f"past_key_values is on {layers[0].keys.device}, the input on {inputs.device}: move the input, or make "
+            "the cache where the model is"
+        )
+    if attention_mask is None or attention_mask.ndim != 2:
+        return
+    length, covered = cache.get_seq_length(), attention_mask.shape[1]
+    most = cache.get_max_length() if isinstance(cache, StaticCache) else None
+    if isinstance(length, int) and most is None and covered != length + inputs.shape[1]:
+        raise ValueError(
+            f"attention_mask covers {covered} tokens, but the cache holds {length} and the input {inputs.shape[1]}: "
+            "it must cover the cached tokens and the new ones"
+        )
+    if most is not None and not any(cache.is_sliding) and covered > most:
+        raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
+
+
+def check_layer(cache: Cache | None, attention: nn.Module, hidden_states: torch.Tensor) -> None:
+    """Whether an attention layer can append the keys of these hidden states (B, N, ...) to its layer of the cache.
+
+    Raises:
+        ValueError: if that holds keys of another batch, head size or number of heads.
+    """
+    index = attention.layer_idx
+    if torch.compiler.is_compiling() or index >= len(getattr(cache, "layers", ())):
+        return
+    layer = cache.layers[index]
+    if not layer.is_initialized or layer.keys is None or layer.keys.ndim != 4:
+        return
+    heads = attention.config.num_attention_heads // getattr(attention, "num_key_value_groups", 1)
+    head_dim = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+    found = tuple(layer.keys.shape)
+    # A tensor-parallel rank holds a part of the heads.
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    same_heads = found[1] == heads or (parallel and heads % found[1] == 0)
+    if found[0] != hidden_states.shape[0] or found[3] != head_dim or not same_heads:
+        raise ValueError(
+            f"past_key_values holds keys of shape {found} in layer {index}, this model and input need "
+            f"{(hidden_states.shape[0], heads, found[2], head_dim)}: it was filled by another model or for another "
+            "batch. Make a new cache, or reset() it"
+        )
+
+
+def _update_page_bounds(
+    keys: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    radius: torch.Tensor,
+    length: torch.Tensor | None,
+    old: int,
+    new: int,
+) -> None:
+    if keys.is_cuda:
+        from .kernels.decode.pages import update_bounds
+
+        update_bounds(keys, lower, upper, radius, length, old, new)
+        return
+    if length is not None:
+        old, new = int(length) - new, int(length)
+    first, last = old // PAGE, new // PAGE
+    if last > first:
+        pages = keys[:, :, first * PAGE : last * PAGE].unflatten(2, (last - first, PAGE))
+        torch.amin(pages, 3, out=lower[:, :, first:last])
+        torch.amax(pages, 3, out=upper[:, :, first:last])
+        middle = (lower[:, :, first:last].float() + upper[:, :, first:last].float()) * 0.5
+        distance = pages.float() - middle.to(keys.dtype).float().unsqueeze(3)
+        # Rounded up, and in units of the largest difference, as in the kernel.
+        unit = distance.abs().amax((-2, -1))
+        unit = torch.where(unit > 0, unit, 1.0)
+        length = (distance / unit[..., None, None]).square().sum(-1).amax(-1).sqrt()
+        radius[:, :, first:last] = length * unit * 1.0001
+
+
+# Bounds of the pages that became whole when the keys grew from `old` to `new`. With a length tensor, as a static cache
+# counts, it says how many keys there are now and `new` how many were appended: nothing waits for its value.
+_SCHEMA = (
+    "(Tensor keys, Tensor(a!) lower, Tensor(b!) upper, Tensor(c!) radius, Tensor? length, int old, int new) -> ()"
+)
+torch.library.define("hf_sparse_attention::update_page_bounds", _SCHEMA)
+torch.library.impl("hf_sparse_attention::update_page_bounds", "CompositeExplicitAutograd", _update_page_bounds)
+torch.library.register_fake("hf_sparse_attention::update_page_bounds", lambda *arguments: None)
+update_page_bounds = torch.ops.hf_sparse_attention.update_page_bounds.default

@@ -1,0 +1,149 @@
+"""The passes of decoding in order, with their scratch: scores, tau, output, sum of the parts of the splits.
+
+No grid depends on the data and nothing waits for the device, so a CUDA graph can hold them."""
+
+import torch
+import triton
+
+from ..configurations import TILE, processors
+from . import output, scores, threshold
+from .pages import listed_pages
+
+# Rows of one program at most.
+MOST_ROWS = 64
+MOST_SPLITS = 128
+PROGRAMS_PER_PROCESSOR = 4
+
+
+def row_block(rows, precision):
+    """Rows of one program: a power of two from 16, what a tensor core multiplies at least."""
+    # Products without a tensor core hold their operands in registers.
+    most = 16 if precision == "ieee" else MOST_ROWS
+    return min(most, max(16, 1 << (rows - 1).bit_length()))
+
+
+def split_count(group_tiles, device_index):
+    """How many programs share the keys of one key head, at most: a power of two, the same for every length."""
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles
+    return min(MOST_SPLITS, 1 << max(wanted, 1).bit_length() - 1)
+
+
+def division(call):
+    """How a call is divided: row tiles of all key heads, rows of a program, most splits, and the kernels' sizes."""
+    batch, heads, queries, _ = call.query.shape
+    key_heads, keys = call.key.shape[1:3]
+    block = row_block(queries * call.group, call.constants["PRECISION"])
+    row_tiles = triton.cdiv(queries * call.group, block)
+    group_tiles = batch * key_heads * row_tiles
+    most = split_count(group_tiles, call.query.device.index)
+    sizes = (
+        heads,
+        queries,
+        keys,
+        call.key_tiles,
+        min(most, call.key_tiles),
+        row_tiles,
+        min(block, queries * call.group),
+    )
+    return group_tiles, block, most, sizes
+
+
+def pages_read(call, pages):
+    """How many of the pages a call reads, (row tiles of all key heads,)."""
+    group_tiles, block, _, sizes = division(call)
+    maxima = torch.empty((group_tiles, sizes[-1], sizes[3]), dtype=torch.float32, device=call.query.device)
+    launch = launch_of(call.query.element_size(), call.block_dim, block)
+    return listed_pages(call, pages, maxima, sizes, block, launch)[1]
+
+
+def run_passes(call, pages=None):
+    """Output (B, H, N, D), laid out (B, N, H, D), and tau (B, H, N), +inf in rows that see no key.
+
+    pages: None, or the bounds of the keys' pages, (lower, upper), as `pages.listed_pages` takes them.
+    """
+    query, key, value = call.query, call.key, call.value
+    batch, heads, queries, head_dim = query.shape
+    group, device = call.group, query.device
+    group_tiles, block, most, sizes = division(call)
+    tiles, splits, row_tiles, rows = sizes[3:]
+
+    def scratch(*shape, dtype=torch.float32):
+        return torch.empty((group_tiles, *shape), dtype=dtype, device=device)
+
+    stored, maxima = scratch(tiles, rows, TILE), scratch(rows, tiles)
+    slots, lists = scratch(splits, rows, TILE), scratch(rows, tiles, dtype=torch.int32)
+    chosen = scratch(tiles + splits, dtype=torch.int32)
+    parts, counts = scratch(splits, rows, head_dim), scratch(splits, dtype=torch.int32)
+    origin, level = scratch(rows), scratch(rows)
+    tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
+    constants = {name: call.constants[name] for name in ("GROUP", "ALPHA_KIND", "RANGE_KIND", "HAS_ALPHA")}
+    wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
+    masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
+    page_list = page_count = bound = None
+    launch = launch_of(query.element_size(), call.block_dim, block)
+    scores_launch = launch
+    if pages is not None:
+        page_list, page_count, bound = listed_pages(call, pages, maxima, sizes, block, launch)
+        # One stage more: the list is read before the keys it names.
+        scores_launch = {**launch, "num_stages": launch["num_stages"] + 1}
+    scores.scores_kernel[(group_tiles, splits)](
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, page_list, page_count, bound,
+        stored, maxima, slots,
+        call.excess, call.scaling,
+        *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
+        *sizes, head_dim,
+        **constants, **wide, **masks,
+        HAS_LIST=pages is not None,
+        BLOCK_M=block,
+        TILE=TILE,
+        SLACK=scores.SLACK,
+        **scores_launch,
+    )  # fmt: skip
+    threshold.threshold_kernel[(group_tiles * rows,)](
+        call.alpha_tensor, call.visible, bound, stored, maxima, slots, lists, origin, level, tau,
+        call.excess,
+        *call.visible_strides,
+        *sizes,
+        **constants,
+        HAS_LIST=pages is not None,
+        BLOCK_M=block,
+        TILE=TILE,
+        SPLITS=most,
+        SCAN=threshold.SCAN,
+        LISTED=threshold.LISTED,
+        STEPS=threshold.STEPS,
+        TOLERANCE=1e-9 if call.constants["ALPHA_KIND"] == 15 else 1e-7,
+        num_warps=4,
+    )  # fmt: skip
+    output.output_kernel[(group_tiles, splits)](
+        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, chosen, parts, counts,
+        call.excess,
+        *value.stride()[:3], *call.visible_strides,
+        *sizes, head_dim,
+        **constants, **wide,
+        BLOCK_M=block,
+        TILE=TILE,
+        SCAN=output.SCAN,
+        **launch,
+    )  # fmt: skip
+    output.sum_kernel[(group_tiles * rows,)](
+        parts, counts, out,
+        *out.stride()[:3],
+        heads, queries, splits, row_tiles, rows, head_dim,
+        GROUP=group,
+        BLOCK_M=block,
+        BLOCK_D=call.block_dim,
+        PARTS=output.PARTS,
+        num_warps=4,
+    )  # fmt: skip
+    return out, tau
+
+
+def launch_of(element_size, block_dim, block):
+    """Warps and pipeline depth for a tile of keys of this width: three tiles in flight where they fit."""
+    tile_bytes = TILE * block_dim * element_size
+    return {
+        "num_warps": 8 if block * block_dim >= 64 * 128 else 4,
+        "num_stages": 3 if tile_bytes <= 32768 else 2,
+    }

@@ -1,0 +1,155 @@
+"""Stored scores -> tau, one program per row: a lower bound from the maxima of classes of keys, the tiles above it, and
+the safeguarded steps of the training kernels over those tiles, until what is left is below float32's rounding."""
+
+import triton
+import triton.language as tl
+
+from ..forward import last_step
+from ..refine import refine
+from ..tiles import entmax_parameters, row_ranges, weights
+
+STEPS = 5
+# Tiles whose maxima are scanned at once, and listed tiles whose scores are held in registers.
+SCAN = 1024
+LISTED = 32
+
+
+@triton.jit
+def subset_threshold(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, STEPS: tl.constexpr):
+    """A lower bound of tau from some keys of the row, (A, B): Newton from the left, for alpha <= 2 never past tau."""
+    tau = greatest - 1.0
+    if alpha <= 2.0:
+        for _ in range(STEPS):
+            p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+            total = tl.sum(tl.sum(p, 1), 0)
+            slope = tl.sum(tl.sum(u, 1), 0)
+            if ALPHA_KIND == 15:
+                norm_power = tl.sqrt(total)
+            elif ALPHA_KIND == 20:
+                norm_power = 1.0
+            else:
+                norm_power = tl.exp2(tl.log2(tl.maximum(total, 1.0)) * (1.0 - 1.0 / exponent))
+            tau += tl.maximum((total - norm_power) / tl.maximum(slope, 1e-30), 0.0)
+    # Rounding of the steps must not lift the bound above tau.
+    return tau - (1e-6 * tl.abs(tau) + 1e-6)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
+def threshold_kernel(
+    alpha_ptr, visible_ptr, bound_ptr, scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr,
+    excess,
+    stride_vb, stride_vn,
+    heads, queries, keys, tiles, splits, row_tiles, rows,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_LIST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCAN: tl.constexpr,
+    LISTED: tl.constexpr,
+    STEPS: tl.constexpr,
+    TOLERANCE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    group_tile = row // rows
+    key_heads = heads // GROUP
+    index = group_tile % row_tiles * BLOCK_M + row % rows
+    if index >= queries * GROUP:
+        return
+    batch = group_tile // (key_heads * row_tiles)
+    head = group_tile // row_tiles % key_heads * GROUP + index % GROUP
+    query = index // GROUP
+    alpha, exponent, _, _ = entmax_parameters(alpha_ptr, excess, alpha_ptr, 1.0, head, HAS_ALPHA, False)
+    visible_base = visible_ptr
+    if RANGE_KIND == 2:
+        visible_base += batch.to(tl.int64) * stride_vb
+    start, end = row_ranges(visible_base, stride_vn, query, queries, keys, RANGE_KIND=RANGE_KIND)
+    low = start // TILE
+    high = tl.where(end > start, (end + TILE - 1) // TILE, low)
+
+    columns = tl.arange(0, TILE)
+    parts = tl.arange(0, SPLITS)
+    slot_rows = (group_tile.to(tl.int64) * splits + parts) * rows + row % rows
+    slots = tl.load(
+        slots_ptr + slot_rows[:, None] * TILE + columns[None, :], mask=(parts < splits)[:, None], other=float("-inf")
+    )
+    greatest = tl.max(tl.max(slots, 1), 0)
+    empty = greatest == float("-inf")
+    # A finite stand-in for infinity keeps the arithmetic of rows that see no key free of NaN.
+    origin = tl.where(empty, 0.0, greatest)
+    # Counted from the row's maximum, tau lies in [-1, 0): large scores do not cost it digits.
+    tau = subset_threshold(slots - origin, 0.0, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
+    floor = float("-inf")
+    if HAS_LIST:
+        # What was not read has a bound, which stands in for its maximum, of at most this.
+        floor = tl.load(bound_ptr + row) - origin
+        tau = tl.maximum(tau, floor)
+
+    scan = tl.arange(0, SCAN)
+    lists = list_ptr + row.to(tl.int64) * tiles
+    count = 0
+    for base in range(low, high, SCAN):
+        tile = base + scan
+        maxima = tl.load(maxima_ptr + row.to(tl.int64) * tiles + tile, mask=tile < high, other=float("-inf"))
+        alive = (maxima - origin > tau).to(tl.int32)
+        tl.store(lists + count + tl.cumsum(alive, 0) - alive, tile, mask=alive > 0)
+        count += tl.sum(alive, 0)
+    tl.debug_barrier()
+
+    # The first listed tiles stay in registers: mostly there are no others.
+    listed = tl.arange(0, LISTED)
+    scores = scores_ptr + (group_tile.to(tl.int64) * tiles * rows + row % rows) * TILE
+    tile = tl.load(lists + listed, mask=listed < count, other=0).to(tl.int64)
+    held = tl.load(
+        scores + tile[:, None] * rows * TILE + columns[None, :], mask=(listed < count)[:, None], other=float("-inf")
+    )
+    held -= origin
+    lower = tau
+    upper = tau + 1.001
+    # Above alpha = 2 only a closed bracket settles a row: a small step can stand far from the end that is taken.
+    resolution = tl.where(alpha > 2.0, 0.0, 1.5e-7)
+    tolerance = tl.where(alpha > 2.0, 0.0, TOLERANCE)
+    unsettled = (count > 0).to(tl.int32)
+    iteration = 0
+    final = 0
+    # The last round only measures, at the settled point, what is still missing.
+    while unsettled > 0:
+        p, u = weights(held, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        sums = tl.sum(tl.sum(p, 1), 0)
+        slope_sum = tl.sum(tl.sum(u, 1), 0)
+        support = tl.sum(tl.sum(tl.where(u > 0, 1.0, 0.0), 1), 0)
+        for base in range(LISTED, count, LISTED):
+            tile = tl.load(lists + base + listed, mask=base + listed < count, other=0).to(tl.int64)
+            x = tl.load(
+                scores + tile[:, None] * rows * TILE + columns[None, :],
+                mask=(base + listed < count)[:, None],
+                other=float("-inf"),
+            )
+            p, u = weights(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+            sums += tl.sum(tl.sum(p, 1), 0)
+            slope_sum += tl.sum(tl.sum(u, 1), 0)
+            support += tl.sum(tl.sum(tl.where(u > 0, 1.0, 0.0), 1), 0)
+        lower, upper, step, left = refine(
+            tau, lower, upper, sums, slope_sum, support, exponent, alpha, iteration, ALPHA_KIND=ALPHA_KIND, EXACT=True
+        )
+        left = tl.where(tl.abs(step) <= resolution * tl.abs(tau), 0.0, left)
+        correction = last_step(sums, slope_sum, support, exponent, alpha, ALPHA_KIND=ALPHA_KIND)
+        if ALPHA_KIND == 0:
+            # So near the end of the bracket Newton's step is shorter than a key's way to the threshold.
+            near = (alpha > 2.0) & (tl.abs(sums - 1.0) < 1e-6) & (slope_sum > 0)
+            correction = tl.where(near, (sums - 1.0) / (exponent * tl.where(near, slope_sum, 1.0)), correction)
+        point = tau + step
+        # For alpha > 2 the lower end: rounding must not lose a key at the threshold, whose slope is nearly infinite.
+        if ALPHA_KIND == 0:
+            point = tl.where((alpha > 2.0) & (left <= tolerance), lower, point)
+        tau = tl.where(final > 0, tau + correction, point)
+        unsettled = (final == 0).to(tl.int32)
+        iteration += 1
+        final = ((left <= tolerance) | (iteration >= 90)).to(tl.int32)
+    tau = tl.where(empty, float("inf"), tl.maximum(tau, floor))
+    tl.store(origin_ptr + row, origin)
+    tl.store(level_ptr + row, tau)
+    tl.store(tau_ptr + (batch.to(tl.int64) * heads + head) * queries + query, origin + tau)

@@ -1,0 +1,111 @@
+"""Compiles every kernel that a call would launch, for a card that is not here -> registers, stack, shared memory.
+Run in a process of its own, as Triton must not be interpreted: `python tests/compile_without_gpu.py`."""
+
+import functools
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
+    torch.uint8: "*u8", torch.int64: "*i64",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+
+def _compile(function, arguments, keywords):
+    bound = inspect.signature(function.fn).bind(*arguments, **{k: v for k, v in keywords.items() if k not in OPTIONS})
+    signature, constants, attributes = {}, {}, {}
+    for index, (parameter, (name, value)) in enumerate(zip(function.params, bound.arguments.items(), strict=True)):
+        wide = [["tt.divisibility", 16]]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(index,)] = TYPES[value.dtype], wide
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[(index,)] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = wide
+    options = {name: keywords[name] for name in OPTIONS if name in keywords}
+    return triton.compile(ASTSource(function, signature, constants, attributes), target=TARGET, options=options)
+
+
+def _resources(compiled):
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return {
+        "registers": registers, "stack": stack, "shared": compiled.metadata.shared,
+        "asynchronous": compiled.asm["ptx"].count("cp.async.c"), "tensor": compiled.asm["ptx"].count("mma"),
+    }  # fmt: skip
+
+
+def launches(call):
+    """[(kernel, warps, resources)] of what `call()` would launch, on CPU tensors."""
+    found = []
+
+    def capture(function, grid):
+        def launch(*arguments, **keywords):
+            resources = _resources(_compile(function, arguments, keywords))
+            found.append((function.fn.__name__, keywords.get("num_warps", 4), resources))
+
+        return launch
+
+    original, JITFunction.__getitem__ = JITFunction.__getitem__, capture
+    try:
+        call()
+    finally:
+        JITFunction.__getitem__ = original
+    return found
+
+
+def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, keys=4096):
+    """The launches of a decoding call; alpha 0 stands for one alpha per head."""
+    from hf_sparse_attention.kernels import decode
+
+    decode.run_passes.__globals__["processors"] = lambda index: 132
+    dtype = getattr(torch, name)
+    query = torch.empty(1, heads, queries, dim, dtype=dtype)
+    key = torch.empty(1, key_heads, keys, dim, dtype=dtype)
+    bounds = torch.empty(1, key_heads, keys // 64, dim, dtype=dtype) if pages else None
+    visible = torch.tensor([0, keys], dtype=torch.int32).expand(1, queries, 2).contiguous()
+    call = functools.partial(
+        decode.decode_call, query, key, key, float(alpha), None if alpha else torch.ones(heads), dim**-0.5,
+        True, visible, torch.ones(heads) if slopes else None,
+        torch.ones(1, 1, queries, keys, dtype=torch.bool) if mask else None, bounds, bounds,
+        None if bounds is None else torch.empty(bounds.shape[:3]),
+        torch.zeros(1, dtype=torch.int32) if pages else None,
+    )  # fmt: skip
+    return launches(call)
+
+
+def main(words):
+    """Words such as bfloat16:128:32:8:1:1.5:0:0:0 -> a line per kernel."""
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
+    for word in words:
+        name, *numbers = word.split(":")
+        numbers = [float(number) if "." in number else int(number) for number in numbers]
+        for kernel, warps, resources in decoding(name, *numbers):
+            print(word, kernel, warps, *(f"{key}={value}" for key, value in resources.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

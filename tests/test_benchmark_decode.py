@@ -1,0 +1,72 @@
+"""The decoding benchmark without a GPU: its inputs, rows and files, with a timer that only counts."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import families
+
+from hf_sparse_attention import benchmark, benchmark_decode, cli, reference
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="runs whole on a GPU: hf-sparse-attention benchmark --decode"
+    ),
+]
+
+
+def small(tmp_path, **changes):
+    settings = {
+        "decode": True, "cache_lengths": [128, 256], "batches": [2], "noise": [0.0, 0.9], "heads": 4, "kv_heads": 2,
+        "head_dim": 16, "dtype": "float32", "new_tokens": 3, "output_dir": str(tmp_path / "out"),
+    }  # fmt: skip
+    return benchmark.BenchmarkArguments(**{**settings, **changes})
+
+
+def test_rows_tables_and_files(tmp_path, capsys):
+    arguments, timed = small(tmp_path), []
+
+    def timer(call):
+        call()
+        timed.append(call)
+        return float(len(timed))
+
+    rows = benchmark_decode.benchmark_decoding(arguments, device="cpu", timer=timer, shape=families.COMMON)
+    saved = json.loads((tmp_path / "out" / "decode.json").read_text())
+    assert saved["rows"] + saved["generation"] == rows and saved["device"] == "cpu"
+    steps = saved["rows"]
+    names = [benchmark_decode.OURS, benchmark_decode.BOUNDED, "eager"]
+    assert [row["implementation"] for row in steps] == names * 4
+    assert all(row["error"] < 1e-5 for row in steps if row["implementation"] != "eager")
+    # Keys without noise lie on their page's code: only the pages aimed at are read.
+    by_noise = {row["noise"]: row["pages_read"] for row in steps if row["implementation"] == names[1]}
+    assert by_noise[0.0] < by_noise[0.9] <= 1
+    # Softmax is timed once for all noises.
+    assert len(timed) == 2 * (2 + 2 + 1)
+    generated = saved["generation"]
+    assert [row["length"] for row in generated] == [128] * 3 + [256] * 3
+    assert all(row["tokens_per_second"] > 0 for row in generated) and generated[0]["ratio"] == 1
+    text = capsys.readouterr().out
+    assert "pages read" in text and "tokens/s" in text
+    assert (tmp_path / "out" / "decode.png").stat().st_size > 1000
+
+
+def test_inputs_are_those_of_the_training_benchmark(tmp_path):
+    query, key, value = benchmark_decode.cache_inputs(small(tmp_path), 256, 1, 0.3, "cpu")
+    assert query.shape == (1, 4, 1, 16) and key.shape == value.shape == (1, 2, 256, 16)
+    weights = reference.attention_weights(query, key)[0, :, 0].unflatten(1, (4, 64)).sum(-1)
+    # Every head's weight lies in its own block of keys, the last, and in one earlier.
+    assert ((weights > 0.02).sum(-1) <= 2).all() and (weights[:, -1] > 0.1).all()
+
+
+def test_the_command_refuses_without_a_gpu_and_names_bad_values(capsys):
+    assert cli.main(["benchmark", "--decode"]) == 2
+    assert "no CUDA or ROCm device" in capsys.readouterr().err
+    assert cli.main(["benchmark", "--decode", "--cache_lengths", "100"]) == 2
+    assert "cache_lengths has 100" in capsys.readouterr().err
+    assert cli.main(["benchmark", "--decode", "--batches", "0"]) == 2
+    assert "batches is [0]" in capsys.readouterr().err

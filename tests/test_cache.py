@@ -1,0 +1,252 @@
+"""Caches with bounds generate what every other cache does, keep true bounds, and wrong caches are refused."""
+
+import copy
+
+import families
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+import hf_sparse_attention as hsa
+from hf_sparse_attention.attention import implementation
+from hf_sparse_attention.cache import PAGE, BoundedDynamicLayer, BoundedStaticLayer, page_bounds
+
+KINDS = ("dynamic", "static")
+
+
+def new_cache(kind, model, room=256):
+    if kind == "dynamic":
+        return hsa.BoundedDynamicCache(model.config)
+    return hsa.BoundedStaticCache(model.config, max_cache_len=room)
+
+
+@pytest.fixture(scope="module")
+def model():
+    dense = families.dense_model("llama", max_position_embeddings=512)
+    return families.stir(families.sparse_model(dense, "asentmax"))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    """100 tokens for two, of which the first has 30 of padding on its left."""
+    ids, mask = families.tokens(2, 100), torch.ones(2, 100, dtype=torch.long)
+    ids[0, :30] = mask[0, :30] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "disable_compile": True}
+
+
+def check_bounds(cache, length):
+    """The bounds of the whole pages are those of the keys."""
+    for layer in cache.layers:
+        if not isinstance(layer, (BoundedDynamicLayer, BoundedStaticLayer)):
+            continue
+        lower, upper, radius, _ = layer.bounds()
+        assert int(layer.get_seq_length()) == length
+        whole = length // PAGE
+        pages = layer.keys[:, :, : whole * PAGE].unflatten(2, (whole, PAGE))
+        assert torch.equal(lower[:, :, :whole], pages.amin(3)) and torch.equal(upper[:, :, :whole], pages.amax(3))
+        middle = (lower + upper)[:, :, :whole, None] / 2
+        farthest = (pages - middle).norm(dim=-1).amax(-1)
+        assert (radius[:, :, :whole] >= farthest).all() and (radius[:, :, :whole] <= farthest * 1.001 + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 33}, {"num_return_sequences": 2, "num_beams": 2}], ids=str
+)
+def test_generation_equals_that_of_a_plain_cache(kind, how, model, prompt):
+    expected = model.generate(**prompt, **GREEDY, **how)
+    cache = new_cache(kind, model)
+    assert torch.equal(model.generate(**prompt, **GREEDY, **how, past_key_values=cache), expected)
+    check_bounds(cache, 139)
+
+
+@pytest.mark.parametrize("cache", [None, "dynamic"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_assisted_generation_equals_greedy(family, cache, model):
+    if family != "llama":
+        model = families.stir(families.sparse_model(families.dense_model(family, max_position_embeddings=512)))
+    assistant = families.stir(families.sparse_model(families.dense_model(family, max_position_embeddings=512)), seed=2)
+    ids = families.tokens(1, 70)
+    expected = model.generate(ids, **GREEDY)
+    how = {} if cache is None else {"past_key_values": new_cache(cache, model)}
+    assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY, **how), expected)
+    found = model.generate(ids, prompt_lookup_num_tokens=5, **GREEDY, **({} if cache is None else {
+        "past_key_values": new_cache(cache, model)}))  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_families_and_windows(family, kind):
+    model = families.stir(families.sparse_model(families.dense_model(family, max_position_embeddings=512)))
+    ids = families.tokens(2, 70)
+    cache = new_cache(kind, model)
+    how = {**GREEDY, "max_new_tokens": 8}
+    assert torch.equal(model.generate(ids, **how, past_key_values=cache), model.generate(ids, **how))
+    # A sliding layer's keys move from page to page, and are few.
+    for index, layer in enumerate(cache.layers):
+        bounded = page_bounds(cache, index) is not None
+        assert bounded == (not layer.is_sliding) and (not bounded or layer.bounds() is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_and_steps_equal_the_full_pass(kind, model, prompt):
+    """Prefill in chunks, then steps of several tokens: the same logits, whose factor knows how many keys each sees."""
+    ids, mask = prompt["input_ids"], prompt["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(**prompt, position_ids=positions, use_cache=False).logits
+        cache, found, start = new_cache(kind, model), [], 0
+        for piece in (1, 50, 30, 5, 1, 13):
+            part = slice(start, start + piece)
+            start += piece
+            found.append(
+                model(ids[:, part], attention_mask=mask[:, :start], position_ids=positions[:, part],
+                      past_key_values=cache).logits
+            )  # fmt: skip
+    torch.testing.assert_close(torch.cat(found, 1)[mask > 0], expected[mask > 0], atol=1e-4, rtol=1e-4)
+    check_bounds(cache, 100)
+
+
+def test_cropping_and_going_on(model):
+    ids, other = families.tokens(1, 150), families.tokens(1, 150, seed=5)
+    cache = new_cache("dynamic", model)
+    with torch.no_grad():
+        model(ids[:, :140], past_key_values=cache)
+        for keep in (130, 127, 60):
+            cache.crop(keep - cache.get_seq_length())
+            found = model(other[:, keep : keep + 10], past_key_values=cache).logits
+            full = torch.cat([ids[:, :keep], other[:, keep : keep + 10]], 1)
+            torch.testing.assert_close(found, model(full, use_cache=False).logits[:, keep:], atol=1e-4, rtol=1e-4)
+            check_bounds(cache, keep + 10)
+            ids = full
+
+
+def test_selecting_repeating_and_copying(model):
+    ids = families.tokens(3, 130)
+    cache = new_cache("dynamic", model)
+    with torch.no_grad():
+        model(ids[:, :129], past_key_values=cache)
+        kept = copy.deepcopy(cache)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        check_bounds(cache, 129)
+        cache.batch_repeat_interleave(2)
+        check_bounds(cache, 129)
+        cache.reorder_cache(torch.tensor([3, 3, 0, 1]))
+        check_bounds(cache, 129)
+        rows = [0, 0, 2, 2]
+        found = model(ids[rows, 129:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids[rows], use_cache=False).logits[:, 129:], atol=1e-4, rtol=1e-4)
+        # The copy shares nothing with what was changed since.
+        found = model(ids[:, 129:], past_key_values=kept).logits
+        torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 129:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset_forgets(kind, model):
+    cache = new_cache(kind, model)
+    ids = families.tokens(1, 90)
+    with torch.no_grad():
+        model(families.tokens(1, 200, seed=3), past_key_values=cache)
+        cache.reset()
+        found = model(ids, past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    check_bounds(cache, 90)
+
+
+def test_memory_of_a_long_cache():
+    layer = BoundedDynamicLayer()
+    keys = torch.zeros(1, 1, 131072, 8, dtype=torch.float16)
+    layer.update(keys, keys)
+    token = keys[:, :, :1]
+    for _ in range(100):
+        layer.update(token, token)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values, *layer.bounds()))
+    plain = 2 * layer.keys.numel() * layer.keys.element_size()
+    assert held <= 1.07 * plain
+
+
+def test_steps_do_not_copy_the_cache():
+    layer, token = BoundedDynamicLayer(), torch.randn(1, 2, 1, 8)
+    layer.update(*[torch.randn(1, 2, 100, 8)] * 2)
+    addresses = {layer.update(token, token)[0].data_ptr() for _ in range(200)}
+    assert len(addresses) == 1
+
+
+def test_keys_that_want_a_gradient_are_refused(model):
+    with pytest.raises(ValueError, match="keeps no gradient"):
+        model(families.tokens(1, 5), past_key_values=new_cache("dynamic", model))
+
+
+def test_offloading_is_refused(model):
+    cache = new_cache("dynamic", model)
+    with pytest.raises(ValueError, match="offloading=True"):
+        cache.layers[0].offload()
+
+
+def cache_of(**changes):
+    """A cache that a model of other sizes has filled."""
+    other = families.sparse_model(families.dense_model("llama", **changes))
+    cache = DynamicCache(config=other.config)
+    with torch.no_grad():
+        other(families.tokens(2, 5), past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"num_hidden_layers": 3}, "has 3 layers, the model 2"),
+        ({"num_hidden_layers": 1}, "has 1 layers, the model 2"),
+        ({"num_key_value_heads": 4}, r"shape \(2, 4, 5, 8\)"),
+        ({"head_dim": 16}, r"shape \(2, 2, 5, 16\)"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused_untouched(changes, reason, model):
+    cache = cache_of(**changes)
+    before = [layer.keys for layer in cache.layers]
+    with pytest.raises(ValueError, match=reason), torch.no_grad():
+        model(families.tokens(2, 1), past_key_values=cache)
+    assert all(layer.keys is keys for layer, keys in zip(cache.layers, before, strict=True))
+
+
+def test_other_faults_are_named_before_anything_is_written(model):
+    cache, ids = cache_of(), families.tokens(2, 1)
+
+    def refused(kind, reason, ids=ids, cache=cache, **arguments):
+        with pytest.raises(kind, match=reason), torch.no_grad():
+            model(ids, past_key_values=cache, **arguments)
+
+    refused(ValueError, "another batch", ids=families.tokens(3, 1))
+    for covered in (5, 9):
+        mask = torch.ones(2, covered, dtype=torch.long)
+        refused(ValueError, f"covers {covered} tokens, but the cache holds 5 and the input 1", attention_mask=mask)
+    static = StaticCache(config=model.config, max_cache_len=8)
+    refused(ValueError, "covers 9 tokens, but the cache has room for 8", cache=static,
+            attention_mask=torch.ones(2, 9, dtype=torch.long))  # fmt: skip
+    refused(TypeError, "EncoderDecoderCache", cache=EncoderDecoderCache(cache, DynamicCache()))
+    refused(TypeError, "a tuple", cache=((torch.zeros(2, 2, 5, 8),) * 2,) * 2)
+    for layer in cache.layers:
+        layer.keys = layer.keys.to("meta")
+    refused(ValueError, "is on meta, the input on cpu")
+    assert all(layer.get_seq_length() == 5 for layer in cache.layers)
+
+
+def test_a_static_cache_does_not_recompile_as_it_fills(model):
+    """One graph for all steps: the length is a tensor, also for the bounds."""
+    cache, ids = new_cache("static", model), families.tokens(1, 130)
+    expected = model(ids, use_cache=False).logits
+    step = torch.compile(model, backend="eager", dynamic=False)
+    with torch.no_grad():
+        model(ids[:, :60], past_key_values=cache)
+        for index in range(60, 130):
+            mask = torch.tensor([[0, index + 1]], dtype=torch.int32)[None, None]
+            arguments = {"attention_mask": mask, "position_ids": torch.tensor([[index]]), "past_key_values": cache}
+            with torch._dynamo.config.patch(error_on_recompile=index > 61), implementation("reference"):
+                found = step(ids[:, index : index + 1], **arguments).logits
+            if index > 126:
+                torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
+    check_bounds(cache, 130)

@@ -1,0 +1,418 @@
+"""Decoding kernels beside the reference: compiled on a GPU, else in Triton's interpreter."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import families  # noqa: E402
+from bounds import check_against_reference  # noqa: E402
+from kernel_cases import random_case  # noqa: E402
+from test_kernels import CUDA, DEVICE, DTYPES, HALF, poisoned, randn, same_products  # noqa: E402, F401
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
+
+import hf_sparse_attention as hsa  # noqa: E402
+from hf_sparse_attention import attention, reference  # noqa: E402
+from hf_sparse_attention.cache import PAGE  # noqa: E402
+from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
+from hf_sparse_attention.kernels.configurations import TILE  # noqa: E402
+from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
+from hf_sparse_attention.kernels.decode.launch import listed_pages, run_passes  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+LENGTHS = (1, 64, 100, 333, 1000, 4097, 20000) if CUDA else (1, 63, 64, 130, 333, 700)
+FEW = (1, 1, 1, 2, 5, 16)
+
+
+@pytest.fixture(autouse=True)
+def on_these_kernels():
+    with decode.decoding(True):
+        yield
+
+
+def test_a_card_that_was_not_measured_runs_the_forward_of_training(monkeypatch):
+    """Unless the cache has bounds of its pages, which is asking for these kernels."""
+    ran = []
+
+    def noticed(*arguments):
+        ran.append("decode")
+        return decode.entmax_decode(*arguments)
+
+    monkeypatch.setattr("hf_sparse_attention.kernels.entmax_decode", noticed)
+    query, key, value = randn(1, 4, 2, 16, seed=1), randn(1, 2, 130, 16, seed=2), randn(1, 2, 130, 16, seed=3)
+    expected = entmax_attention(query, key, value)[0]
+    assert ran == ["decode"]
+    with decode.decoding(False):
+        torch.testing.assert_close(entmax_attention(query, key, value)[0], expected, atol=2e-3, rtol=0)
+        assert ran == ["decode"]
+        entmax_attention(query, key, value, pages=bounds_of(key))
+        assert ran == ["decode", "decode"]
+
+
+def bounds_of(key, length=None):
+    """(lower, upper, radius) of the whole pages by the kernel; one more page, which must not be read, is NaN."""
+    length = key.shape[2] if length is None else length
+    lower, upper = (key.new_full((*key.shape[:2], key.shape[2] // TILE + 1, key.shape[3]), torch.nan) for _ in "lu")
+    radius = torch.full(lower.shape[:3], torch.nan, device=key.device)
+    page_kernels.update_bounds(key, lower, upper, radius, None, 0, length)
+    return lower, upper, radius
+
+
+@torch.no_grad()
+def check(case, pages):
+    def attend(query, key, value, **arguments):
+        return entmax_attention(query, key, value, pages=bounds_of(key) if pages else None, **arguments)
+
+    return check_against_reference(attend, case.query, case.key, case.value, **case.arguments)
+
+
+# Seed 0 has alpha 4 and a key whose score is 4e-7 above tau: float32's rounding decides its weight, for both.
+@pytest.mark.parametrize("seed", range(1, 60 if CUDA else 9))
+@pytest.mark.parametrize("pages", [False, True], ids=["plain", "pages"])
+def test_random_calls(seed, pages, poisoned):  # noqa: F811
+    check(
+        random_case(
+            seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << (20 if CUDA else 14)
+        ),
+        pages,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2000, 2300))
+def test_many_random_calls(seed, poisoned):  # noqa: F811
+    lengths = (1, 111, 4097, 20000) if seed % 3 else (65536, 131072, 200000)
+    case = random_case(seed, device=DEVICE, lengths=lengths, few=FEW, dtypes=DTYPES, budget=1 << 23)
+    check(case, pages=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0])
+def test_values_without_weight_are_not_read(alpha, poisoned):  # noqa: F811
+    query, key, value = randn(1, 4, 1, 16, seed=1) * 3, randn(1, 2, 500, 16, seed=2), randn(1, 2, 500, 16, seed=3)
+    expected, _ = entmax_attention(query, key, value, alpha=alpha)
+    weights = reference.attention_weights(query.float(), key.float(), alpha=alpha)
+    # Far enough from the threshold that rounding does not decide.
+    hidden = (weights.unflatten(1, (2, 2)).amax((2, 3)) == 0)[..., None].expand_as(value)
+    assert 0.5 < hidden.float().mean() < 1
+    found, _ = entmax_attention(query, key, value.masked_fill(hidden, torch.nan), alpha=alpha)
+    assert torch.equal(found, expected)
+
+
+def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # noqa: F811
+    codes = randn(1, 1, 12, 16, seed=4) * 3
+    key = (codes.repeat_interleave(TILE, 2) + randn(1, 1, 12 * TILE, 16, seed=5) * 0.1)[:, :, :-10]
+    query, value = (codes[:, :, 3:4] / 2).repeat(1, 2, 1, 1), randn(*key.shape, seed=6)
+    expected, expected_tau = entmax_attention(query, key, value)
+    pages, counts = bounds_of(key), []
+
+    def spy(*arguments):
+        counts.append(listed_pages(*arguments))
+        return counts[-1]
+
+    monkeypatch.setitem(run_passes.__globals__, "listed_pages", spy)
+    broken_key, broken_value = key.clone(), value.clone()
+    for page in range(11):
+        if page != 3:
+            broken_key[:, :, page * TILE : (page + 1) * TILE] = torch.nan
+            broken_value[:, :, page * TILE : (page + 1) * TILE] = torch.nan
+    found, tau = entmax_attention(query, broken_key, broken_value, pages=pages)
+    # The page aimed at, and the last one, which is not whole; seeds may be read elsewhere, but weigh nothing.
+    assert counts[0][0][0, : counts[0][1][0]].tolist() == [3, 11]
+    assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
+
+
+def test_bounds_that_do_not_help_rest_and_are_tried_again():
+    query, key, value = randn(1, 2, 1, 16, seed=1) / 10, randn(1, 1, 700, 16, seed=2), randn(1, 1, 700, 16, seed=3)
+    idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    lower, upper, radius = bounds_of(key)
+    expected = entmax_attention(query, key, value)[0]
+    for left in (page_kernels.REST, page_kernels.REST - 1):
+        found = entmax_attention(query, key, value, pages=(lower, upper, radius, idle))[0]
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        assert idle.item() == left
+        # While they rest they are not read: wrong ones change nothing.
+        lower, upper = torch.full_like(lower, 9.0), torch.full_like(upper, -9.0)
+    idle.fill_(1)
+    entmax_attention(query, key, value, pages=(lower, upper, radius, idle))
+    assert idle.item() == 0
+    # Keys of one page are far above the others: from then on the bounds are used.
+    key[:, :, 64:128] += 4 * query[:, :1].sign()
+    query = query[:, :1].repeat(1, 2, 1, 1) * 50
+    for _ in range(2):
+        entmax_attention(query, key, value, pages=(*bounds_of(key), idle))
+        assert idle.item() == 0
+
+
+# What keys could break a bound: heavy tails, one huge channel, equal keys, both signs of zero, flipped signs, the
+# largest and the smallest numbers.
+ADVERSARIES = {
+    "random": lambda x: x,
+    "heavy tails": lambda x: x / x.roll(1, 2).abs().clamp(min=1e-2),
+    "one channel": lambda x: x * (1 + 100 * (torch.arange(x.shape[-1], device=x.device) == 2)),
+    "constant": lambda x: x[:, :, :1].expand_as(x).contiguous(),
+    "flipped": lambda x: x[:, :, :1] * torch.where(torch.arange(x.shape[2], device=x.device) % 2 > 0, 1, -1)[:, None],
+    "zeros": lambda x: torch.where(x > 0, 0.0, -0.0).to(x.dtype),
+    "huge": lambda x: x * 2000,
+    "tiny": lambda x: x * 1e-6,
+    "one of each page": lambda x: x * (torch.arange(x.shape[2], device=x.device) % TILE == 7)[:, None],
+    "rounded": lambda x: (x * 8).round() / 8,
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_no_keys_break_the_bounds(name, poisoned):  # noqa: F811
+    for seed in range(40 if CUDA else 2):
+        dtype = DTYPES[seed % len(DTYPES)]
+        shape = (1, 1, (200, 333, 129)[seed % 3], (16, 32, 24)[seed % 3])
+        key = ADVERSARIES[name](randn(*shape, dtype=torch.float32, seed=seed)).to(dtype)
+        query = (randn(1, 2, 1 + seed % 2, shape[-1], seed=seed + 50) * (0.3, 1, 5)[seed % 3]).to(dtype)
+        value = randn(*shape, dtype=torch.float32, seed=seed + 90).to(dtype)
+        for alpha in (1.5, 2.0, 1.2, 3.0) if CUDA else (1.5, 2.0, 1.2)[seed : seed + 1]:
+            expected, expected_tau = entmax_attention(query, key, value, alpha=alpha)
+            found, tau = entmax_attention(query, key, value, alpha=alpha, pages=bounds_of(key))
+            torch.testing.assert_close(tau, expected_tau, atol=1e-6, rtol=1e-6)
+            eps = torch.finfo(dtype).eps if alpha <= 2 else 1e-2
+            torch.testing.assert_close(found, expected, atol=4 * eps, rtol=4 * eps)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_numbers_whose_squares_vanish_or_overflow_keep_their_bounds(scale):
+    query, key, value = (randn(1, 1, length, 16, dtype=torch.float32, seed=length) for length in (1, 450, 451))
+    query, key = query * 3 / scale, key * scale
+    expected = entmax_attention(query, key, value[:, :, :450])[0]
+    found = entmax_attention(query, key, value[:, :, :450], pages=bounds_of(key))[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bound_that_is_too_tight_shows():
+    """What the search above looks for can be seen: bounds that hold for no key lose the keys."""
+    query, key, value = randn(1, 1, 1, 16, seed=1) * 3, randn(1, 1, 400, 16, seed=2), randn(1, 1, 400, 16, seed=3)
+    lower, upper, radius = bounds_of(key)
+    pages = [torch.full_like(bounds, -9.0) * query[:, :, :1].sign() for bounds in (lower, upper)] + [radius]
+    expected = entmax_attention(query, key, value)[0]
+    assert not torch.allclose(entmax_attention(query, key, value, pages=pages)[0], expected, atol=1e-2)
+    # A radius that is too short loses them alike.
+    found = entmax_attention(query, key, value, pages=(lower, upper, torch.zeros_like(radius)))[0]
+    assert not torch.allclose(found, expected, atol=1e-2)
+
+
+def test_keys_that_are_no_numbers_are_not_hidden():
+    query, key, value = (randn(1, 1, length, 16, seed=length) for length in (1, 300, 300))
+    key[0, 0, 70, 3] = torch.nan
+    lower, upper, radius = bounds_of(key)
+    assert radius[0, 0, 1].isnan() and not radius[0, 0, 0].isnan()
+    assert lower[0, 0, 1, 3].isnan() and upper[0, 0, 1, 3].isnan() and not lower[0, 0, 0].isnan().any()
+    call_maxima = {}
+
+    def spy(call, pages, maxima, *arguments):
+        result = listed_pages(call, pages, maxima, *arguments)
+        call_maxima["listed"] = result[0][0, : result[1][0]].tolist()
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run_passes.__globals__, "listed_pages", spy)
+        entmax_attention(query, key, value, pages=(lower, upper, radius))
+    assert 1 in call_maxima["listed"]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_bounds_grow_with_the_keys(static):
+    """By the kernel, in pieces of any length, as a growing or a static cache counts."""
+    key = randn(2, 2, 400, 24, seed=7)
+    lower, upper = (key.new_full((2, 2, 6, 24), torch.nan) for _ in "lu")
+    radius, length = torch.full((2, 2, 6), torch.nan, device=DEVICE), 0
+    for piece in (1, 62, 1, 64, 130, 5, 100, 1):
+        length += piece
+        now = torch.tensor(length, device=DEVICE)
+        old, new = (0, piece) if static else (length - piece, length)
+        page_kernels.update_bounds(key, lower, upper, radius, now if static else None, old, new)
+    whole = length // TILE
+    pages = key[:, :, : whole * TILE].unflatten(2, (whole, TILE))
+    assert torch.equal(lower[:, :, :whole], pages.amin(3)) and torch.equal(upper[:, :, :whole], pages.amax(3))
+    assert all(bounds[:, :, whole:].isnan().all() for bounds in (lower, upper, radius))
+    middle = ((lower.float() + upper.float()) / 2).to(key.dtype).double()[:, :, :whole, None]
+    farthest = (pages.double() - middle).norm(dim=-1).amax(-1)
+    assert (radius[:, :, :whole] >= farthest).all() and (radius[:, :, :whole] <= farthest * 1.001).all()
+    assert PAGE == TILE
+
+
+def test_caches_of_any_strides_and_a_length_on_the_device(poisoned):  # noqa: F811
+    """A static cache's tail is not read, whatever it holds, and the result is that of the written keys alone."""
+    room = torch.full((2, 300, 2, 16), torch.nan, dtype=HALF, device=DEVICE).transpose(1, 2)
+    key, value = room.clone(memory_format=torch.preserve_format), room
+    key[:, :, :201], value[:, :, :201] = randn(2, 2, 201, 16, seed=1), randn(2, 2, 201, 16, seed=2)
+    query = randn(2, 3, 4, 16, seed=3).transpose(1, 2)
+    visible = torch.tensor([[[0, 199], [0, 200], [0, 201]], [[0, 0], [50, 51], [50, 201]]], device=DEVICE)
+    found, tau = entmax_attention(query, key, value, visible=visible, pages=bounds_of(key, 201))
+    expected, expected_tau = entmax_attention(query, key[:, :, :201], value[:, :, :201], visible=visible)
+    assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
+    assert (found[1, :, 0] == 0).all() and torch.isposinf(tau[1, :, 0]).all()
+
+
+def test_two_runs_give_the_same_bits(poisoned):  # noqa: F811
+    case = random_case(1, device=DEVICE, lengths=(700,), few=(3,), dtypes=(HALF,), mask="packed")
+    first, second = (entmax_attention(case.query, case.key, case.value, **case.arguments) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+
+
+def test_the_operator_is_registered_whole():
+    query, key = randn(1, 4, 1, 16), randn(1, 2, 130, 16)
+    idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    arguments = (query, key, key, 1.5, None, 0.25, True, None, None, None, *bounds_of(key), idle)
+    operator = torch.ops.hf_sparse_attention.entmax_decode.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_wrong_bounds_are_refused():
+    query, key = randn(1, 2, 1, 16), randn(1, 2, 200, 16)
+    lower, upper, radius = bounds_of(key)
+    for wrong, reason in (
+        (lower[:, :, :2], r"need \(1, 2, 3, 16\)"),
+        (lower[:, :1], "shape"),
+        (lower.double(), "float64"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            entmax_attention(query, key, key, pages=(wrong, upper, radius))
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_for_hopper():
+    """Without a GPU: what registers cannot hold would show as a stack, and shared memory has a limit."""
+    calls = [
+        "bfloat16:128:32:8:1:1.5:1:0:0", "float16:128:32:8:1:2.0:0:0:0", "bfloat16:128:32:8:16:1.5:1:0:0",
+        "bfloat16:64:32:8:1:1.333:1:1:0", "float16:80:32:4:4:2.0:0:0:1", "float32:128:32:8:1:1.5:1:0:0",
+        "bfloat16:256:8:1:16:1.5:0:0:0", "float16:8:2:2:1:3.0:1:0:0", "float32:256:8:2:16:0:1:1:1",
+    ]  # fmt: skip
+    script = Path(__file__).parent / "compile_without_gpu.py"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(script.parents[1]), "TRITON_DEFAULT_FP_FUSION": "1"}
+    lines = subprocess.run(
+        [sys.executable, script, *calls], capture_output=True, text=True, check=True, env=environment
+    ).stdout.splitlines()
+    assert {line.split()[0] for line in lines} == set(calls)
+    for line in lines:
+        numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
+        assert numbers["shared"] <= 227 * 1024, line
+        # float32 pays for exact products, as in the training kernels.
+        assert numbers["stack"] <= (128 if "float32" not in line else 8192), line
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pages", [False, True])
+def test_a_cuda_graph_replays_as_the_cache_fills(pages):
+    key, value = randn(2, 2, 5000, 64, seed=1), randn(2, 2, 5000, 64, seed=2)
+    query = randn(2, 8, 1, 64, seed=3)
+    visible = torch.tensor([[[0, 1000]], [[17, 1000]]], dtype=torch.int32, device=DEVICE)
+    bounds = bounds_of(key) if pages else None
+
+    def step():
+        return entmax_attention(query, key, value, visible=visible, pages=bounds)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for length in (1001, 1024, 4999, 5000):
+        visible[:, :, 1] = length
+        query.copy_(randn(2, 8, 1, 64, seed=length))
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """Models decode on the kernels also where these are interpreted."""
+    monkeypatch.setattr(attention, "_kernels_refuse", lambda query, key, value, **arguments: None)
+
+
+ROWS = [("qwen2", "rope", kind) for kind in ("dynamic", "static", "plain", "plain static")]
+
+
+@pytest.mark.parametrize("family, position, kind", [*ROWS, ("llama", "nape", "static")])
+def test_a_model_decodes_on_the_kernels(family, position, kind, kernels_everywhere, poisoned):  # noqa: F811
+    """Left padding, windows, ALiBi and grouped heads; steps of one token and of several, as in assisted generation."""
+    model = families.stir(families.sparse_model(families.dense_model(family), "asentmax", position=position)).to(
+        DEVICE
+    )
+    ids, mask = families.tokens(2, 140).to(DEVICE), torch.ones(2, 140, dtype=torch.long, device=DEVICE)
+    ids[0, :70] = mask[0, :70] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    caches = {
+        "dynamic": lambda: hsa.BoundedDynamicCache(model.config),
+        "static": lambda: hsa.BoundedStaticCache(model.config, max_cache_len=200),
+        "plain": lambda: DynamicCache(config=model.config),
+        "plain static": lambda: StaticCache(config=model.config, max_cache_len=200),
+    }
+    cache = caches[kind]()
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            model(ids[:, :132], attention_mask=mask[:, :132], position_ids=positions[:, :132], past_key_values=cache)
+        start = 132
+        for piece in (6, 1) if kind == "dynamic" else (1,):
+            part, start = slice(start, start + piece), start + piece
+            with hsa.implementation("triton"):
+                found = model(
+                    ids[:, part],
+                    attention_mask=mask[:, :start],
+                    position_ids=positions[:, part],
+                    past_key_values=cache,
+                ).logits
+            torch.testing.assert_close(found, expected[:, part], atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_compiles_whole_and_once(kernels_everywhere):
+    """One graph without a break for every step of a static cache with bounds, the kernels inside."""
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "asentmax")).to(DEVICE)
+    ids = families.tokens(1, 66).to(DEVICE)
+    cache = hsa.BoundedStaticCache(model.config, max_cache_len=128)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            expected = model(ids, use_cache=False).logits
+            model(ids[:, :62], past_key_values=cache)
+        # A page becomes whole on the way.
+        for index in range(62, 66):
+            visible = torch.tensor([[[[0, index + 1]]]], dtype=torch.int32, device=DEVICE)
+            place = torch.tensor([[index]], device=DEVICE)
+            with torch._dynamo.config.patch(error_on_recompile=index > 62):
+                found = compiled(
+                    ids[:, index : index + 1], attention_mask=visible, position_ids=place, past_key_values=cache
+                ).logits
+            torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dynamic", "bounded", "static", "bounded static"])
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
+def test_long_greedy_generation_equals_the_reference(kind, trained):
+    if trained:
+        folder = Path(hsa.__file__).parent / "data" / "stories260K"
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="asentmax", dtype=torch.float32)
+        model = model.to(DEVICE)
+    else:
+        dense = families.dense_model("llama", hidden_size=64, head_dim=16, max_position_embeddings=2048)
+        model = families.stir(families.sparse_model(dense, "asentmax")).to(DEVICE)
+    ids, mask = families.tokens(2, 300).to(DEVICE), torch.ones(2, 300, dtype=torch.long, device=DEVICE)
+    ids[0, :77] = mask[0, :77] = 0
+    how = {"max_new_tokens": 512, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+    with hsa.implementation("reference"):
+        expected = model.generate(ids, **how)
+    caches = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "bounded": lambda: hsa.BoundedDynamicCache(model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=812),
+        "bounded static": lambda: hsa.BoundedStaticCache(model.config, max_cache_len=812),
+    }
+    # Static caches are compiled, with CUDA graphs.
+    with hsa.implementation("triton"):
+        assert torch.equal(model.generate(ids, **how, past_key_values=caches[kind]()), expected)
