@@ -79,7 +79,7 @@ def summary(model: Path, **changes) -> dict:
         "options": {"schedule": "cosine", "warmup_share": 0.02, "final_share": 0.1, "alpha_schedule": "linear",
                     "alpha_share": 0.55, "weight_decay": 0.07, "beta1": 0.9, "beta2": 0.93, "clip": 1.5,
                     "dtype": "float32", "lora_rank": 0, "seed": 17},
-        "train_loss": 2.71828, "eval_loss": [[0, 3.5], [1234, 2.8125]],
+        "train_loss": 2.71828, "eval_loss": [[0, 3.5], [1234, 2.8125]], "eval_alpha": [1.0, 1.5],
         "attention": {"support": 33.25, "visible": 512.5, "zeros": 0.9351, "scale": 1.0625},
         "train_data": [f"{PLACE}/books.jsonl", "someone/stories"], "eval_data": [f"{PLACE}/held.txt"],
         "parameters": 9, "trainable_parameters": 9, "new_parameters": 1, "hardware": "2 x Some GPU",
@@ -274,7 +274,8 @@ def test_every_number_of_the_card_is_in_a_file(model, tmp_path):
     for text in (
         "1,234", "56,789,012", "0.38", "1,024", "| 48 |", "0.00017", "0.0023", "over the first 55% of the steps",
         "betas 0.9 and 0.93, weight decay 0.07", "clipped at 1.5", "mixed precision bf16", "| 17 |", "2.7183",
-        "3.5000 at step 0, 2.8125 at step 1,234", "2 x Some GPU", "4,321.5 s", "13,141", "torch 2.99.1",
+        "3.5000 at step 0 (alpha 1), 2.8125 at step 1,234 (alpha 1.5)", "2 x Some GPU", "4,321.5 s", "13,141",
+        "torch 2.99.1",
         "| sparse | 11.44 | - |", "| dense | 12.18 | - |", "2.438 ±0.011", "no document has 4096 tokens",
         "21.8", "256.5", "91.5%", "43.8%", "1.188", "someone/dense-1b", "a" * 40, "someone/stories", "`books.jsonl`",
         'from_pretrained("someone/story")', "pip install hf-sparse-attention", "arXiv 2506.16640", "GGUF", "vLLM",

@@ -221,7 +221,7 @@ def _training(evidence: Evidence) -> str:
         ["training data", _names(summary.get("train_data"))],
         ["held-out data", _names(summary.get("eval_data"))],
         ["training loss at the end", _number(summary.get("train_loss"), "{:.4f}")],
-        ["held-out loss", _held_out(summary.get("eval_loss"))],
+        ["held-out loss", _held_out(summary.get("eval_loss"), summary.get("eval_alpha"))],
         ["steps left out", _whole(summary.get("skipped_steps"))],
         ["hardware", str(summary.get("hardware") or MISSING)],
         ["time", _number(summary.get("seconds"), "{:,.1f} s")],
@@ -271,11 +271,14 @@ def _lora(options: dict) -> str:
     return f"rank {rank}, merged" if rank else "none, all parameters were trained"
 
 
-def _held_out(losses: list | None) -> str:
+def _held_out(losses: list | None, alphas: list | None) -> str:
     if not losses:
         return MISSING
     (first, before), (last, after) = losses[0], losses[-1]
-    return f"{_number(before, '{:.4f}')} at step {first:,}, {_number(after, '{:.4f}')} at step {last:,}"
+    shown = [f"{_number(before, '{:.4f}')} at step {first:,}", f"{_number(after, '{:.4f}')} at step {last:,}"]
+    if alphas:
+        shown = [f"{text} (alpha {alpha:g})" for text, alpha in zip(shown, (alphas[0], alphas[-1]), strict=True)]
+    return ", ".join(shown)
 
 
 def _names(names: list[str] | None) -> str:

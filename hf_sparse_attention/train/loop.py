@@ -73,6 +73,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "hf-sparse-attention[train]"') from error
     begun = time.perf_counter()
+    # What looks for trackers logs, which accelerate does only when it knows its processes.
+    PartialState(cpu=arguments.cpu)
     known = {
         str(getattr(tracker, "value", tracker)) for tracker in filter_trackers(arguments.report_to, arguments.output)
     }
@@ -157,7 +159,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     counts: dict = {
         "parameters": count_parameters(model),
         "trainable_parameters": count_parameters(model, trainable=True),
-        "new_parameters": len(new_parameter_names(model)),
+        "new_parameters": sum(model.get_parameter(name).numel() for name in new_parameter_names(model)),
     }
     if matches:
         same = (arguments.trained or "map") == "map" and not arguments.lora_rank
@@ -346,6 +348,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     begin_step(arguments.steps)
     epochs = data.epochs if arguments.streaming else run["tokens"] / (len(blocks) * block_size)
     summary = summary_of(source, settings, arguments, accelerator, counts, run, identity, epochs)
+    # Losses at different alphas are of different functions.
+    summary["eval_alpha"] = None if target is None else [alpha_of(step) for step, _ in run["held_out"]]
     if is_sharded(model):
         # No process has the whole model: the first one puts it together again.
         values = whole_parameters(accelerator, model)
@@ -401,5 +405,6 @@ def _show(bar: tqdm, line: dict, timing: dict, attention: dict) -> None:
     if "flop_utilisation" in timing:
         shown["MFU"] = f"{timing['flop_utilisation']:.1%}"
     if attention:
-        shown["support"] = f"{attention['support']:.1f}"
+        # Measured at evaluations only, at the alpha of their step.
+        shown["support at the last evaluation"] = f"{attention['support']:.1f}"
     bar.set_postfix(shown, refresh=False)

@@ -297,7 +297,9 @@ def print_summary(output: Path, summary: dict) -> None:
         lines.append(f"squared error of the attention outputs, relative to their size: {summary['train_loss']:.5f}")
     if summary["eval_loss"]:
         (first, before), (last, after) = summary["eval_loss"][0], summary["eval_loss"][-1]
-        lines.append(f"held-out loss: {before:.4f} at step {first}, {after:.4f} at step {last}")
+        alphas = summary.get("eval_alpha")
+        at_first, at_last = (f" (alpha {alphas[index]:g})" for index in (0, -1)) if alphas else ("", "")
+        lines.append(f"held-out loss: {before:.4f} at step {first}{at_first}, {after:.4f} at step {last}{at_last}")
     if summary["attention"]:
         support, zeros = summary["attention"]["support"], summary["attention"]["zeros"]
         lines.append(

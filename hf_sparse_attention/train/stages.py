@@ -170,9 +170,11 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
     first, last = summaries[0], summaries[-1]
     total = {name: sum(summary[name] for summary in summaries) for name in ("steps", "tokens", "seconds", "epochs")}
     total["tokens_per_second"] = total["tokens"] / total["seconds"] if total["seconds"] else None
-    held_out, steps = [], 0
+    held_out, alphas, steps = [], [], 0
     for summary in summaries:
-        held_out += [[steps + step, loss] for step, loss in summary["eval_loss"] if step or not steps]
+        kept = [index for index, (step, _) in enumerate(summary["eval_loss"]) if step or not steps]
+        held_out += [[steps + step, loss] for step, loss in (summary["eval_loss"][index] for index in kept)]
+        alphas += [summary["eval_alpha"][index] for index in kept] if summary["eval_alpha"] else []
         steps += summary["steps"]
     return {
         **last,
@@ -180,6 +182,7 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
         **{name: first[name] for name in ("base_model", "base_commit", "new_parameters")},
         "skipped_steps": sum(summary["skipped_steps"] for summary in summaries),
         "eval_loss": held_out,
+        "eval_alpha": alphas or None,
         "stages": summaries,
         "options": {name: value for name, value in asdict(arguments).items() if name not in ("output", "resume")},
         "command": command_of(arguments, processes),
