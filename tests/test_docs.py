@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -165,3 +166,28 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
     assert "<math" in (tmp_path / "site" / "mathematics.html").read_text()
     for style in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", style.read_text()), style.name
+
+
+SMALL = {
+    "train": "--steps 2 --block_size 64 --batch_size 1 --eval_blocks 1 --checkpoint_every 0 --cpu true".split(),
+    "evaluate": "--lengths 32 64 --limit 2 --device cpu".split(),
+    "report": "--length 64 --windows 1 --device cpu".split(),
+}
+
+
+@pytest.mark.slow
+def test_the_whole_way_of_the_quickstart_runs(tmp_path, monkeypatch):
+    """The commands of the last block of index.md, one after the other, with numbers small enough for a test."""
+    from hf_sparse_attention import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    text = "Once upon a time there was a little fox who lived in the wood. " * 40
+    (tmp_path / "text" / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "held-out.txt").write_text(text)
+    block = re.findall(r"```bash\n(.*?)```", (DOCS / "index.md").read_text(), flags=re.DOTALL)[-1]
+    assert block.count("\n") == 5
+    for line in block.splitlines():
+        words = shlex.split(line.replace("path/or/hub-id", str(DENSE)))[1:]
+        assert cli.main([*words, *SMALL.get(words[0], [])]) == 0, line
+    assert (tmp_path / "upload" / "README.md").is_file()

@@ -33,7 +33,7 @@ class Viewer:
                 raise ValueError(f"{path} is dense: convert and train it first")
             self.model, self.tokenizer = load(checkpoint), load_tokenizer(checkpoint.source.folder)
             self.trained = not checkpoint.source.is_untrained
-            name = path
+            name = Path(path).name if Path(path).exists() else path
         else:
             self.model = AutoModelForCausalLM.from_pretrained(EMBEDDED, attn_implementation="asentmax").eval()
             self.tokenizer, self.trained = load_tokenizer(EMBEDDED), False
@@ -42,7 +42,7 @@ class Viewer:
         self.target = settings["alpha"]
         self.start = self.target if self.trained else 1.0
         self.notice = f"**{name}**: {settings['map']}, alpha {self.target:g}. " + (
-            "Its weights were saved after training with this attention; it is meant to run at that alpha."
+            "Nothing marks it as untrained, so it starts at the alpha it was saved with."
             if self.trained
             else "**It was never trained with sparse attention.** At alpha 1 it is the dense model and every key has "
             "weight; above that there are exact zeros and worse text, often nonsense."
@@ -157,7 +157,9 @@ def build(viewer: Viewer):
         shared = {"concurrency_id": "model", "concurrency_limit": 1}
         write.click(run, [prompt, count, layer, head, query, alpha], [tokens, text, view], api_name="write", **shared)
         for control in (layer, head, query, alpha):
-            control.release(draw, [tokens, layer, head, query, alpha], view, api_name=False, **shared)
+            control.change(
+                draw, [tokens, layer, head, query, alpha], view, api_name=False, trigger_mode="always_last", **shared
+            )
     return app
 
 
