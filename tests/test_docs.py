@@ -169,9 +169,9 @@ def test_the_site_builds_and_fetches_nothing(tmp_path):
 
 
 SMALL = {
-    "train": "--steps 2 --block_size 64 --batch_size 1 --eval_blocks 1 --checkpoint_every 0 --cpu true".split(),
-    "evaluate": "--lengths 32 64 --limit 2 --device cpu".split(),
-    "report": "--length 64 --windows 1 --device cpu".split(),
+    "train": "--steps 2 --block_size 64 --batch_size 1 --eval_blocks 1 --checkpoint_every 0 --cpu true",
+    "evaluate": "--lengths 32 64 --limit 2 --device cpu",
+    "report": "--length 64 --windows 1 --device cpu",
 }
 
 
@@ -189,5 +189,5 @@ def test_the_whole_way_of_the_quickstart_runs(tmp_path, monkeypatch):
     assert block.count("\n") == 5
     for line in block.splitlines():
         words = shlex.split(line.replace("path/or/hub-id", str(DENSE)))[1:]
-        assert cli.main([*words, *SMALL.get(words[0], [])]) == 0, line
+        assert cli.main([*words, *SMALL.get(words[0], "").split()]) == 0, line
     assert (tmp_path / "upload" / "README.md").is_file()

@@ -1,5 +1,6 @@
 """The Gradio app of examples/space: what it shows is what the model computes, and it can be started and clicked."""
 
+import gc
 import importlib.util
 import re
 from pathlib import Path
@@ -74,3 +75,6 @@ def test_the_app_starts_and_answers_a_click(viewer):
         assert "; 0 weigh exactly 0" in str(dense[1]) and "; 0 weigh exactly 0" not in str(sparse[1])
     finally:
         app.close()
+        del app, client
+        # The event loops of Gradio and its client warn when they are collected: here, where that is ignored.
+        gc.collect()
