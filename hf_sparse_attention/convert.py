@@ -263,7 +263,7 @@ def _check_kept(model: PreTrainedModel, source: Source, folder: Path, tensors: T
                 if expected.dtype != stored.dtype:
                     cast += 1
                     expected = expected.to(stored.dtype)
-                if not torch.equal(expected.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8)):
+                if not torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (expected, stored))):
                     raise RuntimeError(f"{name} was not written as it was read: the conversion is not kept")
     lost = set(tensors.new) - written
     if lost:
