@@ -38,7 +38,6 @@ class EvaluateArguments:
     """What to measure, on what."""
 
     models: list[str] = field(
-        default_factory=list,
         metadata={"help": "folders or Hub ids of the models, dense or sparse, each as `path` or `label=path`"},
     )
     data: list[str] = field(
@@ -197,12 +196,13 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
 
 
 def _labelled(models: list[str]) -> dict[str, str]:
-    """`label=path` or `path`, whose last part is then the label."""
+    """`label=path` or `path`, whose last part is then the label; of `run/model`, where `train` puts it, `run`."""
     labelled = {}
     for item in models:
         label, separator, path = item.partition("=")
         if not separator or Path(item).exists():
-            label, path = Path(item).expanduser().resolve().name if Path(item).exists() else item.split("/")[-1], item
+            parts = Path(item).expanduser().resolve().parts if Path(item).exists() else item.split("/")
+            label, path = parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1], item
         if not label or not path:
             raise ValueError(f"model is {item!r}; write `path` or `label=path`")
         if label in labelled:
@@ -315,6 +315,11 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
     wanted = {cell.fingerprint for cell in cells}
     results["other_cells"] = [cell for fingerprint, cell in kept.items() if fingerprint not in wanted]
     known = {fingerprint: cell for fingerprint, cell in kept.items() if fingerprint in wanted}
+    if results["other_cells"]:
+        logger.info(
+            "%d cells of earlier settings stay in results.json and are in no table of this one",
+            len(results["other_cells"]),
+        )
     if known:
         done = sum(cell.fingerprint in known for cell in cells)
         logger.info("%d of %d cells are finished and kept", done, len(cells))

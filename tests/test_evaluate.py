@@ -372,6 +372,14 @@ def test_wrong_arguments_are_named_before_any_work(home, tmp_path, changes, mess
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_gives_its_model_the_name(home, tmp_path):
+    shutil.copytree(home / "dense", tmp_path / "first" / "model")
+    shutil.copytree(home / "sparse", tmp_path / "second" / "model")
+    models = [str(tmp_path / name / "model") for name in ("first", "second")]
+    results = evaluate_models(arguments(home, tmp_path / "out", models=models, lengths=[16], limit=1))
+    assert [model["label"] for model in results["models"]] == ["first", "second"]
+
+
 def test_two_models_of_one_name_need_labels(home, tmp_path):
     with pytest.raises(ValueError, match="two models are called 'dense'"):
         evaluate_models(arguments(home, tmp_path / "out", models=[str(home / "dense")] * 2))
