@@ -1,5 +1,6 @@
 """The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -11,7 +12,7 @@ from bounds import check_against_reference, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 
 from hf_sparse_attention import reference  # noqa: E402
-from hf_sparse_attention.kernels import entmax_attention, supports  # noqa: E402
+from hf_sparse_attention.kernels import entmax_attention, operators, supports  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -77,6 +78,48 @@ def test_fast_paths(head_dim, poisoned):
     for alpha in (1.5, 2.0):
         query, key, value, gradient = (randn(1, heads, 200, head_dim, seed=head_dim + heads) for heads in (4, 2, 2, 4))
         check_against_reference(entmax_attention, query, key, value, gradient, alpha=alpha)
+
+
+def document_ranges(lengths, shift=0):
+    """Causal ranges (1, N, 2) of packed documents; shifted back, their first queries see nothing."""
+    starts = torch.cat([torch.full((length,), sum(lengths[:index])) for index, length in enumerate(lengths)])
+    ends = torch.arange(len(starts)) + 1 + shift
+    return torch.stack([starts, ends], -1)[None].to(DEVICE, torch.int32)
+
+
+WHOLE_AND_CUT = {
+    # Tiles of 64: a document that fills four, one that fills none, borders inside tiles and on them, keys to come.
+    "documents": document_ranges([256, 64, 37, 3]),
+    "shifted documents": document_ranges([100, 260], shift=-70),
+    "window": torch.stack([torch.arange(330) - 200, torch.arange(330) + 1], -1)[None].to(DEVICE, torch.int32),
+    "ahead": torch.stack([torch.arange(330) // 128 * 64, torch.arange(330) + 70], -1)[None].to(DEVICE, torch.int32),
+}
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+@pytest.mark.parametrize("name", WHOLE_AND_CUT)
+def test_tiles_that_ranges_cut_and_tiles_they_do_not(name, slopes, poisoned):
+    visible = WHOLE_AND_CUT[name]
+    length = visible.shape[1]
+    query, key, value, gradient = (
+        randn(1, heads, length, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2)
+    )
+    # Weight sits where it must not be looked for: a tile taken for whole gives another result.
+    arguments = {"slopes": torch.tensor([0.5, 0.0], device=DEVICE)} if slopes else {}
+    check_against_reference(entmax_attention, query / 4, key, value, gradient, visible=visible, **arguments)
+
+
+def test_causal_tiles_may_be_walked_apart_too(monkeypatch, poisoned):
+    query, key, value, gradient = (randn(1, heads, 200, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2))
+    expected = run(entmax_attention, query, key, value, gradient)
+    choose = operators.configuration
+    monkeypatch.setattr(
+        operators, "configuration", lambda *arguments: dataclasses.replace(choose(*arguments), split=True)
+    )
+    found = run(entmax_attention, query, key, value, gradient)
+    assert torch.equal(found.gradients["query"], expected.gradients["query"])
+    for name in ("key", "value"):
+        torch.testing.assert_close(found.gradients[name], expected.gradients[name], rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_see_nothing_are_zero(poisoned):

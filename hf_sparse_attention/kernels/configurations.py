@@ -43,6 +43,9 @@ class Configuration:
     key_gradient: Launch
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
+    # Whether the key gradient walks tiles seen whole without a mask even where only the diagonal cuts tiles; with
+    # visible ranges it always does.
+    split: bool = False
     measured: str = ""
 
 

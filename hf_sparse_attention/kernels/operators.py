@@ -41,6 +41,8 @@ class Call:
     group: int
     block_dim: int
     two_walks: bool
+    # Whether the key gradient walks the tiles that every query sees whole apart from those that need a mask.
+    split: bool
     descriptors: bool
     constants: dict
     configuration: Configuration
@@ -108,6 +110,7 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         # Above alpha = 2 a slope hangs on the last bits of a score, which must come out alike in every kernel.
         "enable_fp_fusion": not alpha > 2,
     }
+    row = configuration(query.device, query.element_size(), block_dim)
     return Call(
         query=_rows(query),
         key=_rows(key),
@@ -127,9 +130,10 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         block_dim=block_dim,
         # Slopes u grow without bound at the edge of the support for alpha > 2, and float32 is held to float32.
         two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
+        split=visible is not None or row.split,
         descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
         constants=constants,
-        configuration=configuration(query.device, query.element_size(), block_dim),
+        configuration=row,
     )
 
 

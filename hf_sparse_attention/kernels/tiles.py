@@ -52,7 +52,9 @@ def masked_scores(
         x += slope * (columns.to(tl.float32) - (end - 1).to(tl.float32))
     if MASKED:
         if RANGE_KIND == 2:
-            x = tl.where((columns >= start) & (columns < end), x, float("-inf"))
+            # One unsigned comparison for start <= column < end: two are packed bit by bit into registers (NOTES.md).
+            seen = (columns - start).to(tl.uint32) < tl.maximum(end - start, 0).to(tl.uint32)
+            x = tl.where(seen, x, float("-inf"))
         else:
             x = tl.where(columns < end, x, float("-inf"))
     if HAS_MASK:
@@ -182,3 +184,21 @@ def whole_tiles(count, RANGE_KIND: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl
         return tl.maximum(count - BLOCK_M // TILE - 1, 0)
     else:
         return count * 0
+
+
+@triton.jit
+def whole_span(lists, count, start, end, keys, RANGE_KIND: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr):
+    """Where in an ascending list the tiles begin and end that every row sees whole; rows that see nothing are free."""
+    if RANGE_KIND == 2:
+        sees = start < end
+        low = tl.cdiv(tl.max(tl.where(sees, start, 0), 0), TILE)
+        high = tl.maximum(tl.min(tl.where(sees, end, keys), 0) // TILE, low)
+        scan = tl.arange(0, 128)
+        # How many listed tiles lie below either end, both in one sum.
+        below = 0
+        for base in range(0, count, 128):
+            tiles = tl.load(lists + base + scan, mask=base + scan < count, other=32767).to(tl.int32)
+            below += tl.sum((tiles < low).to(tl.int32) + (tiles < high).to(tl.int32) * 65536, 0)
+        return below % 65536, below // 65536
+    else:
+        return count * 0, whole_tiles(count, RANGE_KIND=RANGE_KIND, BLOCK_M=BLOCK_M, TILE=TILE)
