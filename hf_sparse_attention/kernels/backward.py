@@ -196,8 +196,8 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces, columns, column_mask,
-    visible_base, stride_vn, tau_base, delta_base, queries, keys, head_dim,
+    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+    columns, column_mask, visible_base, stride_vn, tau_base, delta_base, queries, keys, head_dim,
     factor, slope, exponent, mask_base, stride_mn, stride_mk,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,

@@ -226,8 +226,8 @@ def _threshold_kernel(
         # ones must say how far a bias lets the first ones reach.
         TOGETHER: tl.constexpr = RANGE_KIND == 2 and not HAS_SLOPES
         slots = _visit(
-            low if TOGETHER else full_high, high, full_low, full_high, q, slots, k_source, batch, head // GROUP, stride_kn, dims,
-            head_dim, scratch, local_rows, rows, queries, keys,
+            low if TOGETHER else full_high, high, full_low, full_high, q, slots, k_source, batch, head // GROUP,
+            stride_kn, dims, head_dim, scratch, local_rows, rows, queries, keys,
             start, end, factor, slope, mask_base, stride_mn, stride_mk,
             MASKED=True, HAS_GAP=TOGETHER, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
