@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +161,26 @@ def test_compiles_without_a_graph_break():
     expected = torch.autograd.grad(layer(query, key, value).sum(), (query, key, value))
     found = torch.autograd.grad(compiled(query, key, value).sum(), (query, key, value))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("ranges", ["causal", "documents"])
+def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
+    if not hasattr(triton, "AsyncCompileMode"):
+        pytest.skip("this Triton compiles one kernel after the other")
+    program = Path(__file__).with_name("compiled_without_gpu.py")
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [sys.executable, str(program), ranges], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    compiled = json.loads(finished.stdout.splitlines()[-1])
+    # Other lengths compile nothing, and neither does the backward.
+    assert compiled["late"] == []
+    assert sorted(compiled["ahead"]) == sorted(
+        ["_threshold_kernel", "_transpose_kernel", "_key_gradient_kernel"]
+        + 2 * ["_refine_kernel", "_forward_kernel", "_query_gradient_kernel"]
+    )
 
 
 def test_operators_are_registered_whole():

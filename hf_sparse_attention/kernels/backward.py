@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiling import Kernel
 from .configurations import TILE
 from .tiles import (
     entmax_parameters,
@@ -20,6 +21,7 @@ from .tiles import (
 )
 
 
+@Kernel
 @triton.jit(do_not_specialize=["query_tiles"])
 def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.constexpr, SPLIT: tl.constexpr):
     """Map row of one key tile -> the query tiles that use it, ascending; split: cut ones descend from the row's end.
@@ -51,6 +53,7 @@ def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.conste
         tl.store(count_ptr + row, count)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
@@ -254,6 +257,7 @@ def _add_queries(
     return dk, dv
 
 
+@Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,

@@ -49,6 +49,7 @@ class Configuration:
     measured: str = ""
 
 
+@cache
 def _default(element_size, block_dim):
     wide = block_dim * element_size >= 512
     warps = 8 if block_dim > 128 else 4

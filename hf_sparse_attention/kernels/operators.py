@@ -3,12 +3,14 @@
 Enters: tensors in the contract's shapes. Leaves: output, tau and what the backward needs: lists of tiles, map, mean.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import gradients
+from .compiling import compile_together, like
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
 from .refine import refined_threshold
@@ -154,6 +156,8 @@ def _forward(
 ]:  # fmt: skip
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
+        variant = (query.device, query.dtype, save, call.descriptors, id(call.configuration), *call.constants.values())
+        compile_together(variant, query.device, lambda: _launch_all(call, save))
         bound, lists = threshold_bound(call, save)
         out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
     if not save:
@@ -163,6 +167,16 @@ def _forward(
     if pairs is None:
         pairs, pair_counts = (tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES[2:4])
     return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map
+
+
+def _launch_all(call, save):
+    """Launches, on tensors without memory, whatever a call and its backward launch."""
+    tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
+    call = dataclasses.replace(call, **{name: like(getattr(call, name)) for name in tensors})
+    bound, lists = threshold_bound(call, save)
+    out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
+    if save:
+        gradients(call, out, tau, mean, lists, call.alpha_tensor is not None)
 
 
 def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save):

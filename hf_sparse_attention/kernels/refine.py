@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiling import Kernel
 from .configurations import TILE
 from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_span
 
@@ -64,6 +65,7 @@ def refine(
     return low, high, step, left
 
 
+@Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _refine_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiling import Kernel
 from .configurations import TILE, processors
 from .tiles import entmax_parameters, masked_scores, row_ranges, weights
 
@@ -131,6 +132,7 @@ def _visit(
     return slots
 
 
+@Kernel
 @triton.jit(
     do_not_specialize=[
         "queries",
