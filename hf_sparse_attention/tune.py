@@ -1,6 +1,6 @@
 """This card, a dtype and a head dimension -> the launch parameters that are fastest on it, checked and in a file.
 
-One kernel after the other tries a short list, the others kept; what errs more than the reference in the dtype allows, or
+One kernel after the other tries a short list, the others kept; what errs more than the reference in the dtype may, or
 does not run, is not taken. `kernels.configurations.use(file)` reads what this writes.
 """
 
