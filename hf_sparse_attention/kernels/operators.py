@@ -3,8 +3,7 @@
 Enters: tensors in the contract's shapes. Leaves: output, tau and what the backward needs: lists of tiles, map, mean.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -48,13 +47,23 @@ class Call:
     descriptors: bool
     constants: dict
     configuration: Configuration
+    # Descriptors made so far: both kinds of rows and several kernels read the same tensors.
+    made: dict = field(default_factory=dict)
 
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
-        if not self.descriptors or not describable(tensor, self.block_dim):
+        if not self.descriptors:
             return None
-        block = [1, 1, columns or self.configuration.inner, self.block_dim]
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+        columns = columns or self.configuration.inner
+        # The call, or whoever asks, keeps the tensor alive: its address stays its own.
+        known = (id(tensor), columns)
+        if known not in self.made:
+            made = None
+            if describable(tensor, self.block_dim):
+                block = [1, 1, columns, self.block_dim]
+                made = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+            self.made[known] = made
+        return self.made[known]
 
 
 def _block_dim(head_dim):
@@ -172,7 +181,7 @@ def _forward(
 def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
     tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
-    call = dataclasses.replace(call, **{name: like(getattr(call, name)) for name in tensors})
+    call = replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
     bound, lists = threshold_bound(call, save)
     out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
     if save:
