@@ -410,7 +410,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
         transposed,
         counts,
         call.query_tiles,
-        SCAN=512,
+        SCAN=512 if call.split else 128,
         SPLIT=call.split,
         num_warps=1,
         enable_fp_fusion=True,
