@@ -57,7 +57,7 @@ def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.conste
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, tau_ptr, mean_ptr, do_ptr, delta_ptr, dq_ptr, dalpha_ptr,
+    list_ptr, count_ptr, tau_ptr, mean_ptr, do_ptr, pair_ptr, dq_ptr, dalpha_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -155,7 +155,8 @@ def _query_gradient_kernel(
     else:
         mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
         delta = tl.sum(do.to(tl.float32) * mean, 1)
-    tl.store(delta_ptr + tau_rows, delta, mask=row_mask)
+    tl.store(pair_ptr + tau_rows * 2, tau, mask=row_mask)
+    tl.store(pair_ptr + tau_rows * 2 + 1, delta, mask=row_mask)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
@@ -200,7 +201,7 @@ def _query_gradient_kernel(
 @triton.jit
 def _add_queries(
     dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-    columns, column_mask, visible_base, stride_vn, tau_base, delta_base, queries, keys, head_dim,
+    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
     factor, slope, exponent, mask_base, stride_mn, stride_mk,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -219,7 +220,7 @@ def _add_queries(
     row_mask = rows < queries
     # A bias is measured from the end of the range.
     if MASKED or HAS_SLOPES:
-        start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+        start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
     else:
         start = rows
         end = rows
@@ -231,8 +232,10 @@ def _add_queries(
         do_source, batch, head, first_row, stride_gn, dims, queries, head_dim,
         BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
     )  # fmt: skip
-    tau = tl.load(tau_base + rows, mask=row_mask, other=float("inf"))
-    delta = tl.load(delta_base + rows, mask=row_mask, other=0.0)
+    # One load of pairs: of two vectors every thread would fetch what its part of the tile needs, address by address.
+    # Past the end a finite number above every score: u is zero there, and zero times it as well.
+    pairs = tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :], mask=row_mask[:, None], other=1e30)
+    tau, delta = tl.split(pairs)
     if (TWO_WALKS and ALPHA_KIND == 0) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
         # those scores, and in float32 a score that differs is most of the error.
@@ -261,7 +264,7 @@ def _add_queries(
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, tau_ptr, delta_ptr, dk_ptr, dv_ptr,
+    list_ptr, count_ptr, pair_ptr, dk_ptr, dv_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -323,8 +326,7 @@ def _key_gradient_kernel(
         else:
             q_source = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
             do_source = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-        tau_base = tau_ptr + head_index.to(tl.int64) * queries
-        delta_base = delta_ptr + head_index.to(tl.int64) * queries
+        pair_base = pair_ptr + head_index.to(tl.int64) * queries * 2
         mask_base = mask_ptr
         if HAS_MASK:
             mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
@@ -335,7 +337,7 @@ def _key_gradient_kernel(
                 first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
                 dk, dv = _add_queries(
                     dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, tau_base, delta_base, queries, keys, head_dim,
+                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
                     factor, slope, exponent, mask_base, stride_mn, stride_mk,
                     ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
                     TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
@@ -347,7 +349,7 @@ def _key_gradient_kernel(
                 first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
                 dk, dv = _add_queries(
                     dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, tau_base, delta_base, queries, keys, head_dim,
+                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
                     factor, slope, exponent, mask_base, stride_mn, stride_mk,
                     ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
                     TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
@@ -358,7 +360,7 @@ def _key_gradient_kernel(
                 first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
                 dk, dv = _add_queries(
                     dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, tau_base, delta_base, queries, keys, head_dim,
+                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
                     factor, slope, exponent, mask_base, stride_mn, stride_mk,
                     ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
                     TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
@@ -379,14 +381,15 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
     dquery = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
     dkey = torch.empty((batch, keys, groups, head_dim), dtype=key.dtype, device=device).transpose(1, 2)
     dvalue = torch.empty((batch, keys, groups, head_dim), dtype=value.dtype, device=device).transpose(1, 2)
-    delta = torch.empty_like(tau)
+    # tau and delta of every query side by side, as the key gradient reads them.
+    pairs = torch.empty((*tau.shape, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
     for rows, tiles, counts in lists.walks():
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
         _query_gradient_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, counts, tau, mean, grad_out, delta, dquery, dalpha,
+            tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha,
             call.excess, call.scaling,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mean.stride()[:3], *grad_out.stride()[:3],
             *dquery.stride()[:3],
@@ -420,7 +423,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
-        transposed, counts, tau, delta, dkey, dvalue,
+        transposed, counts, pairs, dkey, dvalue,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *dkey.stride()[:3],
         *call.visible_strides, *call.mask_strides,

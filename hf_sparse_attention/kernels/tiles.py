@@ -14,8 +14,8 @@ GENERAL, ENTMAX15, SPARSEMAX = 0, 15, 20
 
 
 @triton.jit
-def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.constexpr):
-    """Half-open range of visible keys of every row; rows past the end see nothing."""
+def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.constexpr, PAIRS: tl.constexpr = False):
+    """Half-open range of visible keys of every row; rows past the end see nothing. PAIRS loads both ends at once."""
     inside = rows < queries
     if RANGE_KIND == 0:
         start = tl.zeros_like(rows)
@@ -24,8 +24,12 @@ def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.const
         start = tl.zeros_like(rows)
         end = rows + (keys - queries + 1)
     else:
-        start = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn, mask=inside, other=0)
-        end = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn + 1, mask=inside, other=0)
+        if PAIRS:
+            pointers = visible_ptr + rows.to(tl.int64)[:, None] * stride_vn + tl.arange(0, 2)[None, :]
+            start, end = tl.split(tl.load(pointers, mask=inside[:, None], other=0))
+        else:
+            start = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn, mask=inside, other=0)
+            end = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn + 1, mask=inside, other=0)
     start = tl.maximum(start, 0)
     end = tl.minimum(tl.maximum(end, 0), keys)
     return start, tl.where(inside, end, 0)
