@@ -60,6 +60,13 @@ class BenchmarkArguments:
     dtype: str = field(default="bfloat16", metadata={"help": f"one of {', '.join(DTYPES)}"})
     repeats: int = field(default=10, metadata={"help": "timed calls, of which the median counts"})
     seed: int = field(default=0, metadata={"help": "of the inputs"})
+    tune: bool = field(
+        default=False,
+        metadata={
+            "help": "instead, try launch parameters for this card, head_dim and dtype on these lengths and noises, "
+            "and write the best to configurations.json"
+        },
+    )
     output_dir: str = field(default="benchmark", metadata={"help": "folder for results.json and results.png"})
 
 
@@ -73,6 +80,8 @@ def benchmark_attention(arguments: BenchmarkArguments) -> list[dict]:
     _check(arguments)
     if arguments.decode:
         return benchmark_decoding(arguments)
+    if arguments.tune:
+        return _tune(arguments)
     rows, cells = [], [(length, noise) for length in arguments.lengths for noise in arguments.noise]
     progress = tqdm(cells, desc="benchmark", unit="input")
     softmax: dict[tuple[str, int], dict] = {}
@@ -108,6 +117,17 @@ def benchmark_attention(arguments: BenchmarkArguments) -> list[dict]:
     print(_table(rows))
     _picture(rows, folder / "results.png")
     return rows
+
+
+def _tune(arguments: BenchmarkArguments) -> list[dict]:
+    from .tune import tune_kernels
+
+    inputs = [block_inputs(arguments, length, noise) for length in arguments.lengths for noise in arguments.noise]
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return tune_kernels(
+        inputs, folder / "configurations.json", alpha=arguments.alpha, median=_median, repeats=arguments.repeats
+    )
 
 
 def block_inputs(arguments: BenchmarkArguments, length: int, noise: float) -> tuple[torch.Tensor, ...]:

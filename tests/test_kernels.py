@@ -1,6 +1,12 @@
 """The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
 
+import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +17,7 @@ from bounds import check_against_reference, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 
 from hf_sparse_attention import reference  # noqa: E402
-from hf_sparse_attention.kernels import entmax_attention, supports  # noqa: E402
+from hf_sparse_attention.kernels import entmax_attention, operators, supports  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -79,6 +85,48 @@ def test_fast_paths(head_dim, poisoned):
         check_against_reference(entmax_attention, query, key, value, gradient, alpha=alpha)
 
 
+def document_ranges(lengths, shift=0):
+    """Causal ranges (1, N, 2) of packed documents; shifted back, their first queries see nothing."""
+    starts = torch.cat([torch.full((length,), sum(lengths[:index])) for index, length in enumerate(lengths)])
+    ends = torch.arange(len(starts)) + 1 + shift
+    return torch.stack([starts, ends], -1)[None].to(DEVICE, torch.int32)
+
+
+WHOLE_AND_CUT = {
+    # Tiles of 64: a document that fills four, one that fills none, borders inside tiles and on them, keys to come.
+    "documents": document_ranges([256, 64, 37, 3]),
+    "shifted documents": document_ranges([100, 260], shift=-70),
+    "window": torch.stack([torch.arange(330) - 200, torch.arange(330) + 1], -1)[None].to(DEVICE, torch.int32),
+    "ahead": torch.stack([torch.arange(330) // 128 * 64, torch.arange(330) + 70], -1)[None].to(DEVICE, torch.int32),
+}
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+@pytest.mark.parametrize("name", WHOLE_AND_CUT)
+def test_tiles_that_ranges_cut_and_tiles_they_do_not(name, slopes, poisoned):
+    visible = WHOLE_AND_CUT[name]
+    length = visible.shape[1]
+    query, key, value, gradient = (
+        randn(1, heads, length, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2)
+    )
+    # Weight sits where it must not be looked for: a tile taken for whole gives another result.
+    arguments = {"slopes": torch.tensor([0.5, 0.0], device=DEVICE)} if slopes else {}
+    check_against_reference(entmax_attention, query / 4, key, value, gradient, visible=visible, **arguments)
+
+
+def test_causal_tiles_may_be_walked_apart_too(monkeypatch, poisoned):
+    query, key, value, gradient = (randn(1, heads, 200, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2))
+    expected = run(entmax_attention, query, key, value, gradient)
+    choose = operators.configuration
+    monkeypatch.setattr(
+        operators, "configuration", lambda *arguments: dataclasses.replace(choose(*arguments), split=True)
+    )
+    found = run(entmax_attention, query, key, value, gradient)
+    assert torch.equal(found.gradients["query"], expected.gradients["query"])
+    for name in ("key", "value"):
+        torch.testing.assert_close(found.gradients[name], expected.gradients[name], rtol=1e-5, atol=1e-5)
+
+
 def test_rows_that_see_nothing_are_zero(poisoned):
     query, key, value = (randn(1, 2, 70, 16, dtype=torch.float32, seed=seed) for seed in range(3))
     visible = torch.stack([torch.zeros(70), torch.arange(70) * (torch.arange(70) % 3 > 0)], -1).to(DEVICE, torch.int32)
@@ -113,6 +161,26 @@ def test_compiles_without_a_graph_break():
     expected = torch.autograd.grad(layer(query, key, value).sum(), (query, key, value))
     found = torch.autograd.grad(compiled(query, key, value).sum(), (query, key, value))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("ranges", ["causal", "documents"])
+def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
+    if not hasattr(triton, "AsyncCompileMode"):
+        pytest.skip("this Triton compiles one kernel after the other")
+    program = Path(__file__).with_name("compiled_without_gpu.py")
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [sys.executable, str(program), ranges], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    compiled = json.loads(finished.stdout.splitlines()[-1])
+    # Other lengths compile nothing, and neither does the backward.
+    assert compiled["late"] == []
+    assert sorted(compiled["ahead"]) == sorted(
+        ["_threshold_kernel", "_transpose_kernel", "_key_gradient_kernel"]
+        + 2 * ["_refine_kernel", "_forward_kernel", "_query_gradient_kernel"]
+    )
 
 
 def test_operators_are_registered_whole():

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiling import Kernel
 from .configurations import TILE
 from .tiles import (
     entmax_parameters,
@@ -20,25 +21,43 @@ from .tiles import (
 )
 
 
+@Kernel
 @triton.jit(do_not_specialize=["query_tiles"])
-def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.constexpr):
-    """Map row of one key tile -> the query tiles that use it, ascending."""
+def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.constexpr, SPLIT: tl.constexpr):
+    """Map row of one key tile -> the query tiles that use it, ascending; split: cut ones descend from the row's end.
+
+    count_ptr holds per row how many stand at its head and, if split, how many at its end.
+    """
     row = tl.program_id(0).to(tl.int64)
     scan = tl.arange(0, SCAN)
     count = 0
+    cut_count = 0
     for base in range(0, query_tiles, SCAN):
         tiles = base + scan
         flags = tl.load(map_ptr + row * query_tiles + tiles, mask=tiles < query_tiles, other=0).to(tl.int32)
-        place = count + tl.cumsum(flags, 0) - flags
-        tl.store(list_ptr + row * query_tiles + place, tiles.to(tl.int16), mask=flags > 0)
-        count += tl.sum(flags, 0)
-    tl.store(count_ptr + row, count)
+        # Most of a row is empty where documents are short.
+        if tl.max(flags, 0) > 0:
+            chosen = (flags == 2).to(tl.int32) if SPLIT else flags
+            place = count + tl.cumsum(chosen, 0) - chosen
+            tl.store(list_ptr + row * query_tiles + place, tiles.to(tl.int16), mask=chosen > 0)
+            count += tl.sum(chosen, 0)
+            if SPLIT:
+                cut = (flags == 1).to(tl.int32)
+                place = query_tiles - 1 - (cut_count + tl.cumsum(cut, 0) - cut)
+                tl.store(list_ptr + row * query_tiles + place, tiles.to(tl.int16), mask=cut > 0)
+                cut_count += tl.sum(cut, 0)
+    if SPLIT:
+        tl.store(count_ptr + row * 2, count)
+        tl.store(count_ptr + row * 2 + 1, cut_count)
+    else:
+        tl.store(count_ptr + row, count)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, tau_ptr, mean_ptr, do_ptr, delta_ptr, dq_ptr, dalpha_ptr,
+    list_ptr, count_ptr, tau_ptr, mean_ptr, do_ptr, pair_ptr, dq_ptr, dalpha_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -136,7 +155,8 @@ def _query_gradient_kernel(
     else:
         mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
         delta = tl.sum(do.to(tl.float32) * mean, 1)
-    tl.store(delta_ptr + tau_rows, delta, mask=row_mask)
+    tl.store(pair_ptr + tau_rows * 2, tau, mask=row_mask)
+    tl.store(pair_ptr + tau_rows * 2 + 1, delta, mask=row_mask)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
@@ -178,10 +198,73 @@ def _query_gradient_kernel(
         tl.store(dalpha_ptr + tau_rows, tl.where(tau < float("inf"), dalpha, 0.0), mask=row_mask)
 
 
+@triton.jit
+def _add_queries(
+    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
+    factor, slope, exponent, mask_base, stride_mn, stride_mk,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    TWO_WALKS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys with what the queries from first_row on add to them."""
+    rows = first_row + pieces
+    row_mask = rows < queries
+    # A bias is measured from the end of the range.
+    if MASKED or HAS_SLOPES:
+        start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
+    else:
+        start = rows
+        end = rows
+    q = load_block(
+        q_source, batch, head, first_row, stride_qn, dims, queries, head_dim,
+        BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+    )  # fmt: skip
+    do = load_block(
+        do_source, batch, head, first_row, stride_gn, dims, queries, head_dim,
+        BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+    )  # fmt: skip
+    # One load of pairs: of two vectors every thread would fetch what its part of the tile needs, address by address.
+    # Past the end a finite number above every score: u is zero there, and zero times it as well.
+    pairs = tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :], mask=row_mask[:, None], other=1e30)
+    tau, delta = tl.split(pairs)
+    if (TWO_WALKS and ALPHA_KIND == 0) or q.dtype == tl.float32:
+        # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
+        # those scores, and in float32 a score that differs is most of the error.
+        x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
+        gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
+    else:
+        x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        gradient = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    mask_ptrs = mask_base
+    inside = True
+    if HAS_MASK:
+        mask_ptrs = mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
+        inside = column_mask[:, None] & row_mask[None, :]
+    x = masked_scores(
+        x, factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
+        MASKED=MASKED, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+    )  # fmt: skip
+    p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = u * (gradient - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, tau_ptr, delta_ptr, dk_ptr, dv_ptr,
+    list_ptr, count_ptr, pair_ptr, dk_ptr, dv_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -204,6 +287,7 @@ def _key_gradient_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     groups = heads // GROUP
@@ -242,51 +326,46 @@ def _key_gradient_kernel(
         else:
             q_source = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
             do_source = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-        row_base = head_index.to(tl.int64) * queries
+        pair_base = pair_ptr + head_index.to(tl.int64) * queries * 2
         mask_base = mask_ptr
         if HAS_MASK:
             mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
         list_row = head_index.to(tl.int64) * key_tiles + key_tile
-        count = tl.load(count_ptr + list_row)
         lists = list_ptr + list_row * query_tiles
-        for index in range(0, count * (BLOCK // BLOCK_N)):
-            first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-            rows = first_row + pieces
-            row_mask = rows < queries
-            start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
-            q = load_block(
-                q_source, batch, head, first_row, stride_qn, dims, queries, head_dim,
-                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
-            )  # fmt: skip
-            do = load_block(
-                do_source, batch, head, first_row, stride_gn, dims, queries, head_dim,
-                BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
-            )  # fmt: skip
-            tau = tl.load(tau_ptr + row_base + rows, mask=row_mask, other=float("inf"))
-            delta = tl.load(delta_ptr + row_base + rows, mask=row_mask, other=0.0)
-            if (TWO_WALKS and ALPHA_KIND == 0) or q.dtype == tl.float32:
-                # The same products in the same order as for the queries, so that they have the same last bits: tau is
-                # that of those scores, and in float32 a score that differs is most of the error.
-                x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
-                gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
-            else:
-                x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                gradient = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            mask_ptrs = mask_base
-            inside = True
-            if HAS_MASK:
-                mask_ptrs = (
-                    mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
-                )
-                inside = column_mask[:, None] & row_mask[None, :]
-            x = masked_scores(
-                x, factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
-                MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            )  # fmt: skip
-            p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = u * (gradient - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if SPLIT:
+            for index in range(0, tl.load(count_ptr + list_row * 2) * (BLOCK // BLOCK_N)):
+                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
+                dk, dv = _add_queries(
+                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
+                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
+                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                    PRECISION=PRECISION, MASKED=False,
+                )  # fmt: skip
+            # The tiles that some row's range cuts stand at the end of the row.
+            first_cut = (query_tiles - tl.load(count_ptr + list_row * 2 + 1)) * (BLOCK // BLOCK_N)
+            for index in range(first_cut, query_tiles * (BLOCK // BLOCK_N)):
+                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
+                dk, dv = _add_queries(
+                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
+                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
+                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                    PRECISION=PRECISION, MASKED=True,
+                )  # fmt: skip
+        else:
+            for index in range(0, tl.load(count_ptr + list_row) * (BLOCK // BLOCK_N)):
+                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
+                dk, dv = _add_queries(
+                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
+                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
+                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                    PRECISION=PRECISION, MASKED=True,
+                )  # fmt: skip
     d_offsets = batch.to(tl.int64) * stride_db + group.to(tl.int64) * stride_dg + first * stride_dn
     d_offsets = d_offsets + local[:, None] * stride_dn + dims[None, :]
     tl.store(dk_ptr + d_offsets, (dk * scaling).to(dk_ptr.dtype.element_ty), mask=tile_mask)
@@ -302,14 +381,15 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
     dquery = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
     dkey = torch.empty((batch, keys, groups, head_dim), dtype=key.dtype, device=device).transpose(1, 2)
     dvalue = torch.empty((batch, keys, groups, head_dim), dtype=value.dtype, device=device).transpose(1, 2)
-    delta = torch.empty_like(tau)
+    # tau and delta of every query side by side, as the key gradient reads them.
+    pairs = torch.empty((*tau.shape, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
     for rows, tiles, counts in lists.walks():
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
         _query_gradient_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, counts, tau, mean, grad_out, delta, dquery, dalpha,
+            tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha,
             call.excess, call.scaling,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mean.stride()[:3], *grad_out.stride()[:3],
             *dquery.stride()[:3],
@@ -327,16 +407,23 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
             **launch.limit(),
         )  # fmt: skip
     transposed = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
-    counts = torch.empty((batch, heads, call.key_tiles), dtype=torch.int32, device=device)
-    _transpose_kernel[(counts.numel(),)](
-        lists.tile_map, transposed, counts, call.query_tiles, SCAN=128, num_warps=1, enable_fp_fusion=True
+    counts = torch.empty((batch, heads, call.key_tiles, 1 + call.split), dtype=torch.int32, device=device)
+    _transpose_kernel[(batch * heads * call.key_tiles,)](
+        lists.tile_map,
+        transposed,
+        counts,
+        call.query_tiles,
+        SCAN=512 if call.split else 128,
+        SPLIT=call.split,
+        num_warps=1,
+        enable_fp_fusion=True,
     )
     query_descriptor, gradient_descriptor = call.descriptor(query), call.descriptor(grad_out)
     launch = config.key_gradient
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
-        transposed, counts, tau, delta, dkey, dvalue,
+        transposed, counts, pairs, dkey, dvalue,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *dkey.stride()[:3],
         *call.visible_strides, *call.mask_strides,
@@ -346,6 +433,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
         DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,
         BLOCK=TILE,
         BLOCK_N=config.inner,
+        SPLIT=call.split,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),

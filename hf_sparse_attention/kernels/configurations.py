@@ -4,8 +4,10 @@ Enters: head dimension, element size, device. Leaves: a `Configuration` with til
 `measured` names the card the row was tuned on, or is empty for a safe default.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -43,9 +45,13 @@ class Configuration:
     key_gradient: Launch
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
+    # Whether the key gradient walks tiles seen whole without a mask even where only the diagonal cuts tiles; with
+    # visible ranges it always does.
+    split: bool = False
     measured: str = ""
 
 
+@cache
 def _default(element_size, block_dim):
     wide = block_dim * element_size >= 512
     warps = 8 if block_dim > 128 else 4
@@ -86,6 +92,88 @@ _HOPPER = Configuration(
 MEASURED = {(9, 2, 128): _HOPPER, (9, 2, 64): _HOPPER}
 
 
+# What `use` has put before the table: (device name, element size, padded head dimension) -> Configuration
+_chosen = {}
+
+
+class use:
+    """Rows before the table, until the end of the process or of a `with` block; `benchmark --tune` writes such a file.
+
+        configurations.use("tuned.json")          with configurations.use(rows): ...
+
+    rows: a JSON file {"rows": [{"device": the card's name, "element_size": bytes, "block_dim": padded head dimension,
+    "configuration": fields of `Configuration`}, ...]}, or a dict (device, element_size, block_dim) -> Configuration.
+    Cards that the rows do not name keep the table's. A model that torch.compile has compiled keeps what it was traced
+    with: call this before.
+    Raises OSError for a file that cannot be read, ValueError for one that does not say this.
+    """
+
+    def __init__(self, rows):
+        rows = rows if isinstance(rows, dict) else read_rows(rows)
+        self._before = dict(_chosen)
+        _chosen.update(rows)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        _chosen.clear()
+        _chosen.update(self._before)
+
+
+def read_rows(path):
+    """The rows of a file as `use` describes it."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return {
+            (str(row["device"]), int(row["element_size"]), int(row["block_dim"])): from_dict(row["configuration"])
+            for row in json.loads(text)["rows"]
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no rows of kernel configurations: {error!r}") from error
+
+
+def from_dict(values):
+    """A `Configuration` from `dataclasses.asdict` of one; every field must be there and nothing else."""
+    names = {field.name for field in fields(Configuration)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise ValueError(f"a configuration has the fields {', '.join(sorted(names))}, not {values!r}")
+    made = {name: Launch(**value) if isinstance(value, dict) else value for name, value in values.items()}
+    configuration = Configuration(**made)
+    for field in fields(Configuration):
+        value = getattr(configuration, field.name)
+        given = {"int": int, "str": str, "bool": bool}.get(getattr(field.type, "__name__", field.type), field.type)
+        if type(value) is not given:
+            raise ValueError(f"{field.name} is {value!r}, not {given.__name__}")
+    if configuration.threshold_rows not in (TILE, 2 * TILE) or configuration.threshold_columns not in (TILE, 2 * TILE):
+        raise ValueError(f"threshold_rows and threshold_columns are {TILE} or {2 * TILE}")
+    if configuration.inner not in (16, 32, TILE):
+        raise ValueError(f"inner is {configuration.inner}, not 16, 32 or {TILE}")
+    return configuration
+
+
+def to_row(device, element_size, block_dim, configuration):
+    """One row of such a file."""
+    return {
+        "device": device,
+        "element_size": element_size,
+        "block_dim": block_dim,
+        "configuration": asdict(configuration),
+    }
+
+
+@cache
+def _card(device_index):
+    return torch.cuda.get_device_name(device_index)
+
+
+def device_name(device):
+    """The card's name, as rows of a file name it; the device's type where it is no card."""
+    if device.type != "cuda":
+        return device.type
+    return _card(device.index if device.index is not None else torch.cuda.current_device())
+
+
 @cache
 def _capability(device_index):
     return torch.cuda.get_device_capability(device_index)[0]
@@ -100,7 +188,11 @@ def processors(device_index):
 
 
 def configuration(device, element_size, block_dim):
-    """The row of the table for this device, or the default."""
+    """The row that `use` has put there, or that of the table for this device, or the default."""
+    if _chosen:
+        found = _chosen.get((device_name(device), element_size, block_dim))
+        if found is not None:
+            return found
     if device.type == "cuda" and torch.version.hip is None:
         index = device.index if device.index is not None else torch.cuda.current_device()
         found = MEASURED.get((_capability(index), element_size, block_dim))

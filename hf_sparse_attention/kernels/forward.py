@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiling import Kernel
 from .configurations import TILE
 from .tiles import entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights
 
@@ -27,6 +28,7 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
     return tl.where(positive, step, 0.0)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,

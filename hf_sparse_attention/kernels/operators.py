@@ -3,12 +3,13 @@
 Enters: tensors in the contract's shapes. Leaves: output, tau and what the backward needs: lists of tiles, map, mean.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import gradients
+from .compiling import compile_together, like
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
 from .refine import refined_threshold
@@ -41,16 +42,28 @@ class Call:
     group: int
     block_dim: int
     two_walks: bool
+    # Whether the key gradient walks the tiles that every query sees whole apart from those that need a mask.
+    split: bool
     descriptors: bool
     constants: dict
     configuration: Configuration
+    # Descriptors made so far: both kinds of rows and several kernels read the same tensors.
+    made: dict = field(default_factory=dict)
 
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
-        if not self.descriptors or not describable(tensor, self.block_dim):
+        if not self.descriptors:
             return None
-        block = [1, 1, columns or self.configuration.inner, self.block_dim]
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+        columns = columns or self.configuration.inner
+        # The call, or whoever asks, keeps the tensor alive: its address stays its own.
+        known = (id(tensor), columns)
+        if known not in self.made:
+            made = None
+            if describable(tensor, self.block_dim):
+                block = [1, 1, columns, self.block_dim]
+                made = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
+            self.made[known] = made
+        return self.made[known]
 
 
 def _block_dim(head_dim):
@@ -108,6 +121,7 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         # Above alpha = 2 a slope hangs on the last bits of a score, which must come out alike in every kernel.
         "enable_fp_fusion": not alpha > 2,
     }
+    row = configuration(query.device, query.element_size(), block_dim)
     return Call(
         query=_rows(query),
         key=_rows(key),
@@ -127,9 +141,10 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         block_dim=block_dim,
         # Slopes u grow without bound at the edge of the support for alpha > 2, and float32 is held to float32.
         two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
+        split=visible is not None or row.split,
         descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
         constants=constants,
-        configuration=configuration(query.device, query.element_size(), block_dim),
+        configuration=row,
     )
 
 
@@ -150,6 +165,8 @@ def _forward(
 ]:  # fmt: skip
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
+        variant = (query.device, query.dtype, save, call.descriptors, id(call.configuration), *call.constants.values())
+        compile_together(variant, query.device, lambda: _launch_all(call, save))
         bound, lists = threshold_bound(call, save)
         out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
     if not save:
@@ -159,6 +176,16 @@ def _forward(
     if pairs is None:
         pairs, pair_counts = (tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES[2:4])
     return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map
+
+
+def _launch_all(call, save):
+    """Launches, on tensors without memory, whatever a call and its backward launch."""
+    tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
+    call = replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
+    bound, lists = threshold_bound(call, save)
+    out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
+    if save:
+        gradients(call, out, tau, mean, lists, call.alpha_tensor is not None)
 
 
 def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save):

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiling import Kernel
 from .configurations import TILE
-from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_tiles
+from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_span
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def refine(
     return low, high, step, left
 
 
+@Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _refine_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
@@ -138,7 +140,11 @@ def _refine_kernel(
         tl.store(state + 1, tau, mask=row_mask)
         tl.store(state + 2, tau + 1.001 + 1e-5 * tl.abs(tau), mask=row_mask)
     pieces = count * (TILE // BLOCK_N)
-    whole = whole_tiles(count, RANGE_KIND=RANGE_KIND, BLOCK_M=BLOCK_M, TILE=TILE) * (TILE // BLOCK_N)
+    whole_first, whole_last = whole_span(
+        lists, count, start, end, keys, RANGE_KIND=RANGE_KIND, BLOCK_M=BLOCK_M, TILE=TILE
+    )
+    whole_first *= TILE // BLOCK_N
+    whole_last *= TILE // BLOCK_N
     unsettled = (count > 0).to(tl.int32)
     iteration = 0
     while unsettled > 0:
@@ -149,7 +155,7 @@ def _refine_kernel(
         sums = tl.zeros((BLOCK_M,), tl.float32)
         slope_sum = tl.zeros((BLOCK_M,), tl.float32)
         support = tl.zeros((BLOCK_M,), tl.float32)
-        for index in range(0, whole):
+        for index in range(whole_first, whole_last):
             first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
             k = load_block(
                 k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
@@ -165,7 +171,12 @@ def _refine_kernel(
             slope_sum += tl.sum(u, 1)
             if ALPHA_KIND == 15 and EXACT:
                 support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
-        for index in range(whole, pieces):
+        for position in range(whole_last - whole_first, pieces):
+            index = position
+            if RANGE_KIND == 2:
+                # The cut tiles stand on both sides of the whole ones.
+                cut = position - (whole_last - whole_first)
+                index = tl.where(cut < whole_first, cut, position)
             first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
             k = load_block(
                 k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .compiling import Kernel
 from .configurations import TILE, processors
 from .tiles import entmax_parameters, masked_scores, row_ranges, weights
 
@@ -24,7 +25,8 @@ class Lists:
     """Tiles that can hold weight, ascending, per TILE queries; a pair of such rows is walked together or row by row.
 
     tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
-    pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries.
+    pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
+    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1.
     """
 
     tiles: torch.Tensor
@@ -44,6 +46,8 @@ class Lists:
 def _visit(
     first,
     last,
+    gap_first,
+    gap_last,
     q,
     slots,
     k_source,
@@ -65,6 +69,7 @@ def _visit(
     stride_mn,
     stride_mk,
     MASKED: tl.constexpr,
+    HAS_GAP: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -76,11 +81,19 @@ def _visit(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Blocks first..last of keys: the row maxima of their tiles go to the scratch, the classes are updated."""
+    """Blocks first..last of keys: the row maxima of their tiles go to the scratch, the classes are updated.
+
+    HAS_GAP leaves out the blocks gap_first..gap_last.
+    """
     PIECES: tl.constexpr = BLOCK_N // TILE
     local_columns = tl.arange(0, BLOCK_N)
     pieces = tl.arange(0, PIECES)
-    for block in range(first, last):
+    if HAS_GAP:
+        last -= gap_last - gap_first
+    for index in range(first, last):
+        block = index
+        if HAS_GAP:
+            block += tl.where(index < gap_first, 0, gap_last - gap_first)
         columns = block * BLOCK_N + local_columns
         if DESCRIPTORS:
             k = tl.reshape(k_source.load([batch, group, block * BLOCK_N, 0]), (BLOCK_N, BLOCK_D))
@@ -119,6 +132,7 @@ def _visit(
     return slots
 
 
+@Kernel
 @triton.jit(
     do_not_specialize=[
         "queries",
@@ -151,6 +165,7 @@ def _threshold_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
     SAVE: tl.constexpr,
+    SPLIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -162,7 +177,7 @@ def _threshold_kernel(
     PIECES: tl.constexpr = BLOCK_N // TILE
     local_rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    scratch_ptr += tl.program_id(0).to(tl.int64) * (tl.cdiv(list_keys, PIECES) * PIECES) * BLOCK_M
+    own_scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (tl.cdiv(list_keys, PIECES) * PIECES) * BLOCK_M
     work = tl.atomic_add(counter_ptr, 1)
     while work < total:
         head_index = work // query_tiles
@@ -194,6 +209,10 @@ def _threshold_kernel(
         low = tl.min(tl.where(inside, start, keys), 0) // BLOCK_N
         high = tl.cdiv(tl.max(tl.where(inside, end, 0), 0), BLOCK_N)
         low = tl.minimum(low, high)
+        scratch = own_scratch
+        if RANGE_KIND == 2:
+            # Wherever the rows look, the program writes the same few lines of the cache.
+            scratch += -low.to(tl.int64) * PIECES * BLOCK_M
         # Tiles every row sees whole need no mask; rows that see nothing do not count, they are set aside at the end.
         full_low = tl.cdiv(tl.max(tl.where(inside, start, 0), 0), BLOCK_N)
         full_high = tl.min(tl.where(inside, end, keys), 0) // BLOCK_N
@@ -205,11 +224,14 @@ def _threshold_kernel(
             full_low = tl.minimum(full_low, full_high)
 
         slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
+        # Blocks that need a mask: the last ones and, with ranges, the first ones. One walk takes both, unless the last
+        # ones must say how far a bias lets the first ones reach.
+        TOGETHER: tl.constexpr = RANGE_KIND == 2 and not HAS_SLOPES
         slots = _visit(
-            full_high, high, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
-            scratch_ptr, local_rows, rows, queries, keys,
+            low if TOGETHER else full_high, high, full_low, full_high, q, slots, k_source, batch, head // GROUP,
+            stride_kn, dims, head_dim, scratch, local_rows, rows, queries, keys,
             start, end, factor, slope, mask_base, stride_mn, stride_mk,
-            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            MASKED=True, HAS_GAP=TOGETHER, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
             DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
@@ -227,19 +249,20 @@ def _threshold_kernel(
             low = tl.minimum(low, high)
             full_low = tl.maximum(full_low, low)
             full_high = tl.maximum(full_high, full_low)
+        if RANGE_KIND == 2 and HAS_SLOPES:
+            slots = _visit(
+                low, full_low, 0, 0, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
+                scratch, local_rows, rows, queries, keys,
+                start, end, factor, slope, mask_base, stride_mn, stride_mk,
+                MASKED=True, HAS_GAP=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            )  # fmt: skip
         slots = _visit(
-            low, full_low, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
-            scratch_ptr, local_rows, rows, queries, keys,
+            full_low, full_high, 0, 0, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
+            scratch, local_rows, rows, queries, keys,
             start, end, factor, slope, mask_base, stride_mn, stride_mk,
-            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-            DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
-        )  # fmt: skip
-        slots = _visit(
-            full_low, full_high, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
-            scratch_ptr, local_rows, rows, queries, keys,
-            start, end, factor, slope, mask_base, stride_mn, stride_mk,
-            MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            MASKED=False, HAS_GAP=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
             BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
             DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
@@ -281,10 +304,14 @@ def _threshold_kernel(
         last = tl.minimum(high * PIECES, list_keys)
         union = 0
         scan = tl.arange(0, SCAN)
+        if SPLIT:
+            # From where to where TILE rows see every tile whole.
+            whole_low = tl.cdiv(tl.max(tl.reshape(tl.where(inside, start, 0), (GROUPS, TILE)), 1), TILE)
+            whole_high = tl.min(tl.reshape(tl.where(inside, end, keys), (GROUPS, TILE)), 1) // TILE
         for base in range(first, last, SCAN):
             tiles = base + scan
             maxima = tl.load(
-                scratch_ptr + tiles[None, :] * BLOCK_M + local_rows[:, None],
+                scratch + tiles[None, :] * BLOCK_M + local_rows[:, None],
                 mask=(tiles < last)[None, :],
                 other=float("-inf"),
             )
@@ -296,11 +323,15 @@ def _threshold_kernel(
             tl.store(list_ptr + list_rows[:, None] * list_keys + place, wide_tiles, mask=chosen)
             count += tl.sum(alive, 1)
             if SAVE:
+                flag = tl.full((GROUPS, SCAN), 1, tl.uint8)
+                if SPLIT:
+                    whole = (tiles[None, :] >= whole_low[:, None]) & (tiles[None, :] < whole_high[:, None])
+                    flag = tl.where(whole, 2, 1).to(tl.uint8)
                 map_rows = head_index.to(tl.int64) * list_keys + tiles
                 map_columns = row_tile * GROUPS + group
                 tl.store(
                     map_ptr + map_rows[None, :] * list_queries + map_columns[:, None],
-                    tl.full((GROUPS, SCAN), 1, tl.uint8),
+                    flag,
                     mask=chosen,
                 )
             if GROUPS > 1:
@@ -358,6 +389,7 @@ def threshold_bound(call, save):
         BLOCK_N=config.threshold_columns,
         TILE=TILE,
         SAVE=save,
+        SPLIT=save and call.split,
         DESCRIPTORS=call.descriptors,
         SCAN=SCAN,
         STEPS=STEPS,

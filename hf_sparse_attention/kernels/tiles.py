@@ -14,8 +14,8 @@ GENERAL, ENTMAX15, SPARSEMAX = 0, 15, 20
 
 
 @triton.jit
-def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.constexpr):
-    """Half-open range of visible keys of every row; rows past the end see nothing."""
+def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.constexpr, PAIRS: tl.constexpr = False):
+    """Half-open range of visible keys of every row; rows past the end see nothing. PAIRS loads both ends at once."""
     inside = rows < queries
     if RANGE_KIND == 0:
         start = tl.zeros_like(rows)
@@ -24,8 +24,12 @@ def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.const
         start = tl.zeros_like(rows)
         end = rows + (keys - queries + 1)
     else:
-        start = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn, mask=inside, other=0)
-        end = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn + 1, mask=inside, other=0)
+        if PAIRS:
+            pointers = visible_ptr + rows.to(tl.int64)[:, None] * stride_vn + tl.arange(0, 2)[None, :]
+            start, end = tl.split(tl.load(pointers, mask=inside[:, None], other=0))
+        else:
+            start = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn, mask=inside, other=0)
+            end = tl.load(visible_ptr + rows.to(tl.int64) * stride_vn + 1, mask=inside, other=0)
     start = tl.maximum(start, 0)
     end = tl.minimum(tl.maximum(end, 0), keys)
     return start, tl.where(inside, end, 0)
@@ -52,7 +56,9 @@ def masked_scores(
         x += slope * (columns.to(tl.float32) - (end - 1).to(tl.float32))
     if MASKED:
         if RANGE_KIND == 2:
-            x = tl.where((columns >= start) & (columns < end), x, float("-inf"))
+            # One unsigned comparison for start <= column < end: two are packed bit by bit into registers (NOTES.md).
+            seen = (columns - start).to(tl.uint32) < tl.maximum(end - start, 0).to(tl.uint32)
+            x = tl.where(seen, x, float("-inf"))
         else:
             x = tl.where(columns < end, x, float("-inf"))
     if HAS_MASK:
@@ -182,3 +188,21 @@ def whole_tiles(count, RANGE_KIND: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl
         return tl.maximum(count - BLOCK_M // TILE - 1, 0)
     else:
         return count * 0
+
+
+@triton.jit
+def whole_span(lists, count, start, end, keys, RANGE_KIND: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr):
+    """Where in an ascending list the tiles begin and end that every row sees whole; rows that see nothing are free."""
+    if RANGE_KIND == 2:
+        sees = start < end
+        low = tl.cdiv(tl.max(tl.where(sees, start, 0), 0), TILE)
+        high = tl.maximum(tl.min(tl.where(sees, end, keys), 0) // TILE, low)
+        scan = tl.arange(0, 128)
+        # How many listed tiles lie below either end, both in one sum.
+        below = 0
+        for base in range(0, count, 128):
+            tiles = tl.load(lists + base + scan, mask=base + scan < count, other=32767).to(tl.int32)
+            below += tl.sum((tiles < low).to(tl.int32) + (tiles < high).to(tl.int32) * 65536, 0)
+        return below % 65536, below // 65536
+    else:
+        return count * 0, whole_tiles(count, RANGE_KIND=RANGE_KIND, BLOCK_M=BLOCK_M, TILE=TILE)
