@@ -582,7 +582,7 @@ def test_the_whole_cycle(client, server, texts, tmp_path):
         for row in (
             ["steps", "12"],
             ["tokens", f"{summary['tokens']:,}"],
-            ["training loss at the end", f"{summary['train_loss']:.4f}"],
+            ["at the end of training", f"loss on text {summary['train_loss']:.4f}"],
             ["visible keys whose weight is exactly 0", f"{zeros:.1%}"],
         ):
             assert row in found["rows"]
