@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
+from .gather import ROW_BIT, gather_rows, stray_arguments, stray_block, stray_places, transpose
 from .tiles import (
     entmax_parameters,
     key_scores,
@@ -35,11 +36,15 @@ def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.conste
     tl.store(count_ptr + row, count)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "moved", "excess", "scaling"]
+)
 def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, tau_ptr, mean_ptr, do_ptr, delta_ptr, dq_ptr, dalpha_ptr,
+    code_ptr, score_ptr, stray_count_ptr, start_ptr, end_ptr, total_ptr, moved_code_ptr, moved_ptr,
     excess, scaling,
+    stride_sb, stride_sh, stride_sn, moved,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_wb, stride_wg, stride_wn,
@@ -48,7 +53,7 @@ def _query_gradient_kernel(
     stride_db, stride_dh, stride_dn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -64,6 +69,7 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
     ALPHA_GRADIENT: tl.constexpr,
     TWO_WALKS: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -100,6 +106,13 @@ def _query_gradient_kernel(
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
     tau_rows = head_index.to(tl.int64) * queries + rows
+    strays = 0
+    if ROOM > 0:
+        strays = tl.load(stray_count_ptr + head_index.to(tl.int64) * list_queries + row_tile * (BLOCK_M // TILE))
+        stray_offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        stray_offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
+        k_base = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+        w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
 
     tile_mask = row_mask[:, None] & dim_mask
     first_row = row_tile.to(tl.int64) * BLOCK_M
@@ -132,6 +145,16 @@ def _query_gradient_kernel(
             p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
             slope_sum += tl.sum(u, 1)
             delta += tl.sum(u * gradient, 1)
+        if ROOM > 0:
+            for index in range(0, tl.cdiv(strays, BLOCK_N)):
+                x, entries, held, chosen = stray_block(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, ROOM=ROOM, BLOCK_N=BLOCK_N
+                )
+                v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
+                gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                slope_sum += tl.sum(u, 1)
+                delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
     else:
         mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
@@ -167,6 +190,33 @@ def _query_gradient_kernel(
             entropy += tl.sum(p_log, 1)
         ds = u * (gradient - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    if ROOM > 0:
+        for index in range(0, tl.cdiv(strays, BLOCK_N)):
+            x, entries, held, chosen = stray_block(
+                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, ROOM=ROOM, BLOCK_N=BLOCK_N
+            )
+            k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
+            v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
+            gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            if ALPHA_GRADIENT:
+                p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+                gain += tl.sum(gradient * p, 1)
+                gain_entropy += tl.sum(gradient * p_log, 1)
+                entropy += tl.sum(p_log, 1)
+            ds = u * (gradient - delta[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            # Each stray has one row that is not zero: p and ds go to its tile of keys, in the order of the queries.
+            own = tl.load(code_ptr + stray_places(stray_offset, stride_sn, entries, ROOM=ROOM), mask=held, other=0)
+            tile = chosen // TILE
+            cell = (head_index.to(tl.int64) * key_tiles + tile) * list_queries + row_tile * (BLOCK_M // TILE)
+            segment = (batch * (heads // GROUP) + head // GROUP).to(tl.int64) * key_tiles + tile
+            place = tl.load(end_ptr + segment, mask=held, other=0) - tl.load(total_ptr + segment, mask=held, other=0)
+            place += tl.load(start_ptr + cell, mask=held, other=0) + entries
+            member_row = (head % GROUP) * queries + row_tile * BLOCK_M + (own >> ROW_BIT)
+            tl.store(moved_code_ptr + place, member_row * TILE + chosen % TILE, mask=held)
+            tl.store(moved_ptr + place, tl.sum(p, 0).to(moved_ptr.dtype.element_ty), mask=held)
+            tl.store(moved_ptr + moved + place, tl.sum(ds, 0).to(moved_ptr.dtype.element_ty), mask=held)
     tl.store(
         d_base + local[:, None] * stride_dn + dims[None, :],
         (acc * scaling).to(dq_ptr.dtype.element_ty),
@@ -178,11 +228,11 @@ def _query_gradient_kernel(
         tl.store(dalpha_ptr + tau_rows, tl.where(tau < float("inf"), dalpha, 0.0), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "moved", "excess", "scaling"])
 def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, tau_ptr, delta_ptr, dk_ptr, dv_ptr,
-    excess, scaling,
+    list_ptr, count_ptr, tau_ptr, delta_ptr, dk_ptr, dv_ptr, end_ptr, total_ptr, moved_code_ptr, moved_ptr,
+    excess, scaling, moved,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_wb, stride_wg, stride_wn,
@@ -204,6 +254,7 @@ def _key_gradient_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    STRAYS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     groups = heads // GROUP
@@ -287,13 +338,31 @@ def _key_gradient_kernel(
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             ds = u * (gradient - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if STRAYS:
+        total = tl.load(total_ptr + program)
+        begin = tl.load(end_ptr + program) - total
+        q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
+        g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
+        for index in range(0, tl.cdiv(total, BLOCK_N)):
+            entries = index * BLOCK_N + pieces
+            held = entries < total
+            codes = tl.load(moved_code_ptr + begin + entries, mask=held, other=0)
+            p = tl.load(moved_ptr + begin + entries, mask=held, other=0.0)
+            ds = tl.load(moved_ptr + moved + begin + entries, mask=held, other=0.0)
+            member = (codes // BLOCK // queries).to(tl.int64)
+            row = (codes // BLOCK % queries).to(tl.int64)
+            q = gather_rows(q_base + member * stride_qh + row * stride_qn, held, dims, head_dim, EVEN_D=EVEN_D)
+            do = gather_rows(g_base + member * stride_gh + row * stride_gn, held, dims, head_dim, EVEN_D=EVEN_D)
+            own = (codes % BLOCK)[None, :] == local[:, None]
+            dv = tl.dot(tl.where(own, p[None, :], 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot(tl.where(own, ds[None, :], 0.0).to(q.dtype), q, dk, input_precision=PRECISION)
     d_offsets = batch.to(tl.int64) * stride_db + group.to(tl.int64) * stride_dg + first * stride_dn
     d_offsets = d_offsets + local[:, None] * stride_dn + dims[None, :]
     tl.store(dk_ptr + d_offsets, (dk * scaling).to(dk_ptr.dtype.element_ty), mask=tile_mask)
     tl.store(dv_ptr + d_offsets, dv.to(dv_ptr.dtype.element_ty), mask=tile_mask)
 
 
-def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
+def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     """dquery, dkey, dvalue in the inputs' dtype and, if asked for, dalpha (H,) in float32, else None."""
     query, key, value, config = call.query, call.key, call.value, call.configuration
     batch, heads, queries, head_dim = query.shape
@@ -304,17 +373,26 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
     dvalue = torch.empty((batch, keys, groups, head_dim), dtype=value.dtype, device=device).transpose(1, 2)
     delta = torch.empty_like(tau)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
+    stray_pointers, room = stray_arguments(strays)
+    moved, moved_pointers = 0, (None,) * 5
+    if strays is not None:
+        transposed = transpose(call, strays)
+        moved = transposed.codes.numel()
+        moved_pointers = (
+            transposed.starts, transposed.ends, transposed.totals, transposed.codes, transposed.weights
+        )  # fmt: skip
     for rows, tiles, counts in lists.walks():
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
         _query_gradient_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, counts, tau, mean, grad_out, delta, dquery, dalpha,
+            tiles, counts, tau, mean, grad_out, delta, dquery, dalpha, *stray_pointers[:3], *moved_pointers,
             call.excess, call.scaling,
+            *stray_pointers[3:], moved,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mean.stride()[:3], *grad_out.stride()[:3],
             *dquery.stride()[:3],
             *call.visible_strides, *call.mask_strides,
-            heads, queries, keys, counts.shape[2], call.key_tiles, head_dim,
+            heads, queries, keys, counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
@@ -322,22 +400,23 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
             TILE=TILE,
             ALPHA_GRADIENT=alpha_gradient,
             TWO_WALKS=call.two_walks,
+            ROOM=room,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),
         )  # fmt: skip
-    transposed = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
+    query_lists = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
     counts = torch.empty((batch, heads, call.key_tiles), dtype=torch.int32, device=device)
     _transpose_kernel[(counts.numel(),)](
-        lists.tile_map, transposed, counts, call.query_tiles, SCAN=128, num_warps=1, enable_fp_fusion=True
+        lists.tile_map, query_lists, counts, call.query_tiles, SCAN=128, num_warps=1, enable_fp_fusion=True
     )
     query_descriptor, gradient_descriptor = call.descriptor(query), call.descriptor(grad_out)
     launch = config.key_gradient
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
-        transposed, counts, tau, delta, dkey, dvalue,
-        call.excess, call.scaling,
+        query_lists, counts, tau, delta, dkey, dvalue, *moved_pointers[1:],
+        call.excess, call.scaling, moved,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *dkey.stride()[:3],
         *call.visible_strides, *call.mask_strides,
         heads, queries, keys, call.query_tiles, call.key_tiles, head_dim,
@@ -346,6 +425,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
         DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,
         BLOCK=TILE,
         BLOCK_N=config.inner,
+        STRAYS=strays is not None,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),

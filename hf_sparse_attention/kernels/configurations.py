@@ -4,7 +4,8 @@ Enters: head dimension, element size, device. Leaves: a `Configuration` with til
 `measured` names the card the row was tuned on, or is empty for a safe default.
 """
 
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -41,6 +42,14 @@ class Configuration:
     query_gradient: Launch
     query_gradient_pairs: Launch
     key_gradient: Launch
+    # Tiles of TILE queries with at most so many pairs above the bound are taken apart; 0: every listed tile is walked.
+    stray_limit: int = 0
+    # Pairs per query that are kept for a backward. Without one they lie where the output will.
+    stray_room: int = 24
+    collect: Launch = Launch(4, 2)
+    collect_pairs: Launch = Launch(8, 2)
+    # Running programs per multiprocessor.
+    collect_programs: int = 4
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
     measured: str = ""
@@ -86,6 +95,10 @@ _HOPPER = Configuration(
 MEASURED = {(9, 2, 128): _HOPPER, (9, 2, 64): _HOPPER}
 
 
+# What `configured` has changed; of all threads, as the backward runs in one of its own.
+_changes: dict = {}
+
+
 @cache
 def _capability(device_index):
     return torch.cuda.get_device_capability(device_index)[0]
@@ -100,7 +113,23 @@ def processors(device_index):
 
 
 def configuration(device, element_size, block_dim):
-    """The row of the table for this device, or the default."""
+    """The row of the table for this device, or the default, with the fields changed by `configured`."""
+    return replace(_row(device, element_size, block_dim), **_changes)
+
+
+@contextmanager
+def configured(**changes):
+    """Fields of every `Configuration` have other values inside, to measure them: configured(stray_limit=64)."""
+    before = dict(_changes)
+    _changes.update(changes)
+    try:
+        yield
+    finally:
+        _changes.clear()
+        _changes.update(before)
+
+
+def _row(device, element_size, block_dim):
     if device.type == "cuda" and torch.version.hip is None:
         index = device.index if device.index is not None else torch.cuda.current_device()
         found = MEASURED.get((_capability(index), element_size, block_dim))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
+from .gather import stray_arguments, stray_block
 from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_tiles
 
 
@@ -64,16 +65,17 @@ def refine(
     return low, high, step, left
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "excess", "scaling"])
 def _refine_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, bound_ptr, state_ptr, tau_ptr,
+    list_ptr, count_ptr, bound_ptr, state_ptr, tau_ptr, code_ptr, score_ptr, stray_count_ptr,
     excess, scaling,
+    stride_sb, stride_sh, stride_sn,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -90,6 +92,7 @@ def _refine_kernel(
     EXACT: tl.constexpr,
     STATE: tl.constexpr,
     TOLERANCE: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -124,6 +127,11 @@ def _refine_kernel(
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
     tau_rows = head_index.to(tl.int64) * queries + rows
+    strays = 0
+    if ROOM > 0:
+        strays = tl.load(stray_count_ptr + head_index.to(tl.int64) * list_queries + row_tile * (BLOCK_M // TILE))
+        stray_offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        stray_offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
 
     tau = tl.load(bound_ptr + tau_rows, mask=row_mask, other=float("inf"))
     empty = tau == float("inf")
@@ -139,7 +147,7 @@ def _refine_kernel(
         tl.store(state + 2, tau + 1.001 + 1e-5 * tl.abs(tau), mask=row_mask)
     pieces = count * (TILE // BLOCK_N)
     whole = whole_tiles(count, RANGE_KIND=RANGE_KIND, BLOCK_M=BLOCK_M, TILE=TILE) * (TILE // BLOCK_N)
-    unsettled = (count > 0).to(tl.int32)
+    unsettled = (count + strays > 0).to(tl.int32)
     iteration = 0
     while unsettled > 0:
         tl.debug_barrier()
@@ -181,6 +189,16 @@ def _refine_kernel(
             slope_sum += tl.sum(u, 1)
             if ALPHA_KIND == 15 and EXACT:
                 support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+        if ROOM > 0:
+            for index in range(0, tl.cdiv(strays, BLOCK_N)):
+                x, entries, held, chosen = stray_block(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, ROOM=ROOM, BLOCK_N=BLOCK_N
+                )
+                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                sums += tl.sum(p, 1)
+                slope_sum += tl.sum(u, 1)
+                if ALPHA_KIND == 15 and EXACT:
+                    support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
         if SLOT > 1:
             lower = tl.load(current + 1, mask=row_mask, other=1e30)
             upper = tl.load(current + 2, mask=row_mask, other=1e30)
@@ -210,7 +228,7 @@ def _refine_kernel(
     tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
 
 
-def refined_threshold(call, bound, lists):
+def refined_threshold(call, bound, lists, strays=None):
     """A point next to tau (B, H, N); 1e30 in rows that see no key."""
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
@@ -224,14 +242,16 @@ def refined_threshold(call, bound, lists):
         tolerance = 2e-3 if call.alpha_kind == ENTMAX15 else 1e-2
     slots = 8 if exact or call.alpha_kind != ENTMAX15 else 2
     state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
+    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
         launch = config.refine if rows == TILE else config.refine_pairs
         _refine_kernel[(counts.numel(),)](
             query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, counts, bound, state, tau,
+            tiles, counts, bound, state, tau, *stray_pointers[:3],
             call.excess, call.scaling,
+            *stray_pointers[3:],
             *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
-            heads, queries, key.shape[2], counts.shape[2], call.key_tiles, head_dim,
+            heads, queries, key.shape[2], counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
@@ -240,6 +260,7 @@ def refined_threshold(call, bound, lists):
             EXACT=exact,
             STATE=state.shape[-1],
             TOLERANCE=tolerance,
+            ROOM=room,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

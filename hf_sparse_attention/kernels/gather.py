@@ -1,0 +1,423 @@
+"""Tiles that hold few weights leave the lists: their (query, key) pairs, the strays, are gathered 64 at a time.
+
+A block of strays is a tile whose columns are keys from anywhere, each seen by one row: the passes treat it as such, so
+their cost follows the weights instead of the tiles. Enters: lists and bound of `threshold`; leaves: shorter lists and
+`Strays`. Every pair above the bound is kept, in an order that depends on nothing but the inputs: exact, same bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .configurations import TILE, processors
+from .tiles import (
+    entmax_parameters,
+    key_scores,
+    listed_start,
+    load_block,
+    masked_scores,
+    row_ranges,
+    whole_tiles,
+)
+
+# Listed tiles sorted out at once, and the fewest in a list that are worth it.
+SEGMENT = 8
+FEWEST = 4
+# The bit of a code from which on it says the row; below is the key.
+ROW_BIT = tl.constexpr(21)
+
+
+@dataclass(frozen=True)
+class Strays:
+    """(query, key) pairs that can hold weight outside the listed tiles, per TILE queries or pair, by tile, then row.
+
+    pool (B, H, N, 2 * room) int32: codes and, as float32, scores, their x. The rows of a tile of queries are one array
+    that is filled from its start; counts (B, H, N/TILE) int32 says how far, a pair's at its first tile. tile_map
+    (B, H, K/TILE, N/TILE) int32, where a backward follows: 256 times the place of the first stray of a tile of keys
+    plus their number. out: the output, where its memory is the pool.
+    """
+
+    pool: torch.Tensor
+    counts: torch.Tensor
+    tile_map: torch.Tensor | None
+    out: torch.Tensor | None = None
+
+    @property
+    def room(self):
+        """Strays per query that there is room for."""
+        return self.pool.shape[-1] // 2
+
+    @property
+    def codes(self):
+        """(B, H, N, room) int32: the key and, from bit ROW_BIT on, the row within the tile or pair of tiles."""
+        return self.pool[..., : self.room]
+
+    @property
+    def scores(self):
+        """(B, H, N, room) float32, with the strides of the codes."""
+        return self.pool[..., self.room : 2 * self.room].view(torch.float32)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The strays by tile of keys (B, G, K/TILE), with their p and ds, for the key and value gradient.
+
+    starts (B, H, K/TILE, N/TILE) int32: where those of a tile go, less their place of origin, counted from the start
+    of their tile of keys; ends and totals of those (B * G * K/TILE). codes (B * H * N * room) int32: TILE times the
+    query within the group of heads plus the key within the tile; weights (2, B * H * N * room): p and ds.
+    """
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+    totals: torch.Tensor
+    codes: torch.Tensor
+    weights: torch.Tensor
+
+
+def stray_arguments(strays):
+    """Pointers, strides and room as the kernels take them; a room of 0 says that there are none."""
+    if strays is None:
+        return (None, None, None, 0, 0, 0), 0
+    return (strays.codes, strays.scores, strays.counts, *strays.codes.stride()[:3]), strays.room
+
+
+@triton.jit
+def stray_places(offset, stride, entries, ROOM: tl.constexpr):
+    """Where the strays of a block of rows are, counted from the first element of the codes or scores."""
+    return offset + (entries // ROOM).to(tl.int64) * stride + entries % ROOM
+
+
+@triton.jit
+def stray_codes(code_ptr, offset, stride, index, count, ROOM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The index-th BLOCK_N strays: where they are, whether they exist, their rows and keys."""
+    entries = index * BLOCK_N + tl.arange(0, BLOCK_N)
+    held = entries < count
+    places = stray_places(offset, stride, entries, ROOM=ROOM)
+    codes = tl.load(code_ptr + places, mask=held, other=0)
+    own = codes >> ROW_BIT
+    return entries, places, held, own, codes ^ (own << ROW_BIT)
+
+
+@triton.jit
+def stray_block(code_ptr, score_ptr, offset, stride, index, count, local, ROOM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """x of a block of rows and the index-th BLOCK_N strays, -inf but in a stray's own row; entries, held, keys."""
+    entries, places, held, own, keys = stray_codes(code_ptr, offset, stride, index, count, ROOM=ROOM, BLOCK_N=BLOCK_N)
+    scores = tl.load(score_ptr + places, mask=held, other=float("-inf"))
+    x = tl.where(own[None, :] == local[:, None], scores[None, :], float("-inf"))
+    return x, entries, held, keys
+
+
+@triton.jit
+def gather_rows(pointers, held, dims, head_dim, EVEN_D: tl.constexpr):
+    """Rows from anywhere, given a pointer to the first element of each; zeros where none is held."""
+    if EVEN_D:
+        return tl.load(pointers[:, None] + dims[None, :], mask=held[:, None], other=0.0)
+    else:
+        return tl.load(pointers[:, None] + dims[None, :], mask=held[:, None] & (dims < head_dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _ones(words):
+    """Bits set in each int32."""
+    bits = words.to(tl.uint32, bitcast=True)
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    bits = bits + (bits >> 8)
+    return ((bits + (bits >> 16)) & 63).to(tl.int32)
+
+
+@triton.jit
+def _mark(
+    begin, stop, base, lists, q, k_source, batch, group, stride_kn, dims, head_dim, scratch, local, rows, queries,
+    keys, start, end, factor, slope, limit, mask_base, stride_mn, stride_mk,
+    MASKED: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pieces begin..stop of the list: a bit per row and key goes to the scratch, set where x is above the limit."""
+    WORDS: tl.constexpr = BLOCK_N // 32
+    bit = tl.full((32,), 1, tl.int32) << tl.arange(0, 32)
+    word = tl.arange(0, WORDS)
+    for index in range(begin, stop):
+        first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+        k = load_block(
+            k_source, batch, group, first, stride_kn, dims, keys, head_dim,
+            BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=MASKED, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+        )  # fmt: skip
+        # Without a bias the factor is in the limit.
+        x = key_scores(
+            q, k, first, rows, queries, keys, start, end, factor if HAS_SLOPES else 1.0, slope,
+            mask_base, stride_mn, stride_mk,
+            BLOCK_N=BLOCK_N, MASKED=MASKED, RANGE_KIND=RANGE_KIND,
+            HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+        )  # fmt: skip
+        x = tl.reshape(x, (BLOCK_M, WORDS, 32))
+        words = tl.sum(tl.where(x > limit[:, None, None], bit[None, None, :], 0), 2)
+        place = ((index - base) * WORDS + word)[None, :] * BLOCK_M + local[:, None]
+        tl.store(scratch + place, words)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "units", "total", "list_queries", "key_tiles", "excess", "scaling"])
+def _collect_kernel(
+    q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
+    list_ptr, count_ptr, bound_ptr, map_ptr, scratch_ptr, code_ptr, score_ptr, stray_count_ptr, stray_map_ptr,
+    excess, scaling,
+    stride_sb, stride_sh, stride_sn,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    heads, queries, keys, units, total, list_queries, key_tiles, head_dim,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAVE: tl.constexpr,
+    ROOM: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    FEWEST: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = BLOCK_M // TILE
+    PIECES: tl.constexpr = TILE // BLOCK_N
+    COLUMNS: tl.constexpr = SEGMENT * TILE // 32
+    local = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    group = tl.arange(0, GROUPS)
+    scan = tl.arange(0, SEGMENT)
+    columns = tl.arange(0, COLUMNS)
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * COLUMNS * BLOCK_M
+    for work in range(tl.program_id(0), total, tl.num_programs(0)):
+        head_index = work // units
+        row_tile = units - 1 - work % units
+        first_tile = row_tile * GROUPS
+        batch = head_index // heads
+        head = head_index % heads
+        rows = row_tile * BLOCK_M + local
+        listed = tl.load(count_ptr + work - work % units + row_tile)
+        # A short list is walked as it is.
+        count = tl.where(listed >= FEWEST, listed, 0)
+        known = first_tile + group < list_queries
+        lists = list_ptr + (head_index.to(tl.int64) * units + row_tile) * key_tiles
+        alpha_head, exponent, factor, slope = entmax_parameters(
+            alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+        )
+        row_mask = rows < queries
+        q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
+        q_mask = row_mask[:, None] & (dims < head_dim)[None, :]
+        q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=q_mask, other=0.0)
+        k_base = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+        k_source = k_descriptor if DESCRIPTORS else k_base
+        mask_base = mask_ptr
+        if HAS_MASK:
+            mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+        visible_base = visible_ptr
+        if RANGE_KIND == 2:
+            visible_base += batch.to(tl.int64) * stride_vb
+        start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+        bound = tl.load(bound_ptr + head_index.to(tl.int64) * queries + rows, mask=row_mask, other=float("inf"))
+        limit = bound if HAS_SLOPES else bound / factor
+        offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
+        capacity = tl.minimum(queries - row_tile * BLOCK_M, BLOCK_M) * ROOM
+
+        whole = whole_tiles(count, RANGE_KIND=RANGE_KIND, BLOCK_M=BLOCK_M, TILE=TILE) * PIECES
+        kept = 0
+        strays = 0
+        for base in range(0, count, SEGMENT):
+            begin = base * PIECES
+            stop = tl.minimum(base + SEGMENT, count) * PIECES
+            middle = tl.minimum(tl.maximum(whole, begin), stop)
+            _mark(
+                begin, middle, begin, lists, q, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
+                scratch, local, rows, queries, keys, start, end, factor, slope, limit, mask_base, stride_mn, stride_mk,
+                MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            )  # fmt: skip
+            _mark(
+                middle, stop, begin, lists, q, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
+                scratch, local, rows, queries, keys, start, end, factor, slope, limit, mask_base, stride_mn, stride_mk,
+                MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()
+            inside = base + scan < count
+            tiles = tl.load(lists + base + scan, mask=inside, other=0).to(tl.int32)
+            words = tl.load(
+                scratch + columns[None, :] * BLOCK_M + local[:, None],
+                mask=(base * (TILE // 32) + columns < count * (TILE // 32))[None, :],
+                other=0,
+            )
+            bits = _ones(words)
+            column_total = tl.sum(bits, 0)
+            tile_total = tl.sum(tl.reshape(column_total, (SEGMENT, TILE // 32)), 1)
+            few = (tile_total > 0) & (tile_total <= LIMIT)
+            sizes = tl.where(few, tile_total, 0)
+            few = few & (strays + tl.cumsum(sizes, 0) <= capacity)
+            sizes = tl.where(few, tile_total, 0)
+            tile_start = strays + tl.cumsum(sizes, 0) - sizes
+            taken = tl.reshape(tl.broadcast_to(few.to(tl.int32)[:, None], (SEGMENT, TILE // 32)), (COLUMNS,))
+            column_sizes = taken * column_total
+            column_start = strays + tl.cumsum(column_sizes, 0) - column_sizes
+            # By tile, then by half of the tile, then by row, then by key.
+            place = column_start[None, :] + tl.cumsum(bits, 0) - bits
+            bits = bits * taken[None, :]
+            key_base = tl.reshape(tl.broadcast_to(tiles[:, None], (SEGMENT, TILE // 32)), (COLUMNS,)) * TILE
+            code_base = (key_base + (columns % (TILE // 32)) * 32)[None, :] + (local << ROW_BIT)[:, None]
+            for turn in range(0, tl.max(tl.max(bits, 1), 0)):
+                lowest = words & -words
+                words = words ^ lowest
+                # The exponent of a power of two is the number of its bit.
+                number = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+                entry = place + turn
+                pointers = code_ptr + stray_places(offset, stride_sn, entry, ROOM=ROOM)
+                tl.store(pointers, code_base + number, mask=turn < bits)
+            # All have read the list before it is written anew, from its start.
+            tl.debug_barrier()
+            keep = (inside & (tile_total > 0) & (few == 0)).to(tl.int32)
+            tl.store(lists + kept + tl.cumsum(keep, 0) - keep, tiles.to(tl.int16), mask=keep > 0)
+            kept += tl.sum(keep, 0)
+            strays += tl.sum(sizes, 0)
+            if SAVE:
+                map_rows = (head_index.to(tl.int64) * key_tiles + tiles) * list_queries + first_tile
+                gone = (inside & (keep == 0))[:, None] & known[None, :]
+                tl.store(
+                    map_ptr + map_rows[:, None] + group[None, :], tl.zeros((SEGMENT, GROUPS), tl.uint8), mask=gone
+                )
+                tl.store(stray_map_ptr + map_rows, tile_start * 256 + sizes, mask=few)
+            tl.debug_barrier()
+        if listed >= 0:
+            tl.store(stray_count_ptr + head_index.to(tl.int64) * list_queries + first_tile, strays)
+        if count > 0:
+            tl.store(count_ptr + work - work % units + row_tile, kept)
+
+        # The scores, by the products of a tile, so that all passes see the same.
+        for index in range(0, tl.cdiv(strays, BLOCK_N)):
+            entries, places, held, own, chosen = stray_codes(
+                code_ptr, offset, stride_sn, index, strays, ROOM=ROOM, BLOCK_N=BLOCK_N
+            )
+            k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
+            x = masked_scores(
+                tl.dot(q, tl.trans(k), input_precision=PRECISION), factor, slope, chosen[None, :],
+                start[:, None], end[:, None], mask_ptr, True,
+                MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
+            )  # fmt: skip
+            scores = tl.sum(tl.where(own[None, :] == local[:, None], x, 0.0), 0)
+            tl.store(score_ptr + places, scores, mask=held)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["heads", "query_tiles", "key_tiles"])
+def _starts_kernel(
+    map_ptr, start_ptr, total_ptr, heads, query_tiles, key_tiles, GROUP: tl.constexpr, SCAN: tl.constexpr
+):
+    """Strays of one tile of keys -> where those of each tile of queries begin, less the place they come from."""
+    program = tl.program_id(0)
+    key_tile = program % key_tiles
+    first_head = program // key_tiles * GROUP
+    scan = tl.arange(0, SCAN)
+    total = 0
+    for member in range(0, GROUP):
+        row = ((first_head + member).to(tl.int64) * key_tiles + key_tile) * query_tiles
+        for base in range(0, query_tiles, SCAN):
+            tiles = base + scan
+            cells = tl.load(map_ptr + row + tiles, mask=tiles < query_tiles, other=0)
+            sizes = cells & 255
+            begin = total + tl.cumsum(sizes, 0) - sizes
+            tl.store(start_ptr + row + tiles, begin - (cells >> 8), mask=tiles < query_tiles)
+            total += tl.sum(sizes, 0)
+    tl.store(total_ptr + program, total)
+
+
+def collects(config, group, queries):
+    """Whether the configuration has strays: a transposed code, query within its group and key in its tile, fits."""
+    return config.stray_limit > 0 and group * queries * TILE < 2**31
+
+
+def collect(call, bound, lists, save):
+    """Takes the tiles with few pairs above the bound out of the lists, in place; their `Strays`, or None if off."""
+    query, key, config = call.query, call.key, call.configuration
+    batch, heads, queries, head_dim = query.shape
+    device = query.device
+    if not collects(config, call.group, queries):
+        return None
+    tile_map = out = None
+    if save:
+        room = config.stray_room
+        pool = torch.empty((batch, heads, queries, 2 * room), dtype=torch.int32, device=device)
+        tile_map = torch.zeros((batch, heads, call.key_tiles, call.query_tiles), dtype=torch.int32, device=device)
+    else:
+        # Nothing outlives the call, so the strays of a row lie where its output will.
+        room = head_dim * query.element_size() // 8
+        if room == 0 or head_dim * query.element_size() % 8:
+            return None
+        out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
+        pool = out.view(torch.int32)
+    counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
+    strays = Strays(pool, counts, tile_map, out)
+    for rows, tiles, tile_counts in lists.walks():
+        launch = config.collect if rows == TILE else config.collect_pairs
+        total = tile_counts.numel()
+        programs = min(total, config.collect_programs * TILE // rows * processors(device.index))
+        scratch = torch.empty((programs, SEGMENT * TILE // 32, rows), dtype=torch.int32, device=device)
+        _collect_kernel[(programs,)](
+            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
+            tiles, tile_counts, bound, lists.tile_map, scratch, strays.codes, strays.scores, counts, tile_map,
+            call.excess, call.scaling,
+            *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],
+            *call.visible_strides, *call.mask_strides,
+            heads, queries, key.shape[2], tile_counts.shape[2], total, call.query_tiles, call.key_tiles, head_dim,
+            **call.constants,
+            DESCRIPTORS=call.descriptors,
+            BLOCK_M=rows,
+            BLOCK_N=config.inner,
+            TILE=TILE,
+            SAVE=save,
+            ROOM=room,
+            LIMIT=min(config.stray_limit * rows // TILE, 255),
+            SEGMENT=SEGMENT,
+            FEWEST=FEWEST,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            **launch.limit(),
+        )  # fmt: skip
+    return strays
+
+
+def transpose(call, strays):
+    """Room for the strays by tile of keys, and where each goes: the query gradient puts them there."""
+    batch, heads, key_tiles, query_tiles = strays.tile_map.shape
+    device = strays.codes.device
+    starts = torch.empty_like(strays.tile_map)
+    totals = torch.empty(batch * heads // call.group * key_tiles, dtype=torch.int32, device=device)
+    _starts_kernel[(totals.numel(),)](
+        strays.tile_map, starts, totals, heads, query_tiles, key_tiles,
+        GROUP=call.group, SCAN=128, num_warps=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    size = strays.pool.numel() // 2
+    codes = torch.empty(size, dtype=torch.int32, device=device)
+    weights = torch.empty((2, size), dtype=call.query.dtype, device=device)
+    return Transposed(starts, totals.cumsum(0), totals, codes, weights)
