@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
-from .gather import ROW_BIT, gather_rows, stray_arguments, stray_block, stray_places, transpose
+from .gather import gather_rows, stray_arguments, stray_weights, transpose
 from .tiles import (
     entmax_parameters,
     key_scores,
@@ -105,7 +105,8 @@ def _query_gradient_kernel(
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
-    tau_rows = head_index.to(tl.int64) * queries + rows
+    tau_row = head_index.to(tl.int64) * queries + row_tile * BLOCK_M
+    tau_rows = tau_row + local
     strays = 0
     if ROOM > 0:
         strays = tl.load(stray_count_ptr + head_index.to(tl.int64) * list_queries + row_tile * (BLOCK_M // TILE))
@@ -146,13 +147,14 @@ def _query_gradient_kernel(
             slope_sum += tl.sum(u, 1)
             delta += tl.sum(u * gradient, 1)
         if ROOM > 0:
-            for index in range(0, tl.cdiv(strays, BLOCK_N)):
-                x, entries, held, chosen = stray_block(
-                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, ROOM=ROOM, BLOCK_N=BLOCK_N
-                )
+            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+                mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau_ptr + tau_row, exponent,
+                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
+                )  # fmt: skip
                 v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
                 gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-                p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                u = tl.where(mine, stray_u[None, :], 0.0)
                 slope_sum += tl.sum(u, 1)
                 delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
@@ -191,31 +193,31 @@ def _query_gradient_kernel(
         ds = u * (gradient - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if ROOM > 0:
-        for index in range(0, tl.cdiv(strays, BLOCK_N)):
-            x, entries, held, chosen = stray_block(
-                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, ROOM=ROOM, BLOCK_N=BLOCK_N
-            )
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+            mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
+                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau_ptr + tau_row, exponent,
+                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
+            )  # fmt: skip
             k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
             if ALPHA_GRADIENT:
-                p_log = p * tl.log(tl.where(p > 0, p, 1.0))
-                gain += tl.sum(gradient * p, 1)
+                stray_p_log = stray_p * tl.log(tl.where(stray_p > 0, stray_p, 1.0))
+                p_log = tl.where(mine, stray_p_log[None, :], 0.0)
+                gain += tl.sum(gradient * tl.where(mine, stray_p[None, :], 0.0), 1)
                 gain_entropy += tl.sum(gradient * p_log, 1)
                 entropy += tl.sum(p_log, 1)
-            ds = u * (gradient - delta[:, None])
+            ds = tl.where(mine, stray_u[None, :], 0.0) * (gradient - delta[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
             # Each stray has one row that is not zero: p and ds go to its tile of keys, in the order of the queries.
-            own = tl.load(code_ptr + stray_places(stray_offset, stride_sn, entries, ROOM=ROOM), mask=held, other=0)
             tile = chosen // TILE
             cell = (head_index.to(tl.int64) * key_tiles + tile) * list_queries + row_tile * (BLOCK_M // TILE)
             segment = (batch * (heads // GROUP) + head // GROUP).to(tl.int64) * key_tiles + tile
             place = tl.load(end_ptr + segment, mask=held, other=0) - tl.load(total_ptr + segment, mask=held, other=0)
             place += tl.load(start_ptr + cell, mask=held, other=0) + entries
-            member_row = (head % GROUP) * queries + row_tile * BLOCK_M + (own >> ROW_BIT)
+            member_row = (head % GROUP) * queries + row_tile * BLOCK_M + own
             tl.store(moved_code_ptr + place, member_row * TILE + chosen % TILE, mask=held)
-            tl.store(moved_ptr + place, tl.sum(p, 0).to(moved_ptr.dtype.element_ty), mask=held)
+            tl.store(moved_ptr + place, stray_p.to(moved_ptr.dtype.element_ty), mask=held)
             tl.store(moved_ptr + moved + place, tl.sum(ds, 0).to(moved_ptr.dtype.element_ty), mask=held)
     tl.store(
         d_base + local[:, None] * stride_dn + dims[None, :],
@@ -343,19 +345,21 @@ def _key_gradient_kernel(
         begin = tl.load(end_ptr + program) - total
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
-        for index in range(0, tl.cdiv(total, BLOCK_N)):
+        for index in tl.range(0, tl.cdiv(total, BLOCK_N), num_stages=1):
             entries = index * BLOCK_N + pieces
             held = entries < total
             codes = tl.load(moved_code_ptr + begin + entries, mask=held, other=0)
-            p = tl.load(moved_ptr + begin + entries, mask=held, other=0.0)
-            ds = tl.load(moved_ptr + moved + begin + entries, mask=held, other=0.0)
-            member = (codes // BLOCK // queries).to(tl.int64)
-            row = (codes // BLOCK % queries).to(tl.int64)
-            q = gather_rows(q_base + member * stride_qh + row * stride_qn, held, dims, head_dim, EVEN_D=EVEN_D)
-            do = gather_rows(g_base + member * stride_gh + row * stride_gn, held, dims, head_dim, EVEN_D=EVEN_D)
+            p_moved = tl.load(moved_ptr + begin + entries, mask=held, other=0.0)
+            ds_moved = tl.load(moved_ptr + moved + begin + entries, mask=held, other=0.0)
+            stray_heads = (codes // BLOCK // queries).to(tl.int64)
+            stray_rows = (codes // BLOCK % queries).to(tl.int64)
+            q_rows = q_base + stray_heads * stride_qh + stray_rows * stride_qn
+            do_rows = g_base + stray_heads * stride_gh + stray_rows * stride_gn
+            q = gather_rows(q_rows, held, dims, head_dim, EVEN_D=EVEN_D)
+            do = gather_rows(do_rows, held, dims, head_dim, EVEN_D=EVEN_D)
             own = (codes % BLOCK)[None, :] == local[:, None]
-            dv = tl.dot(tl.where(own, p[None, :], 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
-            dk = tl.dot(tl.where(own, ds[None, :], 0.0).to(q.dtype), q, dk, input_precision=PRECISION)
+            dv = tl.dot(tl.where(own, p_moved[None, :], 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
+            dk = tl.dot(tl.where(own, ds_moved[None, :], 0.0).to(q.dtype), q, dk, input_precision=PRECISION)
     d_offsets = batch.to(tl.int64) * stride_db + group.to(tl.int64) * stride_dg + first * stride_dn
     d_offsets = d_offsets + local[:, None] * stride_dn + dims[None, :]
     tl.store(dk_ptr + d_offsets, (dk * scaling).to(dk_ptr.dtype.element_ty), mask=tile_mask)

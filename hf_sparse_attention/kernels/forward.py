@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
-from .gather import gather_rows, stray_arguments, stray_block
+from .gather import gather_rows, stray_arguments, stray_weights
 from .tiles import entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights
 
 
@@ -91,7 +91,8 @@ def _forward_kernel(
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
-    tau_rows = head_index.to(tl.int64) * queries + rows
+    tau_row = head_index.to(tl.int64) * queries + row_tile * BLOCK_M
+    tau_rows = tau_row + local
     strays = 0
     if ROOM > 0:
         strays = tl.load(stray_count_ptr + head_index.to(tl.int64) * list_queries + row_tile * (BLOCK_M // TILE))
@@ -131,11 +132,13 @@ def _forward_kernel(
         acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
-        for index in range(0, tl.cdiv(strays, BLOCK_N)):
-            x, entries, held, chosen = stray_block(
-                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, ROOM=ROOM, BLOCK_N=BLOCK_N
-            )
-            p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+            mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
+                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point_ptr + tau_row, exponent,
+                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
+            )  # fmt: skip
+            p = tl.where(mine, stray_p[None, :], 0.0)
+            u = tl.where(mine, stray_u[None, :], 0.0)
             sums += tl.sum(p, 1)
             rounded = u.to(q.dtype)
             slope_sum += tl.sum(rounded.to(tl.float32), 1)

@@ -19,6 +19,7 @@ from .tiles import (
     load_block,
     masked_scores,
     row_ranges,
+    weights,
     whole_tiles,
 )
 
@@ -101,12 +102,29 @@ def stray_codes(code_ptr, offset, stride, index, count, ROOM: tl.constexpr, BLOC
 
 
 @triton.jit
-def stray_block(code_ptr, score_ptr, offset, stride, index, count, local, ROOM: tl.constexpr, BLOCK_N: tl.constexpr):
-    """x of a block of rows and the index-th BLOCK_N strays, -inf but in a stray's own row; entries, held, keys."""
+def stray_weights(
+    code_ptr, score_ptr, offset, stride, index, count, local, point_ptr, exponent,
+    ALPHA_KIND: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POINTS: tl.constexpr,
+):  # fmt: skip
+    """The index-th BLOCK_N strays: whose they are (BLOCK_M, BLOCK_N), their p and u, entries, held, rows and keys.
+
+    point_ptr: the threshold of the first row, those of the others POINTS apart.
+    """
     entries, places, held, own, keys = stray_codes(code_ptr, offset, stride, index, count, ROOM=ROOM, BLOCK_N=BLOCK_N)
     scores = tl.load(score_ptr + places, mask=held, other=float("-inf"))
-    x = tl.where(own[None, :] == local[:, None], scores[None, :], float("-inf"))
-    return x, entries, held, keys
+    points = tl.load(point_ptr + own * POINTS, mask=held, other=0.0)
+    p, u = weights(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
+    # A row's number in signs times that of a stray's row is 7 where they are equal: as it is a product like that of a
+    # tile, the compiler spreads it over the threads like a tile. A comparison would be spread otherwise and spill.
+    bit = tl.arange(0, 16)
+    signs = tl.where((bit < 7)[None, :], 1 - 2 * ((local[:, None] >> bit[None, :]) & 1), 0)
+    own_signs = tl.where((bit < 7)[:, None] & held[None, :], 1 - 2 * ((own[None, :] >> bit[:, None]) & 1), 0)
+    mine = tl.dot(signs.to(tl.float16), own_signs.to(tl.float16)) > 6.5
+    return mine, p, u, entries, held, own, keys
 
 
 @triton.jit
@@ -315,7 +333,7 @@ def _collect_kernel(
             tl.store(count_ptr + work - work % units + row_tile, kept)
 
         # The scores, by the products of a tile, so that all passes see the same.
-        for index in range(0, tl.cdiv(strays, BLOCK_N)):
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
             entries, places, held, own, chosen = stray_codes(
                 code_ptr, offset, stride_sn, index, strays, ROOM=ROOM, BLOCK_N=BLOCK_N
             )
@@ -419,5 +437,5 @@ def transpose(call, strays):
     )  # fmt: skip
     size = strays.pool.numel() // 2
     codes = torch.empty(size, dtype=torch.int32, device=device)
-    weights = torch.empty((2, size), dtype=call.query.dtype, device=device)
-    return Transposed(starts, totals.cumsum(0), totals, codes, weights)
+    pairs = torch.empty((2, size), dtype=call.query.dtype, device=device)
+    return Transposed(starts, totals.cumsum(0), totals, codes, pairs)

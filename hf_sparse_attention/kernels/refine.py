@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
-from .gather import stray_arguments, stray_block
+from .gather import stray_arguments, stray_weights
 from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_tiles
 
 
@@ -140,7 +140,8 @@ def _refine_kernel(
     # The state lives in memory, every pass over the listed tiles reads one slot and writes the other.
     # Two slots of the point and, where there is a bracket, its ends.
     SLOT: tl.constexpr = STATE // 2
-    state = state_ptr + tau_rows * STATE
+    state_base = state_ptr + (head_index.to(tl.int64) * queries + row_tile * BLOCK_M) * STATE
+    state = state_base + local * STATE
     tl.store(state, tau, mask=row_mask)
     if SLOT > 1:
         tl.store(state + 1, tau, mask=row_mask)
@@ -190,15 +191,15 @@ def _refine_kernel(
             if ALPHA_KIND == 15 and EXACT:
                 support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
         if ROOM > 0:
-            for index in range(0, tl.cdiv(strays, BLOCK_N)):
-                x, entries, held, chosen = stray_block(
-                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, ROOM=ROOM, BLOCK_N=BLOCK_N
-                )
-                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-                sums += tl.sum(p, 1)
-                slope_sum += tl.sum(u, 1)
+            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+                mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local,
+                    state_base + (iteration % 2) * SLOT, exponent, ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=STATE,
+                )  # fmt: skip
+                sums += tl.sum(tl.where(mine, stray_p[None, :], 0.0), 1)
+                slope_sum += tl.sum(tl.where(mine, stray_u[None, :], 0.0), 1)
                 if ALPHA_KIND == 15 and EXACT:
-                    support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+                    support += tl.sum(tl.where(mine & (stray_u > 0)[None, :], 1.0, 0.0), 1)
         if SLOT > 1:
             lower = tl.load(current + 1, mask=row_mask, other=1e30)
             upper = tl.load(current + 2, mask=row_mask, other=1e30)
