@@ -70,6 +70,7 @@ def _query_gradient_kernel(
     ALPHA_GRADIENT: tl.constexpr,
     TWO_WALKS: tl.constexpr,
     ROOM: tl.constexpr,
+    STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -147,7 +148,7 @@ def _query_gradient_kernel(
             slope_sum += tl.sum(u, 1)
             delta += tl.sum(u * gradient, 1)
         if ROOM > 0:
-            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
                 mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
                     code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau_ptr + tau_row, exponent,
                     ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
@@ -193,7 +194,7 @@ def _query_gradient_kernel(
         ds = u * (gradient - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if ROOM > 0:
-        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
             mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
                 code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau_ptr + tau_row, exponent,
                 ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
@@ -257,6 +258,7 @@ def _key_gradient_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     STRAYS: tl.constexpr,
+    STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     groups = heads // GROUP
@@ -345,7 +347,7 @@ def _key_gradient_kernel(
         begin = tl.load(end_ptr + program) - total
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
-        for index in tl.range(0, tl.cdiv(total, BLOCK_N), num_stages=1):
+        for index in tl.range(0, tl.cdiv(total, BLOCK_N), num_stages=STRAY_STAGES):
             entries = index * BLOCK_N + pieces
             held = entries < total
             codes = tl.load(moved_code_ptr + begin + entries, mask=held, other=0)
@@ -405,6 +407,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             ALPHA_GRADIENT=alpha_gradient,
             TWO_WALKS=call.two_walks,
             ROOM=room,
+            STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),
@@ -430,6 +433,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
         BLOCK=TILE,
         BLOCK_N=config.inner,
         STRAYS=strays is not None,
+        STRAY_STAGES=config.stray_stages,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),

@@ -46,9 +46,11 @@ class Configuration:
     stray_limit: int = 0
     # Pairs per query that are kept for a backward. Without one they lie where the output will.
     stray_room: int = 24
-    collect: Launch = Launch(4, 2)
-    collect_pairs: Launch = Launch(8, 2)
-    # Running programs per multiprocessor.
+    # Depth of the pipeline of gathered rows.
+    stray_stages: int = 1
+    collect: Launch = Launch(4, 2, 128)
+    collect_pairs: Launch = Launch(8, 2, 128)
+    # Programs of TILE queries that run on a multiprocessor.
     collect_programs: int = 4
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
@@ -71,6 +73,8 @@ def _default(element_size, block_dim):
         query_gradient=Launch(warps, stages),
         query_gradient_pairs=Launch(8, stages),
         key_gradient=Launch(warps, 1),
+        collect=Launch(warps, stages),
+        collect_pairs=Launch(8, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
     )
 

@@ -56,6 +56,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr,
     SAVE: tl.constexpr,
     ROOM: tl.constexpr,
+    STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -132,7 +133,7 @@ def _forward_kernel(
         acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
-        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
             mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
                 code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point_ptr + tau_row, exponent,
                 ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
@@ -193,6 +194,7 @@ def attend(call, point, lists, save, strays=None):
             TILE=TILE,
             SAVE=save,
             ROOM=room,
+            STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

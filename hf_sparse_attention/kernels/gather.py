@@ -265,7 +265,9 @@ def _collect_kernel(
         strays = 0
         for base in range(0, count, SEGMENT):
             begin = base * PIECES
-            stop = tl.minimum(base + SEGMENT, count) * PIECES
+            # Where most tiles stay in the list, or the strays have filled their room, the rest stays unseen.
+            worth = (kept * 4 <= base * 3) & (strays + LIMIT <= capacity)
+            stop = tl.where(worth, tl.minimum(base + SEGMENT, count) * PIECES, begin)
             middle = tl.minimum(tl.maximum(whole, begin), stop)
             _mark(
                 begin, middle, begin, lists, q, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
@@ -292,7 +294,7 @@ def _collect_kernel(
             bits = _ones(words)
             column_total = tl.sum(bits, 0)
             tile_total = tl.sum(tl.reshape(column_total, (SEGMENT, TILE // 32)), 1)
-            few = (tile_total > 0) & (tile_total <= LIMIT)
+            few = (tile_total > 0) & (tile_total <= tl.where(worth, LIMIT, 0))
             sizes = tl.where(few, tile_total, 0)
             few = few & (strays + tl.cumsum(sizes, 0) <= capacity)
             sizes = tl.where(few, tile_total, 0)
@@ -315,7 +317,7 @@ def _collect_kernel(
                 tl.store(pointers, code_base + number, mask=turn < bits)
             # All have read the list before it is written anew, from its start.
             tl.debug_barrier()
-            keep = (inside & (tile_total > 0) & (few == 0)).to(tl.int32)
+            keep = (inside & (tile_total >= tl.where(worth, 1, 0)) & (few == 0)).to(tl.int32)
             tl.store(lists + kept + tl.cumsum(keep, 0) - keep, tiles.to(tl.int16), mask=keep > 0)
             kept += tl.sum(keep, 0)
             strays += tl.sum(sizes, 0)

@@ -194,7 +194,8 @@ def _refine_kernel(
             for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
                 mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
                     code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local,
-                    state_base + (iteration % 2) * SLOT, exponent, ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=STATE,
+                    state_base + (iteration % 2) * SLOT, exponent,
+                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=STATE,
                 )  # fmt: skip
                 sums += tl.sum(tl.where(mine, stray_p[None, :], 0.0), 1)
                 slope_sum += tl.sum(tl.where(mine, stray_u[None, :], 0.0), 1)
