@@ -124,6 +124,10 @@ def configuration(device, element_size, block_dim):
 @contextmanager
 def configured(**changes):
     """Fields of every `Configuration` have other values inside, to measure them: configured(stray_limit=64)."""
+    unknown = sorted(changes.keys() - Configuration.__dataclass_fields__.keys())
+    if unknown:
+        names = ", ".join(Configuration.__dataclass_fields__)
+        raise ValueError(f"a configuration has no field {', '.join(unknown)}; its fields are {names}")
     before = dict(_changes)
     _changes.update(changes)
     try:
