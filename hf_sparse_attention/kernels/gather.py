@@ -287,12 +287,12 @@ def _collect_kernel(
             inside = base + scan < count
             tiles = tl.load(lists + base + scan, mask=inside, other=0).to(tl.int32)
             words = tl.load(
-                scratch + columns[None, :] * BLOCK_M + local[:, None],
-                mask=(base * (TILE // 32) + columns < count * (TILE // 32))[None, :],
+                scratch + columns[:, None] * BLOCK_M + local[None, :],
+                mask=(base * (TILE // 32) + columns < count * (TILE // 32))[:, None],
                 other=0,
             )
             bits = _ones(words)
-            column_total = tl.sum(bits, 0)
+            column_total = tl.sum(bits, 1)
             tile_total = tl.sum(tl.reshape(column_total, (SEGMENT, TILE // 32)), 1)
             few = (tile_total > 0) & (tile_total <= tl.where(worth, LIMIT, 0))
             sizes = tl.where(few, tile_total, 0)
@@ -303,10 +303,10 @@ def _collect_kernel(
             column_sizes = taken * column_total
             column_start = strays + tl.cumsum(column_sizes, 0) - column_sizes
             # By tile, then by half of the tile, then by row, then by key.
-            place = column_start[None, :] + tl.cumsum(bits, 0) - bits
-            bits = bits * taken[None, :]
+            place = column_start[:, None] + tl.cumsum(bits, 1) - bits
+            bits = bits * taken[:, None]
             key_base = tl.reshape(tl.broadcast_to(tiles[:, None], (SEGMENT, TILE // 32)), (COLUMNS,)) * TILE
-            code_base = (key_base + (columns % (TILE // 32)) * 32)[None, :] + (local << ROW_BIT)[:, None]
+            code_base = (key_base + (columns % (TILE // 32)) * 32)[:, None] + (local << ROW_BIT)[None, :]
             for turn in range(0, tl.max(tl.max(bits, 1), 0)):
                 lowest = words & -words
                 words = words ^ lowest
@@ -334,18 +334,18 @@ def _collect_kernel(
         if count > 0:
             tl.store(count_ptr + work - work % units + row_tile, kept)
 
-        # The scores, by the products of a tile, so that all passes see the same.
+        # The scores, kept so that all passes see the same. Strays are rows here: a sum along rows stays in a thread.
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
             entries, places, held, own, chosen = stray_codes(
                 code_ptr, offset, stride_sn, index, strays, ROOM=ROOM, BLOCK_N=BLOCK_N
             )
             k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
             x = masked_scores(
-                tl.dot(q, tl.trans(k), input_precision=PRECISION), factor, slope, chosen[None, :],
-                start[:, None], end[:, None], mask_ptr, True,
+                tl.dot(k, tl.trans(q), input_precision=PRECISION), factor, slope, chosen[:, None],
+                start[None, :], end[None, :], mask_ptr, True,
                 MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
             )  # fmt: skip
-            scores = tl.sum(tl.where(own[None, :] == local[:, None], x, 0.0), 0)
+            scores = tl.sum(tl.where(own[:, None] == local[None, :], x, 0.0), 1)
             tl.store(score_ptr + places, scores, mask=held)
         tl.debug_barrier()
 
