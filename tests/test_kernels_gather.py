@@ -75,7 +75,10 @@ def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, short_
             first = row_tile * rows
             expected = alive[0, head, first : first + rows].nonzero()
             expected = {(first + row, column) for row, column in expected.tolist() if column // TILE not in kept}
-            assert set(pairs) == expected
+            # A score may round to the other side of the bound; tau is farther away.
+            assert all(
+                (x[0, head, pair[0], pair[1]] - bound[0, head, pair[0]]).abs() < 1e-6 for pair in set(pairs) ^ expected
+            )
             order = [(key // TILE, key % TILE // 32, query, key) for query, key in pairs]
             assert order == sorted(order), "the order hangs on nothing but the pairs"
             exact = torch.tensor([x[0, head, query, key] for query, key in pairs], dtype=torch.float64)
@@ -148,7 +151,7 @@ def test_without_a_backward_the_output_holds_the_strays(head_dim, short_lists, c
     assert strays.pool.data_ptr() == out.data_ptr() and kept.out is None and none is None
     assert torch.equal(strays.counts[..., ::2], kept.counts[..., ::2]) and (kept.counts[..., ::2] > 0).any()
     assert torch.equal(out, kept_out) and torch.equal(tau, kept_tau)
-    assert (out.double() - plain.double()).norm() < 4e-3 * plain.double().norm()
+    assert (out.double() - plain.double()).norm() < 4 * torch.finfo(HALF).eps * plain.double().norm()
 
 
 def test_equal_scores_leave_the_tiles_in_their_lists(short_lists, collected, poisoned):  # noqa: F811
@@ -156,7 +159,7 @@ def test_equal_scores_leave_the_tiles_in_their_lists(short_lists, collected, poi
     with configured(stray_limit=64):
         out, _ = entmax_attention(query, key, value)
     mean = value.float().cumsum(2) / torch.arange(1, 301, device=DEVICE)[:, None]
-    assert (out.float() - mean).abs().max() < 4e-3
+    assert (out.float() - mean).abs().max() < 4 * torch.finfo(HALF).eps
     [(_, _, before, lists, strays)] = collected
     assert all(torch.equal(old, new) for (_, _, old), (_, _, new) in zip(before, lists.walks(), strict=True))
     assert (strays.counts[..., ::2] == 0).all()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
-from .gather import gather_rows, stray_arguments, stray_weights, transpose
+from .strays import gather_rows, stray_arguments, stray_weights, transpose
 from .tiles import (
     entmax_parameters,
     key_scores,

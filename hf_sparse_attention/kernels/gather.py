@@ -1,17 +1,15 @@
-"""Tiles that hold few weights leave the lists: their (query, key) pairs, the strays, are gathered 64 at a time.
+"""Tiles that hold few weights leave the lists, their (query, key) pairs become strays: the cost follows the weights.
 
-A block of strays is a tile whose columns are keys from anywhere, each seen by one row: the passes treat it as such, so
-their cost follows the weights instead of the tiles. Enters: lists and bound of `threshold`; leaves: shorter lists and
-`Strays`. Every pair above the bound is kept, in an order that depends on nothing but the inputs: exact, same bits.
+Enters: the lists and the bound of `threshold`. Leaves: shorter lists, written in place, and `Strays`. Every pair above
+the bound is in a listed tile or a stray, in an order that depends on nothing but the inputs: exact, the same bits.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from .configurations import TILE, processors
+from .strays import ROW_BIT, Strays, gather_rows, stray_codes, stray_places
 from .tiles import (
     entmax_parameters,
     key_scores,
@@ -19,121 +17,12 @@ from .tiles import (
     load_block,
     masked_scores,
     row_ranges,
-    weights,
     whole_tiles,
 )
 
 # Listed tiles sorted out at once, and the fewest in a list that are worth it.
 SEGMENT = 8
 FEWEST = 4
-# The bit of a code from which on it says the row; below is the key.
-ROW_BIT = tl.constexpr(21)
-
-
-@dataclass(frozen=True)
-class Strays:
-    """(query, key) pairs that can hold weight outside the listed tiles, per TILE queries or pair, by tile, then row.
-
-    pool (B, H, N, 2 * room) int32: codes and, as float32, scores, their x. The rows of a tile of queries are one array
-    that is filled from its start; counts (B, H, N/TILE) int32 says how far, a pair's at its first tile. tile_map
-    (B, H, K/TILE, N/TILE) int32, where a backward follows: 256 times the place of the first stray of a tile of keys
-    plus their number. out: the output, where its memory is the pool.
-    """
-
-    pool: torch.Tensor
-    counts: torch.Tensor
-    tile_map: torch.Tensor | None
-    out: torch.Tensor | None = None
-
-    @property
-    def room(self):
-        """Strays per query that there is room for."""
-        return self.pool.shape[-1] // 2
-
-    @property
-    def codes(self):
-        """(B, H, N, room) int32: the key and, from bit ROW_BIT on, the row within the tile or pair of tiles."""
-        return self.pool[..., : self.room]
-
-    @property
-    def scores(self):
-        """(B, H, N, room) float32, with the strides of the codes."""
-        return self.pool[..., self.room : 2 * self.room].view(torch.float32)
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """The strays by tile of keys (B, G, K/TILE), with their p and ds, for the key and value gradient.
-
-    starts (B, H, K/TILE, N/TILE) int32: where those of a tile go, less their place of origin, counted from the start
-    of their tile of keys; ends and totals of those (B * G * K/TILE). codes (B * H * N * room) int32: TILE times the
-    query within the group of heads plus the key within the tile; weights (2, B * H * N * room): p and ds.
-    """
-
-    starts: torch.Tensor
-    ends: torch.Tensor
-    totals: torch.Tensor
-    codes: torch.Tensor
-    weights: torch.Tensor
-
-
-def stray_arguments(strays):
-    """Pointers, strides and room as the kernels take them; a room of 0 says that there are none."""
-    if strays is None:
-        return (None, None, None, 0, 0, 0), 0
-    return (strays.codes, strays.scores, strays.counts, *strays.codes.stride()[:3]), strays.room
-
-
-@triton.jit
-def stray_places(offset, stride, entries, ROOM: tl.constexpr):
-    """Where the strays of a block of rows are, counted from the first element of the codes or scores."""
-    return offset + (entries // ROOM).to(tl.int64) * stride + entries % ROOM
-
-
-@triton.jit
-def stray_codes(code_ptr, offset, stride, index, count, ROOM: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The index-th BLOCK_N strays: where they are, whether they exist, their rows and keys."""
-    entries = index * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = entries < count
-    places = stray_places(offset, stride, entries, ROOM=ROOM)
-    codes = tl.load(code_ptr + places, mask=held, other=0)
-    own = codes >> ROW_BIT
-    return entries, places, held, own, codes ^ (own << ROW_BIT)
-
-
-@triton.jit
-def stray_weights(
-    code_ptr, score_ptr, offset, stride, index, count, local, point_ptr, exponent,
-    ALPHA_KIND: tl.constexpr,
-    ROOM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    POINTS: tl.constexpr,
-):  # fmt: skip
-    """The index-th BLOCK_N strays: whose they are (BLOCK_M, BLOCK_N), their p and u, entries, held, rows and keys.
-
-    point_ptr: the threshold of the first row, those of the others POINTS apart.
-    """
-    entries, places, held, own, keys = stray_codes(code_ptr, offset, stride, index, count, ROOM=ROOM, BLOCK_N=BLOCK_N)
-    scores = tl.load(score_ptr + places, mask=held, other=float("-inf"))
-    points = tl.load(point_ptr + own * POINTS, mask=held, other=0.0)
-    p, u = weights(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
-    # A row's number in signs times that of a stray's row is 7 where they are equal: as it is a product like that of a
-    # tile, the compiler spreads it over the threads like a tile. A comparison would be spread otherwise and spill.
-    bit = tl.arange(0, 16)
-    signs = tl.where((bit < 7)[None, :], 1 - 2 * ((local[:, None] >> bit[None, :]) & 1), 0)
-    own_signs = tl.where((bit < 7)[:, None] & held[None, :], 1 - 2 * ((own[None, :] >> bit[:, None]) & 1), 0)
-    mine = tl.dot(signs.to(tl.float16), own_signs.to(tl.float16)) > 6.5
-    return mine, p, u, entries, held, own, keys
-
-
-@triton.jit
-def gather_rows(pointers, held, dims, head_dim, EVEN_D: tl.constexpr):
-    """Rows from anywhere, given a pointer to the first element of each; zeros where none is held."""
-    if EVEN_D:
-        return tl.load(pointers[:, None] + dims[None, :], mask=held[:, None], other=0.0)
-    else:
-        return tl.load(pointers[:, None] + dims[None, :], mask=held[:, None] & (dims < head_dim)[None, :], other=0.0)
 
 
 @triton.jit
@@ -350,28 +239,6 @@ def _collect_kernel(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["heads", "query_tiles", "key_tiles"])
-def _starts_kernel(
-    map_ptr, start_ptr, total_ptr, heads, query_tiles, key_tiles, GROUP: tl.constexpr, SCAN: tl.constexpr
-):
-    """Strays of one tile of keys -> where those of each tile of queries begin, less the place they come from."""
-    program = tl.program_id(0)
-    key_tile = program % key_tiles
-    first_head = program // key_tiles * GROUP
-    scan = tl.arange(0, SCAN)
-    total = 0
-    for member in range(0, GROUP):
-        row = ((first_head + member).to(tl.int64) * key_tiles + key_tile) * query_tiles
-        for base in range(0, query_tiles, SCAN):
-            tiles = base + scan
-            cells = tl.load(map_ptr + row + tiles, mask=tiles < query_tiles, other=0)
-            sizes = cells & 255
-            begin = total + tl.cumsum(sizes, 0) - sizes
-            tl.store(start_ptr + row + tiles, begin - (cells >> 8), mask=tiles < query_tiles)
-            total += tl.sum(sizes, 0)
-    tl.store(total_ptr + program, total)
-
-
 def collects(config, group, queries):
     """Whether the configuration has strays: a transposed code, query within its group and key in its tile, fits."""
     return config.stray_limit > 0 and group * queries * TILE < 2**31
@@ -425,19 +292,3 @@ def collect(call, bound, lists, save):
             **launch.limit(),
         )  # fmt: skip
     return strays
-
-
-def transpose(call, strays):
-    """Room for the strays by tile of keys, and where each goes: the query gradient puts them there."""
-    batch, heads, key_tiles, query_tiles = strays.tile_map.shape
-    device = strays.codes.device
-    starts = torch.empty_like(strays.tile_map)
-    totals = torch.empty(batch * heads // call.group * key_tiles, dtype=torch.int32, device=device)
-    _starts_kernel[(totals.numel(),)](
-        strays.tile_map, starts, totals, heads, query_tiles, key_tiles,
-        GROUP=call.group, SCAN=128, num_warps=1, enable_fp_fusion=True,
-    )  # fmt: skip
-    size = strays.pool.numel() // 2
-    codes = torch.empty(size, dtype=torch.int32, device=device)
-    pairs = torch.empty((2, size), dtype=call.query.dtype, device=device)
-    return Transposed(starts, totals.cumsum(0), totals, codes, pairs)

@@ -11,8 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .backward import gradients
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
-from .gather import Strays, collect, collects
+from .gather import collect, collects
 from .refine import refined_threshold
+from .strays import Strays
 from .threshold import Lists, threshold_bound
 from .tiles import CAUSAL, ENTMAX15, FULL, GENERAL, RANGE, SPARSEMAX
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
-from .gather import stray_arguments, stray_weights
+from .strays import stray_arguments, stray_weights
 from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_tiles
 
 
