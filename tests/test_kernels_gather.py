@@ -169,7 +169,12 @@ def test_short_lists_are_walked_as_they_are(collected):
     query, key, value = (randn(1, 1, 180, 16, seed=seed) for seed in range(3))
     with configured(stray_limit=64):
         entmax_attention(query, key, value)
-    assert (collected[0][-1].counts[..., ::2] == 0).all()
+        entmax_attention(*(tensor.repeat(1, 1, 2, 1) for tensor in (query, key, value)), causal=False)
+    [(*_, none), (_, _, before, lists, strays)] = collected
+    assert none is None and strays is not None
+    assert sum(counts[counts > 0].numel() for _, _, counts in lists.walks()) > 0
+    for (_, _, old), (_, _, new) in zip(before, lists.walks(), strict=True):
+        assert torch.equal(old[old < 4], new[old < 4])
 
 
 def test_the_search_stops_where_most_tiles_stay(monkeypatch, collected):
@@ -218,8 +223,9 @@ def test_a_graph_can_be_walked_twice_and_without_the_setting(short_lists):
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-def test_the_operator_knows_the_shapes():
-    query, key, value = (randn(1, heads, 70, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
+@pytest.mark.parametrize("length", [70, 260])
+def test_the_operator_knows_the_shapes(length):
+    query, key, value = (randn(1, heads, length, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
     arguments = (query, key, value, 1.5, None, 0.25, True, None, None, None, True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     with configured(stray_limit=64):

@@ -239,9 +239,9 @@ def _collect_kernel(
         tl.debug_barrier()
 
 
-def collects(config, group, queries):
-    """Whether the configuration has strays: a transposed code, query within its group and key in its tile, fits."""
-    return config.stray_limit > 0 and group * queries * TILE < 2**31
+def collects(config, group, queries, key_tiles):
+    """Whether a call has strays: a list can be long enough, a query of the group and a key of a tile fit a code."""
+    return config.stray_limit > 0 and key_tiles >= FEWEST and group * queries * TILE < 2**31
 
 
 def collect(call, bound, lists, save):
@@ -249,7 +249,7 @@ def collect(call, bound, lists, save):
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     device = query.device
-    if not collects(config, call.group, queries):
+    if not collects(config, call.group, queries, call.key_tiles):
         return None
     tile_map = out = None
     if save:

@@ -182,7 +182,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
         pairs = (queries + 2 * TILE - 1) // (2 * TILE)
         shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
     shapes.append((batch, heads, key_tiles, query_tiles))
-    if collects(config, heads // key.shape[1], queries):
+    if collects(config, heads // key.shape[1], queries, key_tiles):
         room = config.stray_room
         shapes += [
             (batch, heads, queries, 2 * room),
