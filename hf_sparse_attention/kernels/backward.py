@@ -149,13 +149,12 @@ def _query_gradient_kernel(
             delta += tl.sum(u * gradient, 1)
         if ROOM > 0:
             for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
-                mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
-                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau_ptr + tau_row, exponent,
-                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
+                p, u, entries, held, own, chosen = stray_weights(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, tau_ptr + tau_row,
+                    exponent, ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
                 )  # fmt: skip
                 v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
                 gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-                u = tl.where(mine, stray_u[None, :], 0.0)
                 slope_sum += tl.sum(u, 1)
                 delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
@@ -195,22 +194,21 @@ def _query_gradient_kernel(
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if ROOM > 0:
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
-            mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
-                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau_ptr + tau_row, exponent,
-                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
+            p, u, entries, held, own, chosen = stray_weights(
+                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, tau_ptr + tau_row, exponent,
+                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
             )  # fmt: skip
             k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if ALPHA_GRADIENT:
-                stray_p_log = stray_p * tl.log(tl.where(stray_p > 0, stray_p, 1.0))
-                p_log = tl.where(mine, stray_p_log[None, :], 0.0)
-                gain += tl.sum(gradient * tl.where(mine, stray_p[None, :], 0.0), 1)
+                p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+                gain += tl.sum(gradient * p, 1)
                 gain_entropy += tl.sum(gradient * p_log, 1)
                 entropy += tl.sum(p_log, 1)
-            ds = tl.where(mine, stray_u[None, :], 0.0) * (gradient - delta[:, None])
+            ds = u * (gradient - delta[:, None])
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
-            # Each stray has one row that is not zero: p and ds go to its tile of keys, in the order of the queries.
+            # p and ds of each stray, the only ones of their columns, go to its tile of keys, ordered by queries.
             tile = chosen // TILE
             cell = (head_index.to(tl.int64) * key_tiles + tile) * list_queries + row_tile * (BLOCK_M // TILE)
             segment = (batch * (heads // GROUP) + head // GROUP).to(tl.int64) * key_tiles + tile
@@ -218,7 +216,7 @@ def _query_gradient_kernel(
             place += tl.load(start_ptr + cell, mask=held, other=0) + entries
             member_row = (head % GROUP) * queries + row_tile * BLOCK_M + own
             tl.store(moved_code_ptr + place, member_row * TILE + chosen % TILE, mask=held)
-            tl.store(moved_ptr + place, stray_p.to(moved_ptr.dtype.element_ty), mask=held)
+            tl.store(moved_ptr + place, tl.sum(p, 0).to(moved_ptr.dtype.element_ty), mask=held)
             tl.store(moved_ptr + moved + place, tl.sum(ds, 0).to(moved_ptr.dtype.element_ty), mask=held)
     tl.store(
         d_base + local[:, None] * stride_dn + dims[None, :],

@@ -44,8 +44,8 @@ class Configuration:
     key_gradient: Launch
     # Tiles of TILE queries with at most so many pairs above the bound are taken apart; 0: every listed tile is walked.
     stray_limit: int = 0
-    # Pairs per query that are kept for a backward. Without one they lie where the output will.
-    stray_room: int = 24
+    # Pairs per query that are kept for a backward, a power of two. Without one they lie where the output will.
+    stray_room: int = 16
     # Depth of the pipeline of gathered rows.
     stray_stages: int = 1
     collect: Launch = Launch(4, 2, 128)

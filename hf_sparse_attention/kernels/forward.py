@@ -134,12 +134,10 @@ def _forward_kernel(
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
-            mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
-                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point_ptr + tau_row, exponent,
-                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=1,
+            p, u, entries, held, own, chosen = stray_weights(
+                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, point_ptr + tau_row, exponent,
+                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
             )  # fmt: skip
-            p = tl.where(mine, stray_p[None, :], 0.0)
-            u = tl.where(mine, stray_u[None, :], 0.0)
             sums += tl.sum(p, 1)
             rounded = u.to(q.dtype)
             slope_sum += tl.sum(rounded.to(tl.float32), 1)

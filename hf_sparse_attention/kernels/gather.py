@@ -258,11 +258,13 @@ def collect(call, bound, lists, save):
         tile_map = torch.zeros((batch, heads, call.key_tiles, call.query_tiles), dtype=torch.int32, device=device)
     else:
         # Nothing outlives the call, so the strays of a row lie where its output will.
-        room = head_dim * query.element_size() // 8
-        if room == 0 or head_dim * query.element_size() % 8:
+        row_bytes = head_dim * query.element_size()
+        if row_bytes < 8 or row_bytes % 4:
             return None
+        # Divisions by a power of two cost nothing.
+        room = 1 << ((row_bytes // 8).bit_length() - 1)
         out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
-        pool = out.view(torch.int32)
+        pool = out.view(torch.int32)[..., : 2 * room]
     counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
     strays = Strays(pool, counts, tile_map, out)
     for rows, tiles, tile_counts in lists.walks():

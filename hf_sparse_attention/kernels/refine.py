@@ -192,15 +192,15 @@ def _refine_kernel(
                 support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
         if ROOM > 0:
             for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
-                mine, stray_p, stray_u, entries, held, own, chosen = stray_weights(
-                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local,
+                p, u, entries, held, own, chosen = stray_weights(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
                     state_base + (iteration % 2) * SLOT, exponent,
-                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, POINTS=STATE,
+                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE,
                 )  # fmt: skip
-                sums += tl.sum(tl.where(mine, stray_p[None, :], 0.0), 1)
-                slope_sum += tl.sum(tl.where(mine, stray_u[None, :], 0.0), 1)
+                sums += tl.sum(p, 1)
+                slope_sum += tl.sum(u, 1)
                 if ALPHA_KIND == 15 and EXACT:
-                    support += tl.sum(tl.where(mine & (stray_u > 0)[None, :], 1.0, 0.0), 1)
+                    support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
         if SLOT > 1:
             lower = tl.load(current + 1, mask=row_mask, other=1e30)
             upper = tl.load(current + 2, mask=row_mask, other=1e30)

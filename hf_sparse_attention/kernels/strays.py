@@ -89,28 +89,34 @@ def stray_codes(code_ptr, offset, stride, index, count, ROOM: tl.constexpr, BLOC
 
 @triton.jit
 def stray_weights(
-    code_ptr, score_ptr, offset, stride, index, count, local, point_ptr, exponent,
+    code_ptr, score_ptr, offset, stride, index, count, local, tau, point_ptr, exponent,
     ALPHA_KIND: tl.constexpr,
     ROOM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     POINTS: tl.constexpr,
 ):  # fmt: skip
-    """The index-th BLOCK_N strays: whose they are (BLOCK_M, BLOCK_N), their p and u, entries, held, rows and keys.
+    """p and u of a block of rows and the index-th BLOCK_N strays, 0 but in a stray's row; entries, held, rows, keys.
 
-    point_ptr: the threshold of the first row, those of the others POINTS apart.
+    tau: the rows' thresholds; they also stand at point_ptr, POINTS apart.
     """
     entries, places, held, own, keys = stray_codes(code_ptr, offset, stride, index, count, ROOM=ROOM, BLOCK_N=BLOCK_N)
     scores = tl.load(score_ptr + places, mask=held, other=float("-inf"))
-    points = tl.load(point_ptr + own * POINTS, mask=held, other=0.0)
-    p, u = weights(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
     # A row's number in signs times that of a stray's row is 7 where they are equal: as it is a product like that of a
     # tile, the compiler spreads it over the threads like a tile. A comparison would be spread otherwise and spill.
     bit = tl.arange(0, 16)
     signs = tl.where((bit < 7)[None, :], 1 - 2 * ((local[:, None] >> bit[None, :]) & 1), 0)
     own_signs = tl.where((bit < 7)[:, None] & held[None, :], 1 - 2 * ((own[None, :] >> bit[:, None]) & 1), 0)
     mine = tl.dot(signs.to(tl.float16), own_signs.to(tl.float16)) > 6.5
-    return mine, p, u, entries, held, own, keys
+    if ALPHA_KIND == 0:
+        # Logarithm and exponential once per stray, not once per place of the block.
+        points = tl.load(point_ptr + own * POINTS, mask=held, other=0.0)
+        stray_p, stray_u = weights(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
+        p = tl.where(mine, stray_p[None, :], 0.0)
+        u = tl.where(mine, stray_u[None, :], 0.0)
+    else:
+        x = tl.where(mine, scores[None, :], float("-inf"))
+        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+    return p, u, entries, held, own, keys
 
 
 @triton.jit
