@@ -96,7 +96,7 @@ def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, short_
 
 
 # On the CPU 24 and 26, of alpha 3 and 4, miss the factors by the same with and without strays.
-SEEDS = range(20, 80) if CUDA else (20, 21, 22, 23, 25, *range(27, 35))
+SEEDS = range(20, 80) if CUDA else (20, 21, 22, 23, 25, *range(27, 32))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -105,7 +105,9 @@ def test_random_calls(seed, short_lists, poisoned):  # noqa: F811
         check(random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES, budget=1 << (40 if CUDA else 17)))
 
 
-@pytest.mark.parametrize("length, keys, head_dim", [(1, 1, 8), (1, 300, 256), (63, 63, 80), (130, 450, 64)])
+@pytest.mark.parametrize(
+    "length, keys, head_dim", [(1, 1, 8), (1, 300, 256), (63, 63, 80), (130, 450, 64), (100, 70, 9)]
+)
 def test_lengths(length, keys, head_dim, short_lists, poisoned):  # noqa: F811
     query, gradient = (randn(1, 2, length, head_dim, seed=seed) for seed in range(2))
     key, value = (randn(1, 1, keys, head_dim, seed=seed) for seed in range(2, 4))
