@@ -309,7 +309,7 @@ def test_a_card_says_what_each_stage_did(model, tmp_path):
         "its layers learned the outputs of the dense attention for 10 steps",
         "then its pretraining continued for 90 steps",
         "1 (match): the map's own parameters alone; stage 2 (pretrain): LoRA adapters of rank 4, merged",
-        "1 (match): linear, from 1.01 to 1.5 over the first 55% of the steps; stage 2 (pretrain): 1.5 from the first step",
+        "1 (match): linear, from 1.01 to 1.5 over the first 55% of the steps; stage 2 (pretrain): 1.5 from the first",
         "1 (match): 0.00017; stage 2 (pretrain): 0.5",
         "1 (match): squared error of the attention outputs, relative to their size 0.0844",
         "1 (match): none; stage 2 (pretrain): from `dense`, weight 0.5, temperature 2",
