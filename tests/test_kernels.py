@@ -155,7 +155,7 @@ def test_the_future_has_no_gradient(poisoned):
 
 
 def test_two_runs_give_the_same_bits(poisoned):
-    case = random_case(3, device=DEVICE, lengths=(200,), dtypes=(HALF,), mask="packed")
+    case = random_case(3, device=DEVICE, lengths=(200,) if CUDA else (70,), dtypes=(HALF,), mask="packed")
     attend = functools.partial(run, entmax_attention, case.query, case.key, case.value, case.gradient)
     first, second = attend(**case.arguments), attend(**case.arguments)
     assert torch.equal(first.out, second.out)
