@@ -123,7 +123,9 @@ def sparse_attention(query, key, value, *, pages=None, **arguments) -> tuple[tor
 def _softmax_attention(query, key, value, *, scaling, causal, visible, slopes, mask):
     """Softmax over the same keys, on SDPA, in memory linear in them. A query that sees no key gives zeros."""
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    if visible is None and mask is None and slopes is None:
+    # Causal SDPA aligns the first query with the first key, the contract the last with the last.
+    aligned = not causal or query.shape[2] == 1 or query.shape[2] == key.shape[2]
+    if visible is None and mask is None and slopes is None and aligned:
         # A branch, not a comparison: with dynamic shapes that is a symbol, which SDPA does not take.
         is_causal = True if causal and query.shape[2] > 1 else False  # noqa: SIM210
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, **grouped)

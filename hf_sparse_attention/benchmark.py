@@ -67,6 +67,11 @@ class BenchmarkArguments:
             "and write the best to configurations.json"
         },
     )
+    changes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "fields of the kernels' configuration to time as well, like stray_limit=64,split=true"},
+    )
+    kernel_times: bool = field(default=False, metadata={"help": "also print the time of each of our kernels"})
     output_dir: str = field(default="benchmark", metadata={"help": "folder for results.json and results.png"})
 
 
@@ -82,13 +87,20 @@ def benchmark_attention(arguments: BenchmarkArguments) -> list[dict]:
         return benchmark_decoding(arguments)
     if arguments.tune:
         return _tune(arguments)
+    from .kernels.configurations import configured
+
+    variants = {"ours": {}} | {f"ours, {change}": _fields(change) for change in arguments.changes}
+    for changed in variants.values():
+        # Refuses what is no field before anything is timed.
+        with configured(**changed):
+            pass
     rows, cells = [], [(length, noise) for length in arguments.lengths for noise in arguments.noise]
     progress = tqdm(cells, desc="benchmark", unit="input")
     softmax: dict[tuple[str, int], dict] = {}
     for length, noise in progress:
         tensors = block_inputs(arguments, length, noise)
         ours, sparsity, support = _describe(arguments, tensors)
-        implementations = {"ours": lambda q, k, v: _ours(arguments, q, k, v), **_peers(arguments)}
+        implementations = dict.fromkeys(variants, lambda q, k, v: _ours(arguments, q, k, v)) | _peers(arguments)
         group = []
         for name, attention in implementations.items():
             progress.set_postfix_str(f"{length} tokens, noise {noise}, {name}")
@@ -96,13 +108,16 @@ def benchmark_attention(arguments: BenchmarkArguments) -> list[dict]:
             if name in PEERS and PEERS[name].softmax and (name, length) in softmax:
                 row = dict(softmax[name, length])
             else:
-                row = _measure(attention, tensors, arguments.repeats)
+                with configured(**variants.get(name, {})):
+                    row = _measure(attention, tensors, arguments.repeats)
+                    if name in variants and "refused" not in row:
+                        row["error"] = ours if name == "ours" else _describe(arguments, tensors)[0]
+                        if arguments.kernel_times:
+                            row["kernels_ms"] = _kernel_times(attention, tensors)
                 if name in PEERS and PEERS[name].softmax:
                     softmax[name, length] = row
             row = {"implementation": name, "length": length, "noise": noise, **row}
             row |= {"block_sparsity": sparsity, "support": support}
-            if name not in PEERS or not PEERS[name].softmax:
-                row["error"] = ours if name == "ours" else None
             group.append(row)
         base = next((row for row in group if row["implementation"] == "sdpa cudnn"), None)
         for row in group:
@@ -115,6 +130,10 @@ def benchmark_attention(arguments: BenchmarkArguments) -> list[dict]:
     card = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "version": VERSION}
     write_json(folder / "results.json", {**card, "arguments": asdict(arguments), "rows": rows})
     print(_table(rows))
+    for row in rows:
+        if "kernels_ms" in row:
+            times = ", ".join(f"{name} {time:.3f}" for name, time in row["kernels_ms"].items())
+            print(f"{row['length']}, noise {row['noise']}, {row['implementation']}: {times}")
     _picture(rows, folder / "results.png")
     return rows
 
@@ -163,6 +182,11 @@ def _check(arguments: BenchmarkArguments) -> None:
                 raise ValueError(f"{name} has {length}; a length is a positive multiple of {BLOCK}")
     if min(arguments.batches) < 1 or arguments.new_tokens < 0:
         raise ValueError(f"batches is {arguments.batches}, new_tokens {arguments.new_tokens}: they are not negative")
+    for other in ("decode", "tune"):
+        if getattr(arguments, other) and (arguments.changes or arguments.kernel_times):
+            raise ValueError(f"changes and kernel_times do not go with {other}: they time training calls side by side")
+    for change in arguments.changes:
+        _fields(change)
     for noise in arguments.noise:
         if not 0 <= noise <= 1:
             raise ValueError(f"noise has {noise}; it is a share between 0 and 1")
@@ -176,6 +200,15 @@ def _ours(arguments, query, key, value):
     from .kernels import entmax_attention
 
     return entmax_attention(query, key, value, alpha=arguments.alpha)[0]
+
+
+def _fields(change: str) -> dict[str, int | bool]:
+    """stray_limit=64,split=true -> names and values."""
+    try:
+        parts = [part.split("=") for part in change.split(",")]
+        return {name: value == "true" if value in ("true", "false") else int(value) for name, value in parts}
+    except ValueError:
+        raise ValueError(f"changes has {change!r}; write it like stray_limit=64,split=true") from None
 
 
 @dataclass(frozen=True)
@@ -274,6 +307,19 @@ def _measure(attention, tensors, repeats: int) -> dict:
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
         row["refused"] = str(error).splitlines()[0][:200]
     return row
+
+
+def _kernel_times(attention, tensors) -> dict[str, float]:
+    """Milliseconds on the GPU by kernel, of one forward and backward; what takes less than 1 us is left out."""
+    from torch.profiler import ProfilerActivity, profile
+
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    gradient = torch.randn_like(tensors[0])
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        torch.autograd.grad(attention(*leaves), leaves, gradient)
+        torch.cuda.synchronize()
+    times = {event.key: event.device_time_total / 1000 for event in recorded.key_averages()}
+    return {name: time for name, time in sorted(times.items(), key=lambda item: -item[1]) if time >= 0.001}
 
 
 def _median(call, repeats: int) -> float:

@@ -59,7 +59,7 @@ driver.set_active(Driver())
 torch.cuda.device_of = torch.cuda.device = Nothing
 
 from hf_sparse_attention import kernels  # noqa: E402
-from hf_sparse_attention.kernels import compiling, operators  # noqa: E402
+from hf_sparse_attention.kernels import compiling, configurations, operators  # noqa: E402
 
 kernels.supports = lambda *_, **__: None
 compiling.is_measured = lambda device: True
@@ -76,12 +76,14 @@ def spy(self, *arguments):
 triton.runtime.jit.JITFunction._do_compile = spy
 operators.compile_together = lambda variant, _, plan: together(variant, torch.device("cuda", 0), plan)
 documents = sys.argv[1] == "documents"
+changes = {"stray_limit": 64} if sys.argv[1] == "strays" else {}
 for length in (320, 640):
     tensors = [torch.zeros(1, heads, length, 32, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
     positions = torch.arange(length)
     visible = torch.stack([positions // 100 * 100, positions + 1], -1)[None].int() if documents else None
-    out, _ = kernels.entmax_attention(*tensors, visible=visible)
-    torch.autograd.grad(out, tensors, torch.ones_like(out))
+    with configurations.configured(**changes):
+        out, _ = kernels.entmax_attention(*tensors, visible=visible)
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
 print(
     json.dumps({"ahead": [name for name, ahead, _ in compiled if ahead], "late": [n for n, a, _ in compiled if not a]})
 )

@@ -13,6 +13,7 @@ from hf_sparse_attention import attention, heads, models, reference
 from hf_sparse_attention.config import SparseAttentionConfig
 from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.loading import parse_heads
+from hf_sparse_attention.train.measures import attention_statistics
 
 # 4 heads on 2 key heads: a whole group, two groups in part, all but one, one alone.
 CHOICES = [(0, 1), (1, 2), (0, 2, 3), (3,)]
@@ -126,6 +127,37 @@ def test_what_is_recorded_fits_every_head():
         visible = torch.arange(1, 18)
         assert (support[0, [0, 3]] == visible).all()
         assert (support[0, [1, 2]] < visible).any()
+
+
+def test_dense_heads_are_never_reported_sparse(tmp_path):
+    """Softmax gives weight to every key it sees, also where a float rounds it to 0, as it does here."""
+    model = families.sparse_model(families.dense_model("llama", initializer_range=0.99), "entmax", heads=(1,))
+    ids = families.tokens(2, 40)
+    with torch.no_grad():
+        assert (model(ids, output_attentions=True).attentions[0].tril()[:, 0] == 0).sum() > 2 * 40 * 39 / 2
+    seen = []
+
+    def look(module, query, key, tau, *, query_scale, **arguments):
+        occupied = reference.block_occupancy(query, key, tau, block=8, **arguments)
+        seen.append((reference.support_size(query, key, tau, **arguments), occupied))
+
+    with torch.no_grad(), attention.record(look):
+        model(ids, use_cache=False)
+    for support, occupied in seen:
+        assert (support[:, [0, 2, 3]] == torch.arange(1, 41)).all() and (support[:, 1] < torch.arange(1, 41)).any()
+        assert (occupied[:, [0, 2, 3]] == torch.ones(5, 5).tril().bool()).all()
+    means, layers = attention_statistics(model, {"input_ids": ids})
+    # Of the heads with the map: 1.5, and nobody learns it.
+    assert "head_alpha" not in means and layers["alpha/0"] == 1.5
+
+
+def test_processes_that_split_the_heads_are_refused(tmp_path):
+    """Each would take the numbers of all heads for its own."""
+    families.dense_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tensor parallelism.*heads"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="entmax", sparse_attention={"heads": [0]}, tp_plan="auto"
+        )
 
 
 def test_choices_of_the_command_line(tmp_path):

@@ -295,6 +295,34 @@ def test_every_number_of_the_card_is_in_a_file(model, tmp_path):
     assert "512" in result.metric_name and result.dataset_name == "held.txt"
 
 
+def test_a_card_says_what_each_stage_did(model, tmp_path):
+    evidence(model)
+    whole = summary(model)
+    options = {**whole["options"], "alpha_schedule": "linear", "lora_rank": 0}
+    match = summary(model, stage="match", steps=10, train_loss=0.0844, eval_alpha=[1.01, 1.5], options=options)
+    later = {**options, "alpha_schedule": "none", "lora_rank": 4, "distill": f"{PLACE}/dense", "distill_weight": 0.5,
+             "distill_temperature": 2.0}  # fmt: skip
+    train = summary(model, stage="pretrain", steps=90, learning_rate=0.5, options=later)
+    write(model.parent / "summary.json", {**whole, "stages": [match, train]})
+    text = dry_run(model, tmp_path / "up").text
+    for line in (
+        "its layers learned the outputs of the dense attention for 10 steps",
+        "then its pretraining continued for 90 steps",
+        "1 (match): the map's own parameters alone; stage 2 (pretrain): LoRA adapters of rank 4, merged",
+        "1 (match): linear, from 1.01 to 1.5 over the first 55% of the steps; stage 2 (pretrain): 1.5 from the first",
+        "1 (match): 0.00017; stage 2 (pretrain): 0.5",
+        "1 (match): squared error of the attention outputs, relative to their size 0.0844",
+        "1 (match): none; stage 2 (pretrain): from `dense`, weight 0.5, temperature 2",
+    ):
+        assert line in text, line
+    assert "all parameters" not in text
+    options = {**options, "trained": "attention", "alpha_start": 1.3, "alpha_plateaus": 4}
+    write(model.parent / "summary.json", {**whole, "options": options, "eval_alpha": None})
+    text = dry_run(model, tmp_path / "again").text
+    assert "the attention layers alone" in text and "from 1.3 to 1.5" in text and "in 4 plateaus" in text
+    assert "its pretraining continued for 1,234 steps" in text
+
+
 def test_needles_reach_the_card(model, tmp_path):
     """Results without perplexity: the mean over depths, and nothing of a length that was not measured."""
     evidence(model)

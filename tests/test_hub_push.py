@@ -584,7 +584,7 @@ def rows_of(summary: dict, report: Path) -> list[list[str]]:
     return [
         ["steps", f"{summary['steps']}"],
         ["tokens", f"{summary['tokens']:,}"],
-        ["training loss at the end", f"{summary['train_loss']:.4f}"],
+        ["at the end of training", f"loss on text {summary['train_loss']:.4f}"],
         ["visible keys whose weight is exactly 0", f"{zeros:.1%}"],
     ]
 

@@ -17,7 +17,18 @@ from bounds import check_against_reference, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 
 from hf_sparse_attention import reference  # noqa: E402
-from hf_sparse_attention.kernels import entmax_attention, operators, supports  # noqa: E402
+from hf_sparse_attention.kernels import (  # noqa: E402
+    backward,
+    compiling,
+    entmax_attention,
+    forward,
+    gather,
+    operators,
+    refine,
+    strays,
+    supports,
+    threshold,
+)
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -163,7 +174,7 @@ def test_compiles_without_a_graph_break():
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("ranges", ["causal", "documents"])
+@pytest.mark.parametrize("ranges", ["causal", "documents", pytest.param("strays", marks=pytest.mark.slow)])
 def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
     if not hasattr(triton, "AsyncCompileMode"):
         pytest.skip("this Triton compiles one kernel after the other")
@@ -180,7 +191,15 @@ def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
     assert sorted(compiled["ahead"]) == sorted(
         ["_threshold_kernel", "_transpose_kernel", "_key_gradient_kernel"]
         + 2 * ["_refine_kernel", "_forward_kernel", "_query_gradient_kernel"]
+        + (["_starts_kernel", *2 * ["_collect_kernel"]] if ranges == "strays" else [])
     )
+
+
+def test_every_kernel_that_is_planned_can_be_noted_down():
+    """One that is not would really be launched by the plan, on tensors without memory."""
+    rooms = (threshold, gather, refine, forward, strays, backward)
+    found = [value for room in rooms for name, value in vars(room).items() if name.endswith("_kernel")]
+    assert len(found) == 8 and all(isinstance(value, compiling.Kernel) for value in found)
 
 
 def test_operators_are_registered_whole():

@@ -444,6 +444,25 @@ def test_half_checkpoints_never_count(here, tmp_path, caplog):
         here(resume=str(tmp_path / "nowhere"))
 
 
+def test_counts_are_those_of_the_saved_model(home, tmp_path):
+    """PEFT keeps what it replaces, which is not saved."""
+    run(home, output=str(tmp_path / "run"), lora_rank=2, lora_targets=["q_proj"], steps=2)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    new = [model.get_parameter(name).numel() for name in new_parameter_names(model)]
+    assert summary["new_parameters"] == sum(new)
+
+
+def test_other_text_of_the_same_size_is_another_run(home, tmp_path):
+    text = tmp_path / "train.txt"
+    shutil.copyfile(home / "train.txt", text)
+    run(home, output=str(tmp_path / "run"), train_data=[str(text)], steps=2)
+    text.write_text(text.read_text().replace("cat", "sun"))
+    with pytest.raises(ValueError, match="holds another run, finished: data"):
+        run(home, output=str(tmp_path / "run"), train_data=[str(text)], steps=2, resume="auto")
+
+
 def test_output_in_use(here, tmp_path, capsys):
     summary = here(steps=2)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -12,10 +12,11 @@ from .. import tables
 from ..config import LAYERS, POSITIONS, SparseAttentionConfig
 from ..maps import MAPS
 from ..results import mean_over_depths, remarks, sections
+from . import recipe
 from .content import auto_class, data_file
-from .evidence import HUB_ID, Evidence, Licence, local_name, without_folders
+from .evidence import HUB_ID, Evidence, Licence
+from .recipe import MISSING, names_of, number, whole
 
-MISSING = "missing"
 _ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 _SPARSITY = {
     "visible": ("keys a query sees, mean", "{:.1f}"),
@@ -41,12 +42,12 @@ def render(evidence: Evidence, *, name: str, repo_id: str | None, revision: str 
     body = Template(data_file("model_cards/template.md").decode()).substitute(
         name=name,
         introduction=_introduction(evidence),
-        status=_status(evidence),
+        status=recipe.status(evidence, _base_name(evidence)),
         auto_class=auto_class(evidence.checkpoint),
         location=repo_id or f"path/to/{name}",
         revision=f', revision="{revision}"' if revision else "",
         attention=_attention(settings),
-        training=_training(evidence),
+        training=recipe.training(evidence, _base_name(evidence)),
         results=_results(evidence),
         sparsity=_sparsity(evidence),
         limits=_limits(evidence),
@@ -156,22 +157,6 @@ def _base_name(evidence: Evidence) -> str:
     return f"[{base.name}](https://huggingface.co/{base.name}), commit `{base.commit}`"
 
 
-def _status(evidence: Evidence) -> str:
-    summary = evidence.summary
-    if summary is not None:
-        return (
-            f"Base model: {_base_name(evidence)}. Its attention was replaced, and its pretraining continued for "
-            f"{_whole(summary.get('steps'))} steps over {_whole(summary.get('tokens'))} tokens."
-        )
-    if evidence.conversion is not None:
-        same = ": it computes what the base model computes" if evidence.checkpoint.sparse.alpha == 1 else ""
-        return (
-            f"Base model: {_base_name(evidence)}. Its attention was replaced; **it was not trained since**{same}. No "
-            "training summary was found."
-        )
-    return f"Base model: {MISSING}. How the model was trained is {MISSING}: there is no training summary."
-
-
 def _attention(settings: SparseAttentionConfig) -> str:
     row = MAPS[settings.map]
     layers = LAYERS[settings.layers] if isinstance(settings.layers, str) else ", ".join(map(str, settings.layers))
@@ -182,7 +167,7 @@ def _attention(settings: SparseAttentionConfig) -> str:
         ["positions", f"`{settings.position}`: {POSITIONS[settings.position]}"],
         ["layers", layers],
         ["heads of those layers", _heads(settings)],
-        ["context it starts from", "tokens " + _whole(settings.train_length)],
+        ["context it starts from", "tokens " + whole(settings.train_length)],
         ["paper", row.paper],
         ["written by", f"hf-sparse-attention {settings.version}"],
     ]
@@ -196,93 +181,6 @@ def _heads(settings: SparseAttentionConfig) -> str:
     if settings.heads == "all":
         return "all"
     return ", ".join(map(str, settings.heads)) + "; the others keep the dense model's softmax"
-
-
-def _training(evidence: Evidence) -> str:
-    summary = evidence.summary
-    if summary is None:
-        return f"The numbers of the training are {MISSING}: there is no training summary."
-    options = summary.get("options") or {}
-    rows = [
-        ["base model", _base_name(evidence)],
-        ["steps", _whole(summary.get("steps"))],
-        ["tokens", _whole(summary.get("tokens"))],
-        ["passes over the data", _number(summary.get("epochs"), "{:.2f}")],
-        ["tokens in a block", _whole(summary.get("block_size"))],
-        ["blocks in a step", _whole(summary.get("blocks_per_step"))],
-        ["learning rate", _number(summary.get("learning_rate"), "{:g}")],
-        ["learning rate of new parameters", _number(summary.get("new_learning_rate"), "{:g}")],
-        ["learning rate schedule", _schedule(options)],
-        ["alpha schedule", _alpha_schedule(options, evidence.checkpoint.sparse)],
-        ["optimizer", _optimizer(options)],
-        ["precision", _precision(summary, options)],
-        ["LoRA", _lora(options)],
-        ["seed", _whole(options.get("seed"))],
-        ["training data", _names(summary.get("train_data"))],
-        ["held-out data", _names(summary.get("eval_data"))],
-        ["training loss at the end", _number(summary.get("train_loss"), "{:.4f}")],
-        ["held-out loss", _held_out(summary.get("eval_loss"), summary.get("eval_alpha"))],
-        ["steps left out", _whole(summary.get("skipped_steps"))],
-        ["hardware", str(summary.get("hardware") or MISSING)],
-        ["time", _number(summary.get("seconds"), "{:,.1f} s")],
-        ["tokens a second", _number(summary.get("tokens_per_second"), "{:,.0f}")],
-        ["versions", ", ".join(f"{key} {value}" for key, value in (summary.get("versions") or {}).items()) or MISSING],
-    ]  # fmt: skip
-    command = summary.get("command")
-    shown = f"```bash\n{without_folders(command)}\n```" if command else f"The command is {MISSING}."
-    return f"{tables.markdown(['recipe', ''], rows)}\n\n{shown}"
-
-
-def _schedule(options: dict) -> str:
-    if options.get("schedule") is None:
-        return MISSING
-    text = f"{options['schedule']}, warm-up over {_number(options.get('warmup_share'), '{:.1%}')} of the steps"
-    if options["schedule"] == "constant":
-        return text
-    return f"{text}, down to {_number(options.get('final_share'), '{:.1%}')} of the peak"
-
-
-def _alpha_schedule(options: dict, settings: SparseAttentionConfig) -> str:
-    schedule = options.get("alpha_schedule")
-    if settings.alpha == 1:
-        return "alpha is 1 throughout"
-    if schedule is None:
-        return MISSING
-    if schedule == "none":
-        return f"{settings.alpha:g} from the first step"
-    share = _number(options.get("alpha_share"), "{:.0%}")
-    return f"{schedule}, from 1 to {settings.alpha:g} over the first {share} of the steps"
-
-
-def _optimizer(options: dict) -> str:
-    beta1, beta2 = (_number(options.get(name), "{:g}") for name in ("beta1", "beta2"))
-    decay, clip = (_number(options.get(name), "{:g}") for name in ("weight_decay", "clip"))
-    return f"AdamW, betas {beta1} and {beta2}, weight decay {decay}, gradient norm clipped at {clip}"
-
-
-def _precision(summary: dict, options: dict) -> str:
-    return f"parameters {options.get('dtype') or MISSING}, mixed precision {summary.get('mixed_precision') or MISSING}"
-
-
-def _lora(options: dict) -> str:
-    rank = options.get("lora_rank")
-    if rank is None:
-        return MISSING
-    return f"rank {rank}, merged" if rank else "none, all parameters were trained"
-
-
-def _held_out(losses: list | None, alphas: list | None) -> str:
-    if not losses:
-        return MISSING
-    (first, before), (last, after) = losses[0], losses[-1]
-    shown = [f"{_number(before, '{:.4f}')} at step {first:,}", f"{_number(after, '{:.4f}')} at step {last:,}"]
-    if alphas:
-        shown = [f"{text} (alpha {alpha:g})" for text, alpha in zip(shown, (alphas[0], alphas[-1]), strict=True)]
-    return ", ".join(shown)
-
-
-def _names(names: list[str] | None) -> str:
-    return ", ".join(f"`{local_name(name)}`" for name in names) if names else MISSING
 
 
 def _results(evidence: Evidence) -> str:
@@ -302,8 +200,8 @@ def _sparsity(evidence: Evidence) -> str:
     report, settings = evidence.report, evidence.checkpoint.sparse
     if report is not None:
         numbers = report.get("mean") or {}
-        windows, length = _whole(report.get("windows")), _whole(report.get("length"))
-        text = _names((report.get("arguments") or {}).get("data"))
+        windows, length = whole(report.get("windows")), whole(report.get("length"))
+        text = names_of((report.get("arguments") or {}).get("data"))
         source = f"Means over layers and heads. Windows: {windows}, each of {length} tokens; text: {text}."
     elif (evidence.summary or {}).get("attention"):
         numbers = evidence.summary["attention"]
@@ -311,7 +209,7 @@ def _sparsity(evidence: Evidence) -> str:
     else:
         return f"The sparsity figures are {MISSING}: there is no report of the model."
     softmax = MAPS[settings.map].softmax or settings.alpha == 1
-    rows = [[text, _number(numbers.get(key), pattern)] for key, (text, pattern) in _SPARSITY.items()]
+    rows = [[text, number(numbers.get(key), pattern)] for key, (text, pattern) in _SPARSITY.items()]
     note = "\n\nThis map is a softmax: no weight is exactly zero." if softmax else ""
     return f"{source}{note}\n\n{tables.markdown(['attention', ''], rows)}"
 
@@ -322,7 +220,7 @@ def _limits(evidence: Evidence) -> str:
         lines.append("- Nothing shows that the model was trained with this attention.")
     block = (evidence.summary or {}).get("block_size")
     if block is not None:
-        lines.append(f"- It was trained on blocks of {_whole(block)} tokens; longer texts are beyond its training.")
+        lines.append(f"- It was trained on blocks of {whole(block)} tokens; longer texts are beyond its training.")
     if evidence.results is None:
         lines.append("- Nothing was measured of its quality.")
     return "\n".join(lines)
@@ -354,15 +252,3 @@ def _citation(settings: SparseAttentionConfig) -> str:
         f"- {paper}" + "".join(f", <https://arxiv.org/abs/{number}>" for number in _ARXIV.findall(paper))
         for paper in _papers(settings)
     )
-
-
-def _number(value: float | None, pattern: str) -> str:
-    if value is None:
-        return MISSING
-    if not isinstance(value, (int, float)):
-        raise ValueError(f"a file that the model card is made of has {value!r} where a number belongs")
-    return pattern.format(value)
-
-
-def _whole(value: int | None) -> str:
-    return _number(value, "{:,}")

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .strays import add_strays, gather_rows, move_strays, stray_arguments, stray_weights, transpose
 from .tiles import (
     entmax_parameters,
     key_scores,
@@ -37,7 +38,8 @@ def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.conste
         flags = tl.load(map_ptr + row * query_tiles + tiles, mask=tiles < query_tiles, other=0).to(tl.int32)
         # Most of a row is empty where documents are short.
         if tl.max(flags, 0) > 0:
-            chosen = (flags == 2).to(tl.int32) if SPLIT else flags
+            # The forward may have been configured otherwise, and have told whole tiles apart.
+            chosen = (flags == 2 if SPLIT else flags > 0).to(tl.int32)
             place = count + tl.cumsum(chosen, 0) - chosen
             tl.store(list_ptr + row * query_tiles + place, tiles.to(tl.int16), mask=chosen > 0)
             count += tl.sum(chosen, 0)
@@ -54,11 +56,15 @@ def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.conste
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "moved", "excess", "scaling"]
+)
 def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, tau_ptr, mean_ptr, do_ptr, pair_ptr, dq_ptr, dalpha_ptr,
+    code_ptr, score_ptr, stray_count_ptr, start_ptr, end_ptr, total_ptr, moved_code_ptr, moved_ptr,
     excess, scaling,
+    stride_sb, stride_sh, stride_sn, moved,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_wb, stride_wg, stride_wn,
@@ -67,7 +73,7 @@ def _query_gradient_kernel(
     stride_db, stride_dh, stride_dn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -83,6 +89,8 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
     ALPHA_GRADIENT: tl.constexpr,
     TWO_WALKS: tl.constexpr,
+    ROOM: tl.constexpr,
+    STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -118,7 +126,15 @@ def _query_gradient_kernel(
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
-    tau_rows = head_index.to(tl.int64) * queries + rows
+    tau_row = head_index.to(tl.int64) * queries + row_tile * BLOCK_M
+    tau_rows = tau_row + local
+    strays = 0
+    if ROOM > 0:
+        strays = tl.load(stray_count_ptr + head_index.to(tl.int64) * list_queries + row_tile * (BLOCK_M // TILE))
+        stray_offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        stray_offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
+        k_base = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+        w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
 
     tile_mask = row_mask[:, None] & dim_mask
     first_row = row_tile.to(tl.int64) * BLOCK_M
@@ -151,6 +167,16 @@ def _query_gradient_kernel(
             p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
             slope_sum += tl.sum(u, 1)
             delta += tl.sum(u * gradient, 1)
+        if ROOM > 0:
+            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
+                p, u, entries, held, own, chosen = stray_weights(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, tau_ptr + tau_row,
+                    exponent, ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
+                )  # fmt: skip
+                v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
+                gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                slope_sum += tl.sum(u, 1)
+                delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
     else:
         mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
@@ -187,6 +213,27 @@ def _query_gradient_kernel(
             entropy += tl.sum(p_log, 1)
         ds = u * (gradient - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    if ROOM > 0:
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
+            p, u, entries, held, own, chosen = stray_weights(
+                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, tau_ptr + tau_row, exponent,
+                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
+            )  # fmt: skip
+            k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
+            v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
+            gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if ALPHA_GRADIENT:
+                p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+                gain += tl.sum(gradient * p, 1)
+                gain_entropy += tl.sum(gradient * p_log, 1)
+                entropy += tl.sum(p_log, 1)
+            ds = u * (gradient - delta[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            move_strays(
+                p, ds, entries, held, chosen, (head % GROUP) * queries + row_tile * BLOCK_M + own,
+                head_index, batch * (heads // GROUP) + head // GROUP, row_tile * (BLOCK_M // TILE),
+                start_ptr, end_ptr, total_ptr, moved_code_ptr, moved_ptr, moved, list_queries, key_tiles, TILE=TILE,
+            )  # fmt: skip
     tl.store(
         d_base + local[:, None] * stride_dn + dims[None, :],
         (acc * scaling).to(dq_ptr.dtype.element_ty),
@@ -261,11 +308,11 @@ def _add_queries(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "moved", "excess", "scaling"])
 def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, pair_ptr, dk_ptr, dv_ptr,
-    excess, scaling,
+    list_ptr, count_ptr, pair_ptr, dk_ptr, dv_ptr, end_ptr, total_ptr, moved_code_ptr, moved_ptr,
+    excess, scaling, moved,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_wb, stride_wg, stride_wn,
@@ -288,6 +335,8 @@ def _key_gradient_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
+    STRAYS: tl.constexpr,
+    STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     groups = heads // GROUP
@@ -366,13 +415,21 @@ def _key_gradient_kernel(
                     TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
                     PRECISION=PRECISION, MASKED=True,
                 )  # fmt: skip
+    if STRAYS:
+        q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
+        g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
+        dk, dv = add_strays(
+            dk, dv, program, end_ptr, total_ptr, moved_code_ptr, moved_ptr, moved,
+            q_base, g_base, stride_qh, stride_qn, stride_gh, stride_gn, queries, local, dims, head_dim,
+            TILE=BLOCK, BLOCK_N=BLOCK_N, EVEN_D=EVEN_D, PRECISION=PRECISION, STAGES=STRAY_STAGES,
+        )  # fmt: skip
     d_offsets = batch.to(tl.int64) * stride_db + group.to(tl.int64) * stride_dg + first * stride_dn
     d_offsets = d_offsets + local[:, None] * stride_dn + dims[None, :]
     tl.store(dk_ptr + d_offsets, (dk * scaling).to(dk_ptr.dtype.element_ty), mask=tile_mask)
     tl.store(dv_ptr + d_offsets, dv.to(dv_ptr.dtype.element_ty), mask=tile_mask)
 
 
-def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
+def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     """dquery, dkey, dvalue in the inputs' dtype and, if asked for, dalpha (H,) in float32, else None."""
     query, key, value, config = call.query, call.key, call.value, call.configuration
     batch, heads, queries, head_dim = query.shape
@@ -384,17 +441,26 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
     # tau and delta of every query side by side, as the key gradient reads them.
     pairs = torch.empty((*tau.shape, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
+    stray_pointers, room = stray_arguments(strays)
+    moved, moved_pointers = 0, (None,) * 5
+    if strays is not None:
+        transposed = transpose(call, strays)
+        moved = transposed.codes.numel()
+        moved_pointers = (
+            transposed.starts, transposed.ends, transposed.totals, transposed.codes, transposed.weights
+        )  # fmt: skip
     for rows, tiles, counts in lists.walks():
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
         _query_gradient_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha,
+            tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha, *stray_pointers[:3], *moved_pointers,
             call.excess, call.scaling,
+            *stray_pointers[3:], moved,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *mean.stride()[:3], *grad_out.stride()[:3],
             *dquery.stride()[:3],
             *call.visible_strides, *call.mask_strides,
-            heads, queries, keys, counts.shape[2], call.key_tiles, head_dim,
+            heads, queries, keys, counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
@@ -402,15 +468,17 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
             TILE=TILE,
             ALPHA_GRADIENT=alpha_gradient,
             TWO_WALKS=call.two_walks,
+            ROOM=room,
+            STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),
         )  # fmt: skip
-    transposed = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
+    query_lists = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
     counts = torch.empty((batch, heads, call.key_tiles, 1 + call.split), dtype=torch.int32, device=device)
     _transpose_kernel[(batch * heads * call.key_tiles,)](
         lists.tile_map,
-        transposed,
+        query_lists,
         counts,
         call.query_tiles,
         SCAN=512 if call.split else 128,
@@ -423,8 +491,8 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
-        transposed, counts, pairs, dkey, dvalue,
-        call.excess, call.scaling,
+        query_lists, counts, pairs, dkey, dvalue, *moved_pointers[1:],
+        call.excess, call.scaling, moved,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *dkey.stride()[:3],
         *call.visible_strides, *call.mask_strides,
         heads, queries, keys, call.query_tiles, call.key_tiles, head_dim,
@@ -434,6 +502,8 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient):
         BLOCK=TILE,
         BLOCK_N=config.inner,
         SPLIT=call.split,
+        STRAYS=strays is not None,
+        STRAY_STAGES=config.stray_stages,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),

@@ -5,7 +5,8 @@ Enters: head dimension, element size, device. Leaves: a `Configuration` with til
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +44,16 @@ class Configuration:
     query_gradient: Launch
     query_gradient_pairs: Launch
     key_gradient: Launch
+    # Tiles of TILE queries with at most so many pairs above the bound are taken apart; 0: every listed tile is walked.
+    stray_limit: int = 0
+    # Pairs per query that are kept for a backward, a power of two. Without one they lie where the output will.
+    stray_room: int = 16
+    # Depth of the pipeline of gathered rows.
+    stray_stages: int = 1
+    collect: Launch = Launch(4, 2, 128)
+    collect_pairs: Launch = Launch(8, 2, 128)
+    # Programs of TILE queries that run on a multiprocessor.
+    collect_programs: int = 4
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
     # Whether the key gradient walks tiles seen whole without a mask even where only the diagonal cuts tiles; with
@@ -68,6 +79,8 @@ def _default(element_size, block_dim):
         query_gradient=Launch(warps, stages),
         query_gradient_pairs=Launch(8, stages),
         key_gradient=Launch(warps, 1),
+        collect=Launch(warps, stages),
+        collect_pairs=Launch(8, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
     )
 
@@ -92,6 +105,8 @@ _HOPPER = Configuration(
 MEASURED = {(9, 2, 128): _HOPPER, (9, 2, 64): _HOPPER}
 
 
+# What `configured` has changed; of all threads, as the backward runs in one of its own.
+_changes = {}
 # What `use` has put before the table: (device name, element size, padded head dimension) -> Configuration
 _chosen = {}
 
@@ -140,6 +155,11 @@ def from_dict(values):
         raise ValueError(f"a configuration has the fields {', '.join(sorted(names))}, not {values!r}")
     made = {name: Launch(**value) if isinstance(value, dict) else value for name, value in values.items()}
     configuration = Configuration(**made)
+    return _checked(configuration)
+
+
+def _checked(configuration):
+    """The same, or ValueError that names a field whose value no kernel takes."""
     for field in fields(Configuration):
         value = getattr(configuration, field.name)
         given = {"int": int, "str": str, "bool": bool}.get(getattr(field.type, "__name__", field.type), field.type)
@@ -149,6 +169,13 @@ def from_dict(values):
         raise ValueError(f"threshold_rows and threshold_columns are {TILE} or {2 * TILE}")
     if configuration.inner not in (16, 32, TILE):
         raise ValueError(f"inner is {configuration.inner}, not 16, 32 or {TILE}")
+    if configuration.stray_limit < 0:
+        raise ValueError(f"stray_limit is {configuration.stray_limit}; 0 turns strays off")
+    if configuration.stray_limit and configuration.inner < 32:
+        raise ValueError(f"inner is {configuration.inner}; strays (stray_limit > 0) need 32 or {TILE}")
+    for name in ("stray_room", "stray_stages", "collect_programs"):
+        if getattr(configuration, name) < 1:
+            raise ValueError(f"{name} is {getattr(configuration, name)}; the least is 1")
     return configuration
 
 
@@ -188,7 +215,41 @@ def processors(device_index):
 
 
 def configuration(device, element_size, block_dim):
-    """The row that `use` has put there, or that of the table for this device, or the default."""
+    """The row that `use` has put there, or that of the table for this device, or the default; changed by `configured`.
+
+    The same object whenever the same is asked for: what was prepared for a configuration is found by it.
+    """
+    row = _row(device, element_size, block_dim)
+    return _changed(row, tuple(_changes.items())) if _changes else row
+
+
+@cache
+def _changed(row, changes):
+    return _checked(replace(row, **dict(changes)))
+
+
+@contextmanager
+def configured(**changes):
+    """Fields of every `Configuration` have other values inside, to measure them: configured(stray_limit=64).
+
+    On top of the rows of `use`, whichever of the two was entered first. Raises ValueError for what is no field or no
+    value of it.
+    """
+    unknown = sorted(changes.keys() - Configuration.__dataclass_fields__.keys())
+    if unknown:
+        names = ", ".join(Configuration.__dataclass_fields__)
+        raise ValueError(f"a configuration has no field {', '.join(unknown)}; its fields are {names}")
+    before = dict(_changes)
+    _checked(replace(_default(2, 64), **before | changes))
+    _changes.update(changes)
+    try:
+        yield
+    finally:
+        _changes.clear()
+        _changes.update(before)
+
+
+def _row(device, element_size, block_dim):
     if _chosen:
         found = _chosen.get((device_name(device), element_size, block_dim))
         if found is not None:

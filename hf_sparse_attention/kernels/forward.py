@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .strays import gather_rows, stray_arguments, stray_weights
 from .tiles import entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights
 
 
@@ -29,18 +30,19 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "excess", "scaling"])
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, point_ptr, tau_ptr, out_ptr, mean_ptr,
+    list_ptr, count_ptr, point_ptr, tau_ptr, out_ptr, mean_ptr, code_ptr, score_ptr, stray_count_ptr,
     excess, scaling,
+    stride_sb, stride_sh, stride_sn,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_wb, stride_wg, stride_wn,
     stride_ob, stride_oh, stride_on,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -55,6 +57,8 @@ def _forward_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SAVE: tl.constexpr,
+    ROOM: tl.constexpr,
+    STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -90,7 +94,13 @@ def _forward_kernel(
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
-    tau_rows = head_index.to(tl.int64) * queries + rows
+    tau_row = head_index.to(tl.int64) * queries + row_tile * BLOCK_M
+    tau_rows = tau_row + local
+    strays = 0
+    if ROOM > 0:
+        strays = tl.load(stray_count_ptr + head_index.to(tl.int64) * list_queries + row_tile * (BLOCK_M // TILE))
+        stray_offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        stray_offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
 
     tau = tl.load(point_ptr + tau_rows, mask=row_mask, other=1e30)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -123,6 +133,23 @@ def _forward_kernel(
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
+    if ROOM > 0:
+        w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
+            p, u, entries, held, own, chosen = stray_weights(
+                code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, point_ptr + tau_row, exponent,
+                ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
+            )  # fmt: skip
+            sums += tl.sum(p, 1)
+            rounded = u.to(q.dtype)
+            slope_sum += tl.sum(rounded.to(tl.float32), 1)
+            if ALPHA_KIND == 15:
+                support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+            v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+            acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
+        # The strays may lie where the output goes.
+        tl.debug_barrier()
 
     empty = tau >= 1e30
     correction = last_step(sums, slope_sum, support, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
@@ -138,30 +165,36 @@ def _forward_kernel(
         tl.store(mean_ptr + o_offsets, acc_mean.to(mean_ptr.dtype.element_ty), mask=o_mask)
 
 
-def attend(call, point, lists, save):
+def attend(call, point, lists, save, strays=None):
     """Output (B, H, N, D), laid out (B, N, H, D), tau (B, H, N), and for a backward the mean of the values under u."""
     query, key, value, config = call.query, call.key, call.value, call.configuration
     batch, heads, queries, head_dim = query.shape
-    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device).transpose(1, 2)
+    out = None if strays is None else strays.out
+    if out is None:
+        out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device).transpose(1, 2)
     # In float32 whatever the input: the backward subtracts its product from another.
     mean = torch.empty_like(out, dtype=torch.float32) if save else None
     tau = torch.empty_like(point)
+    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
         launch = config.forward if rows == TILE else config.forward_pairs
         _forward_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, counts, point, tau, out, mean,
+            tiles, counts, point, tau, out, mean, *stray_pointers[:3],
             call.excess, call.scaling,
+            *stray_pointers[3:],
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             *call.visible_strides, *call.mask_strides,
-            heads, queries, key.shape[2], counts.shape[2], call.key_tiles, head_dim,
+            heads, queries, key.shape[2], counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
             BLOCK_N=config.inner,
             TILE=TILE,
             SAVE=save,
+            ROOM=room,
+            STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

@@ -12,12 +12,14 @@ from .backward import gradients
 from .compiling import compile_together, like
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
+from .gather import collect, collects
 from .refine import refined_threshold
+from .strays import Strays
 from .threshold import Lists, threshold_bound
 from .tiles import CAUSAL, ENTMAX15, FULL, GENERAL, RANGE, SPARSEMAX
 
-# Tile lists and their lengths, the same for pairs of tiles, and the map of the tiles.
-LIST_DTYPES = (torch.int16, torch.int32, torch.int16, torch.int32, torch.uint8)
+# Tile lists and their lengths, the same for pairs of tiles, the map of the tiles; strays, their counts and map.
+LIST_DTYPES = (torch.int16, torch.int32, torch.int16, torch.int32, torch.uint8, torch.int32, torch.int32, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -161,21 +163,31 @@ def _forward(
     mask: torch.Tensor | None,
     save: bool,
 ) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
-        variant = (query.device, query.dtype, save, call.descriptors, id(call.configuration), *call.constants.values())
+        strayed = collects(call.configuration, call.group, query.shape[2], call.key_tiles)
+        variant = (
+            query.device, query.dtype, save, call.descriptors, id(call.configuration), strayed,
+            *call.constants.values(),
+        )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
         bound, lists = threshold_bound(call, save)
-        out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
+        strays = collect(call, bound, lists, save)
+        point = refined_threshold(call, bound, lists, strays)
+        out, tau, mean = attend(call, point, lists, save, strays)
     if not save:
         # Without a backward nothing but the result outlives the call.
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     pairs, pair_counts = lists.pairs, lists.pair_counts
     if pairs is None:
         pairs, pair_counts = (tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES[2:4])
-    return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map
+    kept = [tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES[5:]]
+    if strays is not None:
+        kept = [strays.pool, strays.counts, strays.tile_map]
+    return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map, *kept
 
 
 def _launch_all(call, save):
@@ -183,9 +195,10 @@ def _launch_all(call, save):
     tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
     call = replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
     bound, lists = threshold_bound(call, save)
-    out, tau, mean = attend(call, refined_threshold(call, bound, lists), lists, save)
+    strays = collect(call, bound, lists, save)
+    out, tau, mean = attend(call, refined_threshold(call, bound, lists, strays), lists, save, strays)
     if save:
-        gradients(call, out, tau, mean, lists, call.alpha_tensor is not None)
+        gradients(call, out, tau, mean, lists, call.alpha_tensor is not None, strays)
 
 
 def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save):
@@ -196,10 +209,20 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
     shapes = [(batch, heads, query_tiles, key_tiles), (batch, heads, query_tiles), (0,), (0,)]
-    if configuration(query.device, query.element_size(), _block_dim(head_dim)).threshold_rows > TILE:
+    config = configuration(query.device, query.element_size(), _block_dim(head_dim))
+    if config.threshold_rows > TILE:
         pairs = (queries + 2 * TILE - 1) // (2 * TILE)
         shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
     shapes.append((batch, heads, key_tiles, query_tiles))
+    if collects(config, heads // key.shape[1], queries, key_tiles):
+        room = config.stray_room
+        shapes += [
+            (batch, heads, queries, 2 * room),
+            (batch, heads, query_tiles),
+            (batch, heads, key_tiles, query_tiles),
+        ]
+    else:
+        shapes += [(0,)] * 3
     lists = [query.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, LIST_DTYPES, strict=True)]
     return out, tau, torch.empty_like(out, dtype=torch.float32), *lists
 
@@ -223,19 +246,23 @@ def _gradients(
     pairs: torch.Tensor,
     pair_counts: torch.Tensor,
     tile_map: torch.Tensor,
+    stray_pool: torch.Tensor,
+    stray_counts: torch.Tensor,
+    stray_map: torch.Tensor,
     alpha_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
         paired = pairs.numel() > 0
         lists = Lists(tiles, counts, pairs if paired else None, pair_counts if paired else None, tile_map)
-        dquery, dkey, dvalue, dalpha = gradients(call, _rows(grad_out), tau, mean, lists, alpha_gradient)
+        strays = Strays(stray_pool, stray_counts, stray_map) if stray_pool.numel() > 0 else None
+        dquery, dkey, dvalue, dalpha = gradients(call, _rows(grad_out), tau, mean, lists, alpha_gradient, strays)
     return dquery, dkey, dvalue, tau.new_empty(0) if dalpha is None else dalpha
 
 
 def _gradients_fake(
     grad_out, query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, tau, mean, tiles, counts,
-    pairs, pair_counts, tile_map, alpha_gradient,
+    pairs, pair_counts, tile_map, stray_pool, stray_counts, stray_map, alpha_gradient,
 ):  # fmt: skip
     def like(tensor):
         batch, heads, length, head_dim = tensor.shape
@@ -292,14 +319,15 @@ _CALL = "float alpha, Tensor? alpha_tensor, float scaling, bool causal, Tensor? 
 entmax_forward = _register(
     "entmax_forward",
     f"(Tensor query, Tensor key, Tensor value, {_CALL}, bool save)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 entmax_backward = _register(
     "entmax_backward",
     f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, {_CALL}, Tensor tau, Tensor mean, Tensor tiles,"
-    " Tensor counts, Tensor pairs, Tensor pair_counts, Tensor tile_map, bool alpha_gradient)"
+    " Tensor counts, Tensor pairs, Tensor pair_counts, Tensor tile_map, Tensor stray_pool, Tensor stray_counts,"
+    " Tensor stray_map, bool alpha_gradient)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _gradients,
     _gradients_fake,

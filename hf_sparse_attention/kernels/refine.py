@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .strays import stray_arguments, stray_weights
 from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_span
 
 
@@ -66,16 +67,17 @@ def refine(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "excess", "scaling"])
 def _refine_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, bound_ptr, state_ptr, tau_ptr,
+    list_ptr, count_ptr, bound_ptr, state_ptr, tau_ptr, code_ptr, score_ptr, stray_count_ptr,
     excess, scaling,
+    stride_sb, stride_sh, stride_sn,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -92,6 +94,7 @@ def _refine_kernel(
     EXACT: tl.constexpr,
     STATE: tl.constexpr,
     TOLERANCE: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -126,6 +129,11 @@ def _refine_kernel(
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
     tau_rows = head_index.to(tl.int64) * queries + rows
+    strays = 0
+    if ROOM > 0:
+        strays = tl.load(stray_count_ptr + head_index.to(tl.int64) * list_queries + row_tile * (BLOCK_M // TILE))
+        stray_offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        stray_offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
 
     tau = tl.load(bound_ptr + tau_rows, mask=row_mask, other=float("inf"))
     empty = tau == float("inf")
@@ -134,7 +142,8 @@ def _refine_kernel(
     # The state lives in memory, every pass over the listed tiles reads one slot and writes the other.
     # Two slots of the point and, where there is a bracket, its ends.
     SLOT: tl.constexpr = STATE // 2
-    state = state_ptr + tau_rows * STATE
+    state_base = state_ptr + (head_index.to(tl.int64) * queries + row_tile * BLOCK_M) * STATE
+    state = state_base + local * STATE
     tl.store(state, tau, mask=row_mask)
     if SLOT > 1:
         tl.store(state + 1, tau, mask=row_mask)
@@ -145,7 +154,7 @@ def _refine_kernel(
     )
     whole_first *= TILE // BLOCK_N
     whole_last *= TILE // BLOCK_N
-    unsettled = (count > 0).to(tl.int32)
+    unsettled = (count + strays > 0).to(tl.int32)
     iteration = 0
     while unsettled > 0:
         tl.debug_barrier()
@@ -192,6 +201,17 @@ def _refine_kernel(
             slope_sum += tl.sum(u, 1)
             if ALPHA_KIND == 15 and EXACT:
                 support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+        if ROOM > 0:
+            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+                p, u, entries, held, own, chosen = stray_weights(
+                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
+                    state_base + (iteration % 2) * SLOT, exponent,
+                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE,
+                )  # fmt: skip
+                sums += tl.sum(p, 1)
+                slope_sum += tl.sum(u, 1)
+                if ALPHA_KIND == 15 and EXACT:
+                    support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
         if SLOT > 1:
             lower = tl.load(current + 1, mask=row_mask, other=1e30)
             upper = tl.load(current + 2, mask=row_mask, other=1e30)
@@ -221,7 +241,7 @@ def _refine_kernel(
     tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
 
 
-def refined_threshold(call, bound, lists):
+def refined_threshold(call, bound, lists, strays=None):
     """A point next to tau (B, H, N); 1e30 in rows that see no key."""
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
@@ -235,14 +255,16 @@ def refined_threshold(call, bound, lists):
         tolerance = 2e-3 if call.alpha_kind == ENTMAX15 else 1e-2
     slots = 8 if exact or call.alpha_kind != ENTMAX15 else 2
     state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
+    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
         launch = config.refine if rows == TILE else config.refine_pairs
         _refine_kernel[(counts.numel(),)](
             query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, counts, bound, state, tau,
+            tiles, counts, bound, state, tau, *stray_pointers[:3],
             call.excess, call.scaling,
+            *stray_pointers[3:],
             *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
-            heads, queries, key.shape[2], counts.shape[2], call.key_tiles, head_dim,
+            heads, queries, key.shape[2], counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
@@ -251,6 +273,7 @@ def refined_threshold(call, bound, lists):
             EXACT=exact,
             STATE=state.shape[-1],
             TOLERANCE=tolerance,
+            ROOM=room,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

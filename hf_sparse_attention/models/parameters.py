@@ -17,9 +17,9 @@ ONLY_SAFETENSORS = (
 
 
 def new_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters the dense model does not have."""
+    """Names of the parameters the dense model does not have; of those PEFT keeps twice, the ones that are used."""
     names = []
     for prefix, module in model.named_modules():
-        if isinstance(module, NEW_MODULES):
+        if isinstance(module, NEW_MODULES) and not prefix.endswith(".original_module"):
             names += [f"{prefix}.{name}" for name, _ in module.named_parameters()]
     return names

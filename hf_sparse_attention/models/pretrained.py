@@ -33,7 +33,8 @@ def check_implementation(requested: str | None, config: PreTrainedConfig) -> str
         ValueError: if another one is requested.
     """
     # Plain reading, which torch.compile can trace; what is missing is said by the check.
-    expected = (config.sparse_attention or {}).get("map") or SparseAttentionConfig.from_model_config(config).map
+    expected = (getattr(config, "sparse_attention", None) or {}).get("map")
+    expected = expected or SparseAttentionConfig.from_model_config(config).map
     if requested not in (None, expected):
         raise ValueError(
             f"this model computes {expected} and cannot run as {requested!r}, which is another function. Load it "
@@ -179,11 +180,12 @@ def _check_split(config: PreTrainedConfig, kwargs: dict) -> None:
         return
     settings = SparseAttentionConfig.from_model_config(config)
     row = MAPS[settings.map]
-    if row.scale is not None or row.learned_alpha or settings.position == "nape":
+    if row.scale is not None or row.learned_alpha or settings.position == "nape" or settings.heads != "all":
+        chosen = "" if settings.heads == "all" else f" and heads {settings.heads}"
         raise ValueError(
             f"tensor parallelism splits the heads between processes, but {settings.map} with positions "
-            f"{settings.position} knows something of every head, which would stay whole: load it without tp_plan, "
-            "and train with FSDP2"
+            f"{settings.position}{chosen} knows something of every head, which would stay whole: load it without "
+            "tp_plan, and train with FSDP2"
         )
 
 

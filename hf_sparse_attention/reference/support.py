@@ -1,5 +1,6 @@
 """Query, key and tau -> the weights tile by tile, how many keys carry weight, and which blocks are not all zero."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -105,4 +106,11 @@ def _weights_of(structure, query, key, tau, *, align: int = 1) -> Iterator[tuple
         level_BGRN1 = curve.level(tau.to(dtype).unflatten(1, (structure.key_heads, -1)).unsqueeze(-1))
         for tile in tiles(structure, len(query), key.shape[2], align=align):
             scaled = scaled_scores(structure, tile, query_BGRND, key_BGDK, curve.factor)
-            yield tile, curve.of_heads(tile.key_heads).weights(scaled, tile.query_rows(level_BGRN1))[0]
+            of_tile = curve.of_heads(tile.key_heads)
+            weights = of_tile.weights(scaled, tile.query_rows(level_BGRN1))[0]
+            softmax = of_tile.kind == "softmax" if of_tile.exactly_one is None else of_tile.exactly_one
+            if softmax is not False:
+                # Softmax gives weight to every key it sees, even where a float rounds it to 0.
+                least = weights.clamp(min=torch.finfo(dtype).tiny)
+                weights = torch.where((scaled > -math.inf) & softmax, least, weights)
+            yield tile, weights

@@ -157,7 +157,12 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     if recompute and not matches:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     counts: dict = {
-        "parameters": count_parameters(model),
+        # Of the model that is saved: adapters are merged into it, and what they replace is not.
+        "parameters": sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if "lora_" not in name and ".original_module." not in name
+        ),
         "trainable_parameters": count_parameters(model, trainable=True),
         "new_parameters": sum(model.get_parameter(name).numel() for name in new_parameter_names(model)),
     }

@@ -35,8 +35,8 @@ def attention_statistics(
 
     Returns:
         over all sparse layers: support, the number of keys with a weight; visible, the number of keys that could have
-        one; zeros, the share of these whose weight is exactly zero; scale, the map's factor on the query, 1 without
-        one; head_alpha, the mean alpha, where the heads learn it.
+        one; zeros, the mean over the layers of the share of these whose weight is exactly zero; scale, the map's
+        factor on the query, 1 without one; head_alpha, the mean alpha, where the heads learn it.
         of each sparse layer: support, zeros, scale and alpha, as "support/7" and so on, the number that of the layer.
     """
     model.eval()
@@ -58,8 +58,10 @@ def attention_statistics(
         else:
             support = support_size(query, key, tau, alpha=alpha, visible=visible, causal=causal, **arguments).float()
         scale = seen.new_ones(()) if query_scale is None else query_scale.float().mean()
-        mean_alpha = torch.as_tensor(alpha, device=query.device).float().mean()
-        learned.append(isinstance(alpha, torch.Tensor))
+        # Of the heads that have the map; the others of a layer are at 1 for good.
+        heads = slice(None) if module.sparse_heads is None else list(module.sparse_heads)
+        mean_alpha = torch.as_tensor(alpha, device=query.device).float().expand(query.shape[1])[heads].mean()
+        learned.append(module.sparse_alpha is not None)
         found[module.layer_idx] = [support.mean(), seen.mean(), scale, mean_alpha]
 
     with torch.no_grad(), record(look):
@@ -76,4 +78,5 @@ def attention_statistics(
         numbers = (support_here, 1 - support_here / visible_here, *others)
         names = ("support", "zeros", "scale", "alpha")
         layers |= {f"{name}/{layer}": number for name, number in zip(names, numbers, strict=True)}
-    return {**means, "zeros": 1 - support / visible}, layers
+    zeros = [number for name, number in layers.items() if name.startswith("zeros/")]
+    return {**means, "zeros": sum(zeros) / len(zeros)}, layers

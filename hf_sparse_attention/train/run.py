@@ -92,7 +92,7 @@ def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list
     """What must be the same for a run to go on: everything its numbers follow from."""
     options = {name: value for name, value in asdict(arguments).items() if name not in FREE}
     files = [
-        [name, os.stat(name).st_size if kind != "hub" else None]
+        [name, fingerprint((Path(name),)) if kind != "hub" else None]
         for names in (arguments.train_data, arguments.eval_data)
         for kind, name in (find_texts(names) if names else [])
     ]
@@ -107,7 +107,7 @@ def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list
 
 
 def fingerprint(weights: tuple[Path, ...], *, pieces: int = 256, size: int = 2**14) -> str:
-    """Of weight files: their sizes and pieces spread over them, which training changes; of a small file all of it."""
+    """Of files: their sizes and pieces spread over them, which training or new text changes; of a small file all."""
     digest = hashlib.sha256()
     for file in weights:
         total = file.stat().st_size

@@ -179,7 +179,7 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
     return {
         **last,
         **total,
-        **{name: first[name] for name in ("base_model", "base_commit", "new_parameters")},
+        **{name: first[name] for name in ("base_model", "base_commit")},
         "skipped_steps": sum(summary["skipped_steps"] for summary in summaries),
         "eval_loss": held_out,
         "eval_alpha": alphas or None,
