@@ -1,5 +1,5 @@
-"""What mkdocs does beyond Markdown: formulas become MathML, which needs no script, and a comment `options: COMMAND`
-becomes the table of that command's options, read from its dataclass."""
+"""What mkdocs does beyond Markdown: formulas become MathML, which needs no script, and a comment such as
+`options: train`, `tasks` or `families` becomes a table or list of what the package has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from dataclasses import MISSING, fields
 
 def on_page_markdown(markdown: str, **kwargs) -> str:
     """Replaces `<!-- options: train -->` and its like."""
-    return re.sub(r"<!-- options: (\w+) -->", lambda found: options(found[1]), markdown)
+    for name, table in (("tasks", tasks), ("families", families), ("refused", refused), ("commands", commands)):
+        if f"<!-- {name} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {name} -->", table())
+    return re.sub(r"<!-- options: ([\w-]+) -->", lambda found: options(found[1]), markdown)
 
 
 def on_page_content(content: str, **kwargs) -> str:
@@ -37,4 +40,36 @@ def options(command: str) -> str:
         shown = "required" if default is MISSING else "" if default in (None, []) else f"`{default}`"
         text = re.sub(r"([<>|*])", r"\\\1", field.metadata["help"])
         lines.append(f"| `--{field.name}` | {shown} | {text} |")
+    return "\n".join(lines)
+
+
+def tasks() -> str:
+    """A Markdown table of the tasks of evaluate."""
+    from hf_sparse_attention.tasks import TASKS
+
+    return "\n".join(["| task | |", "|---|---|", *(f"| `{row.name}` | {row.description} |" for row in TASKS.values())])
+
+
+def families() -> str:
+    """The names of the families, as a dense model's config has them."""
+    from hf_sparse_attention import FAMILIES
+
+    return ", ".join(f"`{name}`" for name in FAMILIES)
+
+
+def refused() -> str:
+    """The names of those that are refused, each with its reason."""
+    from hf_sparse_attention.models.families import REFUSED
+
+    return ", ".join(f"`{name}` ({reason})" for name, reason in REFUSED.items())
+
+
+def commands() -> str:
+    """A Markdown table of the commands, their functions and their dataclasses, where they are imported from."""
+    from hf_sparse_attention.cli import COMMANDS
+
+    lines = ["| command | function | options |", "|---|---|---|"]
+    for name, row in COMMANDS.items():
+        place = f"hf_sparse_attention.{row.module}"
+        lines.append(f"| `{name}` | `{place}.{row.function}` | `{place}.{row.arguments}` |")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The documentation tells the truth: links lead somewhere, blocks run and print what they say, commands parse."""
+"""The documentation tells the truth: links lead somewhere, blocks run and print what they say, commands and recipes
+are understood, the reference is whole."""
 
 import contextlib
 import importlib
@@ -18,6 +19,10 @@ import pytest
 import hf_sparse_attention as hsa
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.cli import COMMANDS
+from hf_sparse_attention.tasks import TASKS
+from hf_sparse_attention.tasks.synthetic import SYNTHETIC
+from hf_sparse_attention.train import TrainArguments
+from hf_sparse_attention.train.stages import stages_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -67,18 +72,63 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 @by_page
-def test_commands_parse(page):
+def test_commands_parse(page, monkeypatch):
+    # Files that a command names are those of the repository.
+    monkeypatch.chdir(ROOT)
     blocks = "".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
     for line in re.findall(r"^(?:hf-sparse-attention|accelerate launch) .*$", blocks, flags=re.MULTILINE):
         words = shlex.split(line, comments=True)
         if words[0] == "accelerate":
             at = words.index("-m") + 1
+            for option, value in zip(words[:at], words[1:at], strict=False):
+                assert option != "--config_file" or (ROOT / value).is_file(), line
             name, words = words[at].rpartition(".")[2], words[at + 1 :]
         else:
             name, words = words[1], words[2:]
         command = COMMANDS[name]
         kind = getattr(importlib.import_module(f"hf_sparse_attention.{command.module}"), command.arguments)
         parse_arguments(kind, words, program=name)
+
+
+@by_page
+def test_recipes_are_understood(page, tmp_path):
+    """The yaml blocks are recipes of train, whole, with stages that may follow each other."""
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        (tmp_path / "recipe.yaml").write_text(block)
+        stages = stages_of(
+            parse_arguments(TrainArguments, ["--config", str(tmp_path / "recipe.yaml")], program="train")
+        )
+        assert [stage.stage for stage in stages] == ["match", "pretrain"]
+
+
+def test_the_reference_names_every_entry_point():
+    text = (DOCS / "reference.md").read_text()
+    paths = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    assert len(set(paths)) == len(paths)
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        entry = getattr(importlib.import_module(module), name)
+        # Where it is defined, since mkdocstrings reads the source.
+        assert entry.__module__ == module, f"{path} is defined in {entry.__module__}"
+        assert entry.__doc__ and not entry.__doc__.startswith(f"{name}("), f"{path} has no docstring"
+    named = {path.rpartition(".")[2] for path in paths} | set(re.findall(r"`(?:[\w.]+\.)?(\w+)`", text))
+    wanted = {name for name in hsa.__all__ if name not in hsa.models.CLASSES}
+    wanted |= {row.function for row in COMMANDS.values()} | set(hsa.reference.__all__) | {"look_at"}
+    wanted |= {kind.__name__ for kind in SYNTHETIC.values()} | {"entmax_attention"}
+    assert wanted - named == set()
+
+
+def test_what_is_filled_in_has_a_page():
+    """Every command's options stand on a page, and every comment of a page is one that docs/render.py knows."""
+    specification = importlib.util.spec_from_file_location("render", DOCS / "render.py")
+    render = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(render)
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert set(re.findall(r"<!-- options: (\S+) -->", text)) == set(COMMANDS)
+    filled = render.on_page_markdown(text)
+    assert set(re.findall(r"<!-- (.*?) -->", filled)) == {"not run: the file comes from a GPU"}
+    for name in (*hsa.FAMILIES, *TASKS, "TrainTaskArguments", "--cache_lengths"):
+        assert f"`{name}`" in filled or f".{name}`" in filled, name
 
 
 def test_the_table_of_maps_is_computed():

@@ -5,13 +5,16 @@ import contextlib
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 import traceback
+import venv
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from training_cases import ROOT, dense_folder, run, write_text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention.convert import ConvertArguments, convert_model
+from hf_sparse_attention.demo import LENGTHS, DemoArguments, run_demo
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
 from hf_sparse_attention.hub import PushArguments, push_model
 from hf_sparse_attention.report import ReportArguments, report_model
@@ -533,8 +537,56 @@ tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist(
 card = ModelCard.load(repo_id)
 numbers = {result.metric_name: result.metric_value for result in card.data.eval_results}
 rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if line.startswith("| ")]
-print(json.dumps({"class": type(model).__name__, "tokens": tokens, "numbers": numbers, "rows": rows}))
+print(json.dumps({"class": type(model).__name__, "tokens": tokens, "numbers": numbers, "rows": rows,
+                  "package": sys.modules["hf_sparse_attention"].__file__}))
 """
+
+
+def check_fresh(
+    server, wanted: list[int], numbers: dict, rows: list[list[str]], folder: Path, *, python: str = sys.executable,
+    package: Path = ROOT, paths: str = str(ROOT.parent),
+) -> None:  # fmt: skip
+    """A fresh process with a cache of its own loads the model by its name, with our import and with trust_remote_code:
+    the tokens it writes, the numbers of the card's metadata and rows of its tables are these."""
+    for way in ("import", "trust"):
+        environment = {
+            **os.environ, **server.environment, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / way),
+            "PYTHONPATH": paths, "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        done = subprocess.run(
+            [python, "-c", FRESH, REPOSITORY, way], env=environment,
+            capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["class"] == "SparseLlamaForCausalLM" and found["tokens"] == wanted
+        assert found["numbers"] == numbers
+        assert Path(found["package"]).is_relative_to(package)
+        assert [row for row in rows if row not in found["rows"]] == []
+
+
+def written(model: Path) -> list[int]:
+    """Tokens of the model's folder on this machine."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    inputs = tokenizer("Once upon a time", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(model)
+    return model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
+
+
+def perplexities(results: dict, name: str) -> dict[str, float]:
+    cells = [cell for cell in results["cells"] if cell["model"] == name]
+    return {f"perplexity, windows of {cell['length']} tokens": cell["perplexity"] for cell in cells}
+
+
+def rows_of(summary: dict, report: Path) -> list[list[str]]:
+    zeros = json.loads(report.read_text())["mean"]["zeros"]
+    return [
+        ["steps", f"{summary['steps']}"],
+        ["tokens", f"{summary['tokens']:,}"],
+        ["at the end of training", f"loss on text {summary['train_loss']:.4f}"],
+        ["visible keys whose weight is exactly 0", f"{zeros:.1%}"],
+    ]
 
 
 def test_the_whole_cycle(client, server, texts, tmp_path):
@@ -559,30 +611,40 @@ def test_the_whole_cycle(client, server, texts, tmp_path):
     assert client(push, str(folder / "model"), private=True).error is None
     assert server.repositories[REPOSITORY].private
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    inputs = tokenizer("Once upon a time", return_tensors="pt")
-    wanted = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
-    cells = {cell["length"]: cell["perplexity"] for cell in results["cells"] if cell["model"] == "sparse"}
-    zeros = json.loads((folder / "report" / "report.json").read_text())["mean"]["zeros"]
-    for way in ("import", "trust"):
-        environment = {
-            **os.environ, **server.environment, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / way),
-            "PYTHONPATH": str(ROOT.parent), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-c", FRESH, REPOSITORY, way], env=environment, capture_output=True, text=True,
-            cwd=tmp_path, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert TOKEN not in done.stdout + done.stderr
-        found = json.loads(done.stdout.splitlines()[-1])
-        assert found["class"] == "SparseLlamaForCausalLM" and found["tokens"] == wanted
-        assert found["numbers"] == {f"perplexity, windows of {n} tokens": cells[n] for n in (16, 32)}
-        for row in (
-            ["steps", "12"],
-            ["tokens", f"{summary['tokens']:,}"],
-            ["at the end of training", f"loss on text {summary['train_loss']:.4f}"],
-            ["visible keys whose weight is exactly 0", f"{zeros:.1%}"],
-        ):
-            assert row in found["rows"]
+    rows = rows_of(summary, folder / "report" / "report.json")
+    check_fresh(server, written(folder / "model"), perplexities(results, "sparse"), rows, tmp_path)
+
+
+def fresh_environment(folder: Path) -> tuple[str, Path]:
+    """A virtual environment with the libraries of this one: its Python, and its copy of the package."""
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    shutil.copytree(ROOT, packages / ROOT.name, ignore=shutil.ignore_patterns("__pycache__"))
+    (packages / "libraries.pth").write_text(str(Path(torch.__file__).parent.parent))
+    return str(folder / "bin" / "python"), packages / ROOT.name
+
+
+@pytest.mark.slow
+def test_from_the_demo_to_a_fresh_environment(client, server, tmp_path):
+    """pytest -m slow tests/test_hub_push.py -k demo: `hf-sparse-attention demo`, shortened, then a push; a fresh
+    virtual environment loads the model by its id, writes the same tokens and prints the card's numbers."""
+    output = tmp_path / "demo"
+    losses = run_demo(DemoArguments(output_dir=str(output), steps=6, windows=1))
+    model, results, report = output / "asentmax" / "model", output / "evaluation/results.json", output / "report"
+    outcome = client(push, str(model), results=str(results), report=str(report / "report.json"), license="mit")
+    assert outcome.error is None, outcome.output
+
+    # What the demo rendered to be looked at is what others get, but for the name in the card.
+    files = server.repositories[REPOSITORY].files()
+    rendered = {file.name: file.read_bytes() for file in (output / "upload").iterdir()}
+    assert files.keys() - {".gitattributes"} == rendered.keys()
+    assert all(files[name] == content for name, content in rendered.items() if name != "README.md")
+
+    results = json.loads(results.read_text())
+    numbers = perplexities(results, "asentmax")
+    assert sorted(numbers) == sorted(f"perplexity, windows of {length} tokens" for length in LENGTHS)
+    assert math.exp(losses["asentmax"]) == pytest.approx(numbers["perplexity, windows of 512 tokens"])
+    rows = rows_of(json.loads((output / "asentmax" / "summary.json").read_text()), report / "report.json")
+    assert rows[0] == ["steps", "6"]
+    python, package = fresh_environment(tmp_path / "environment")
+    check_fresh(server, written(model), numbers, rows, tmp_path, python=python, package=package, paths="")

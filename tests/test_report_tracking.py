@@ -1,10 +1,14 @@
 """What training tells the trackers of its attention, layer by layer, against the dense weights."""
 
+import json
+import sqlite3
+import struct
+
 import accelerate
 import pytest
 import torch
 from report_cases import TEXT, sparse_folder
-from training_cases import dense_folder, metrics, options, write_text
+from training_cases import dense_folder, metrics, options, python, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention.models import attention_layers
@@ -54,3 +58,64 @@ def test_the_trackers_are_told_at_every_evaluation(tmp_path, monkeypatch):
     written = [line for line in metrics(tmp_path / "run") if line["kind"] == "layers"]
     assert [line["step"] for line in written] == [0, 4, 8]
     assert written[-1]["support/0"] == layers[-1][1]["layers/support/0"]
+
+
+TRACKED = """
+import sys
+from pathlib import Path
+from training_cases import run
+run(Path(sys.argv[1]), report_to=[sys.argv[2]], run_name="tracked")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_the_trackers_keep_what_they_are_told(tmp_path, name):
+    """What a run without a network leaves in the tracker's own file, read back: the lines of metrics.jsonl."""
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    dense_folder(tmp_path / "dense", initializer_range=0.3)
+    write_text(tmp_path / "train.txt")
+    write_text(tmp_path / "eval.txt", seed=1)
+    home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "WANDB_DIR": str(tmp_path)}
+    process = python(TRACKED, str(tmp_path), name, WANDB_MODE="offline", **home)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said
+    told = {}
+    for step, values in {"wandb": kept_by_wandb, "trackio": kept_by_trackio}[name](tmp_path):
+        told.setdefault(step, {}).update({key: value for key, value in values.items() if key.startswith("layers/")})
+    lines = {line["step"]: line for line in metrics(tmp_path / "run") if line["kind"] == "layers"}
+    assert list(lines) == [0, 4, 8]
+    names = [f"{name}/{layer}" for layer in (0, 1) for name in ("support", "zeros", "scale", "alpha")]
+    wanted = {step: {f"layers/{name}": line[name] for name in names} for step, line in lines.items()}
+    assert {step: values for step, values in told.items() if values} == wanted
+
+
+def kept_by_trackio(folder):
+    (path,) = folder.glob("hf/trackio/*.db")
+    database = sqlite3.connect(path)
+    rows = database.execute("select step, metrics from metrics").fetchall()
+    database.close()
+    return [(step, json.loads(text)) for step, text in rows]
+
+
+def kept_by_wandb(folder):
+    """Of the file of an offline run: chunks of records in blocks of 32 KiB, as in LevelDB's log."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, place, record, found = path.read_bytes(), 7, b"", []
+    assert data.startswith(b":W&B")
+    while place + 7 <= len(data):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        # A whole record, or the last chunk of one.
+        if kind in (1, 4):
+            history = wandb_internal_pb2.Record.FromString(record).history
+            values = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in history.item}
+            found.append((history.step.num, values))
+            record = b""
+    return found

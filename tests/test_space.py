@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import Browser, chromium
 
 SPACE = Path(__file__).parent.parent / "examples" / "space"
 specification = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
@@ -59,6 +60,26 @@ def test_prompts_that_cannot_be_shown_are_refused(viewer):
             viewer.generate(prompt, 5, 1.0)
 
 
+def click_a_token(address: str) -> None:
+    """In a browser: writes, and clicks the fifth token, which then is the one that looks."""
+    browser = Browser()
+    try:
+        browser.call("Page.navigate", url=address)
+        browser.wait("!!document.querySelector('button.primary')?.offsetParent")
+        browser.click("button.primary")
+        browser.wait("document.querySelectorAll('[data-position]').length > 40")
+        last = browser.evaluate("document.querySelectorAll('[data-position]').length - 1")
+        chosen = (
+            "[...document.querySelectorAll('[data-position]')].findIndex(token => token.style.fontWeight == 'bold')"
+        )
+        assert browser.evaluate(chosen) == last
+        browser.click("[data-position='4']")
+        browser.wait(f"{chosen} == 4")
+        assert "of the 5 tokens it sees" in browser.evaluate("document.body.innerText")
+    finally:
+        browser.close()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_app_starts_and_answers_a_click(viewer):
@@ -73,6 +94,8 @@ def test_the_app_starts_and_answers_a_click(viewer):
         )
         assert str(dense[0]).startswith("Once upon a time")
         assert "; 0 weigh exactly 0" in str(dense[1]) and "; 0 weigh exactly 0" not in str(sparse[1])
+        if chromium() is not None:
+            click_a_token(address)
     finally:
         app.close()
         del app, client

@@ -17,6 +17,11 @@ EMBEDDED = Path(hf_sparse_attention.__file__).parent / "data" / "stories260K"
 # Tokens of prompt and text together: the weights of all layers are held while one is drawn.
 LONGEST = 160
 CELL = 7
+# A click on a token says which one.
+CHOOSE = """element.addEventListener('click', event => {
+  const token = event.target.closest('[data-position]');
+  if (token) trigger('select', {position: Number(token.dataset.position)});
+})"""
 
 
 class Viewer:
@@ -85,7 +90,7 @@ class Viewer:
         words = []
         for position, token in enumerate(ids):
             weight = float(row[position]) if position <= query else 0.0
-            style = "padding:1px 2px;border:1px solid transparent;border-radius:3px;"
+            style = "padding:1px 2px;border:1px solid transparent;border-radius:3px;cursor:pointer;"
             if weight > 0:
                 style += f"border-color:#D55E00;background:rgba(213,94,0,{0.1 + 0.7 * weight:.3f});"
             if position == query:
@@ -93,7 +98,10 @@ class Viewer:
             elif position > query:
                 style += "opacity:.4;"
             word = html.escape(self.tokenizer.decode([token])).replace("\n", "\\n") or "&nbsp;"
-            words.append(f'<span style="{style}" title="{weight:.4f}" data-weight="{weight:.6g}">{word}</span>')
+            words.append(
+                f'<span style="{style}" title="{weight:.4f}" data-weight="{weight:.6g}" data-position="{position}">'
+                f"{word}</span>"
+            )
         seen = int((row > 0).sum())
         said = f"Layer {layer}, head {head}: the underlined token gives weight to {seen} of the {query + 1} tokens it"
         said += f" sees; {query + 1 - seen} weigh exactly 0."
@@ -140,11 +148,17 @@ def build(viewer: Viewer):
         with gr.Row():
             layer = gr.Slider(0, viewer.layers - 1, 0, step=1, label="layer")
             head = gr.Slider(0, viewer.heads - 1, 0, step=1, label="head")
-            query = gr.Slider(1, LONGEST, LONGEST, step=1, label="token that looks (counted from 1)")
-        view = gr.HTML()
+            query = gr.Slider(1, LONGEST, LONGEST, step=1, label="token that looks (or click one)")
+        view = gr.HTML(js_on_load=CHOOSE)
 
         def draw(ids, layer, head, query, alpha):
             return viewer.picture(ids, int(layer), int(head), int(query) - 1, float(alpha)) if ids else ""
+
+        def choose(event):
+            return event.position + 1
+
+        # Gradio hands over what was clicked where the type says so, which as a word it could not look up here.
+        choose.__annotations__["event"] = gr.EventData
 
         def run(prompt, count, layer, head, query, alpha):
             try:
@@ -156,6 +170,8 @@ def build(viewer: Viewer):
         # One call at a time: alpha is a setting of the one model that all visitors share.
         shared = {"concurrency_id": "model", "concurrency_limit": 1}
         write.click(run, [prompt, count, layer, head, query, alpha], [tokens, text, view], api_name="write", **shared)
+        # The slider's change draws.
+        view.select(choose, None, query, api_name=False)
         for control in (layer, head, query, alpha):
             control.change(
                 draw, [tokens, layer, head, query, alpha], view, api_name=False, trigger_mode="always_last", **shared

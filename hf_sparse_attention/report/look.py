@@ -32,7 +32,8 @@ class AttentionLook:
         report: the numbers, as in report.json.
         prompt: the attention over the prompt, for the page.
         dense: the same of the dense model, or None.
-        drawn, drawn_dense: every weight of the first tokens, for the pictures.
+        drawn: every weight of the first tokens, for the pictures.
+        drawn_dense: the same of the dense model, or None.
     """
 
     report: dict
@@ -88,7 +89,8 @@ def look_at(
         windows: (windows, tokens) token ids over which the numbers per head are means; default: the prompt.
         dense: folder or Hub id of the dense model to show beside it.
         name: what the page calls the model; default: the last part of its own name.
-        page_tokens, prompt_tokens: first tokens of the prompt on the page, and in the pictures.
+        page_tokens: first tokens of the prompt on the page.
+        prompt_tokens: first tokens of the prompt in the pictures.
         page_weights: weights on the page; where the prompt has more, it keeps every second, fourth, ... query.
 
     Raises:
