@@ -167,7 +167,7 @@ def _attention(settings: SparseAttentionConfig) -> str:
         ["positions", f"`{settings.position}`: {POSITIONS[settings.position]}"],
         ["layers", layers],
         ["heads of those layers", _heads(settings)],
-        ["context it starts from", "tokens " + whole(settings.train_length)],
+        ["tokens in a training context, for its start", whole(settings.train_length)],
         ["paper", row.paper],
         ["written by", f"hf-sparse-attention {settings.version}"],
     ]
