@@ -115,6 +115,9 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
         self._take(lambda tensor: tensor[indices, ...])
 
     def reset(self) -> None:
+        # Dropped first: older releases of Transformers would keep the length and only zero the keys.
+        self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
         self._room = self.lower = self.upper = self.radius = self.idle = None
 
@@ -204,7 +207,7 @@ def check_cache(cache, config: PreTrainedConfig, inputs: torch.Tensor, attention
     if attention_mask is None or attention_mask.ndim != 2:
         return
     length, covered = cache.get_seq_length(), attention_mask.shape[1]
-    most = cache.get_max_length() if isinstance(cache, StaticCache) else None
+    most = max(layer.max_cache_len for layer in layers) if isinstance(cache, StaticCache) else None
     if isinstance(length, int) and most is None and covered != length + inputs.shape[1]:
         raise ValueError(
             f"attention_mask covers {covered} tokens, but the cache holds {length} and the input {inputs.shape[1]}: "
