@@ -84,8 +84,8 @@ class Measures:
         _, blank_tau = reference.attention(blank, one_key, one_key, **everything)
         visible = reference.support_size(blank, one_key, blank_tau, **everything)
         tiles = reference.block_occupancy(blank, one_key, blank_tau, block=TILE, **everything)
-        # Softmax gives weight to every key it sees, even where a float rounds it to 0.
-        if tau is None or (isinstance(alpha, float) and alpha == 1.0):
+        # On SDPA softmax leaves no tau; it gives weight to every key it sees.
+        if tau is None:
             support, occupied = visible.expand(-1, heads, -1), tiles.expand(-1, heads, -1, -1)
         else:
             support = reference.support_size(query, key, tau, alpha=alpha, **structure)
