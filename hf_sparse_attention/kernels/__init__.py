@@ -27,11 +27,14 @@ def supports(query, key, value, *, alpha=1.5, scaling=None, causal=True, visible
     """None if the kernels compute this call, else a sentence that says why they do not."""
     if query.device.type != "cuda" and not _INTERPRETED:
         return f"the Triton kernels need a CUDA or ROCm device, the query is on {query.device.type!r}"
-    if query.dtype not in DTYPES:
-        return f"dtype {query.dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
-    if query.dtype == torch.bfloat16 and _INTERPRETED:
+    # Under autocast the inputs are cast first: rotary positions leave float32 queries beside bfloat16 values.
+    low = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else None
+    dtype = low or query.dtype
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(str(dtype) for dtype in DTYPES)}"
+    if dtype == torch.bfloat16 and _INTERPRETED:
         return "Triton's interpreter has no bfloat16 products"
-    if key.dtype != query.dtype or value.dtype != query.dtype:
+    if low is None and (key.dtype != query.dtype or value.dtype != query.dtype):
         return f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}"
     if query.shape[-1] > LARGEST_HEAD_DIM:
         return f"head_dim {query.shape[-1]} is larger than {LARGEST_HEAD_DIM}"

@@ -110,6 +110,14 @@ def _converted(config: PreTrainedConfig, name: str, options: dict | None) -> Pre
     return sparse_config(config, SparseAttentionConfig.from_dict(options))
 
 
+def _register_dense(auto, config_class: type, entry: DenseEntry) -> None:
+    auto.register(config_class, entry, exist_ok=True)
+    # Some releases (5.17 is one) drop in silence what is registered for a config class of Transformers' own; our
+    # maps would then be asked of the dense class.
+    if auto._model_mapping[config_class] is not entry:
+        auto._model_mapping._extra_content[config_class] = entry
+
+
 def _add(family: Family, kinds: list[str]) -> None:
     """Tells the Auto classes of one family."""
     FAMILIES[family.name] = family
@@ -125,7 +133,7 @@ def _add(family: Family, kinds: list[str]) -> None:
         if kind in kinds:
             auto = getattr(transformers, name)
             auto.register(sparse_class(family, "Config"), SparseEntry(family, kind))
-            auto.register(family.dense("Config"), DenseEntry(family, kind), exist_ok=True)
+            _register_dense(auto, family.dense("Config"), DenseEntry(family, kind))
 
 
 def register() -> None:
