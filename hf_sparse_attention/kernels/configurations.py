@@ -62,10 +62,10 @@ class Configuration:
     # Calls of at most so many keys, and as many queries, are computed by `short.py`; 0: none are.
     short_keys: int = 256
     # Queries a program of it takes at once, and keys of a block of its scores.
-    short_rows: int = 32
+    short_rows: int = TILE
     short_columns: int = 32
-    short_forward: Launch = Launch(2, 1)
-    short_backward: Launch = Launch(2, 1)
+    short_forward: Launch = Launch(4, 1)
+    short_backward: Launch = Launch(4, 1)
     measured: str = ""
 
 
@@ -89,6 +89,11 @@ def _default(element_size, block_dim):
         collect=Launch(warps, stages),
         collect_pairs=Launch(8, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
+        # Where registers hold the scores and spill little else.
+        short_keys=256 if block_dim * element_size <= (64 if element_size == 4 else 256) else 128 * (block_dim == 64),
+        short_rows=32 if block_dim <= 32 else TILE,
+        short_forward=Launch(2 if block_dim <= 32 else 4, 1),
+        short_backward=Launch(2 if block_dim <= 32 else 4, 1),
     )
 
 

@@ -112,6 +112,7 @@ def _short_forward_kernel(
     PRECISION: tl.constexpr,
     BRACKET: tl.constexpr,
     STEPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // row_blocks
@@ -140,21 +141,26 @@ def _short_forward_kernel(
     )  # fmt: skip
     k_base = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
     v_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
-    # All loads before the first use of one: a program waits for memory once, and not at all for the values.
     ks = ()
     vs = ()
-    for tile in tl.static_range(TILES):
-        ks += (load_keys(k_base, tile * BLOCK_N, stride_kn, dims, low, high, head_dim, BLOCK_N=BLOCK_N),)
-    for tile in tl.static_range(TILES):
-        vs += (load_keys(v_base, tile * BLOCK_N, stride_wn, dims, low, high, head_dim, BLOCK_N=BLOCK_N),)
+    if EARLY:
+        # All loads before the first use of one: a program waits for memory once, and not at all for the values.
+        for tile in tl.static_range(TILES):
+            ks += (load_keys(k_base, tile * BLOCK_N, stride_kn, dims, low, high, head_dim, BLOCK_N=BLOCK_N),)
+        for tile in tl.static_range(TILES):
+            vs += (load_keys(v_base, tile * BLOCK_N, stride_wn, dims, low, high, head_dim, BLOCK_N=BLOCK_N),)
 
     xs = ()
     largest = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     for tile in tl.static_range(TILES):
         x = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
         if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
+            if EARLY:
+                k = ks[tile]
+            else:
+                k = load_keys(k_base, tile * BLOCK_N, stride_kn, dims, low, high, head_dim, BLOCK_N=BLOCK_N)
             x = key_scores(
-                q, ks[tile], tile * BLOCK_N, rows, queries, keys, start, end, factor, slope,
+                q, k, tile * BLOCK_N, rows, queries, keys, start, end, factor, slope,
                 mask_base, stride_mn, stride_mk,
                 BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
                 HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
@@ -219,7 +225,11 @@ def _short_forward_kernel(
             p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
             if ALPHA_KIND != 15:
                 p -= share[:, None] * u
-            acc = tl.dot(p.to(q.dtype), vs[tile], acc, input_precision=PRECISION)
+            if EARLY:
+                v = vs[tile]
+            else:
+                v = load_keys(v_base, tile * BLOCK_N, stride_wn, dims, low, high, head_dim, BLOCK_N=BLOCK_N)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     tau = tl.where(empty, float("inf"), tau + share / exponent)
     tl.store(tau_ptr + head_index.to(tl.int64) * queries + rows, tau, mask=row_mask)
     o_base = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
@@ -440,6 +450,8 @@ def attend_short(call):
         **_blocks(call),
         BRACKET=bracket,
         STEPS=STEPS if call.alpha_kind == ENTMAX15 else BRACKET_STEPS,
+        # Wider rows would take the registers of the scores.
+        EARLY=query.element_size() == 2 and call.block_dim <= 64,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),
