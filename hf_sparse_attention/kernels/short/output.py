@@ -233,8 +233,8 @@ def attend_short(call):
         # Whether a head's alpha may be above 2.
         BRACKET=call.alpha_tensor is not None or call.excess > 1,
         STEPS=STEPS if call.alpha_kind == ENTMAX15 else BRACKET_STEPS,
-        # Wider rows would take the registers of the scores.
-        EARLY=query.element_size() == 2 and call.block_dim <= 64,
+        # More than 64 registers each would take those of the scores; float32 is split, which takes more.
+        EARLY=query.element_size() == 2 and buckets * BUCKET * call.block_dim <= 64 * 64 * launch.warps,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),
