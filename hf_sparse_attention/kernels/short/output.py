@@ -183,28 +183,28 @@ def _short_forward_kernel(
     slope_sum = tl.sum(u_sums, 1)
     positive = slope_sum > 0
     divisor = tl.where(positive, slope_sum, 1.0)
-    # What is taken from a weight p is its share in u.
-    share = tl.zeros((BLOCK_M,), tl.float32)
+    # What is left to tau is taken from the weights apart: their sum is one to the last digit, tau alone is rounded.
     if ALPHA_KIND == 15:
         # The closed form of this support.
         discriminant = tl.maximum(slope_sum * slope_sum - tl.sum(counts, 1) * missing, 0.0)
-        tau += tl.where(positive, missing / (divisor + tl.sqrt(discriminant)), 0.0)
+        step = tl.where(positive, missing / (divisor + tl.sqrt(discriminant)), 0.0)
     else:
-        # To first order, in the weights and not in tau alone, which float32 rounds. Not for the slopes of alpha > 2,
-        # which are not bounded.
-        share = tl.where(alpha_head > 2.0, 0.0, tl.where(positive, missing / divisor, 0.0))
+        # To first order. Not for the slopes of alpha > 2, which are not bounded.
+        step = tl.where(alpha_head > 2.0, 0.0, tl.where(positive, missing / (exponent * divisor), 0.0))
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in tl.static_range(TILES):
         if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
-            p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-            if ALPHA_KIND != 15:
-                p -= share[:, None] * u
+            if ALPHA_KIND == 15:
+                p, u = weights(xs[tile] - tau[:, None], step[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            else:
+                p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p -= (step * exponent)[:, None] * u
             if EARLY:
                 v = vs[tile]
             else:
                 v = load_keys(v_base, tile * BLOCK_N, stride_wn, dims, low, high, head_dim, BLOCK_N=BLOCK_N)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    tau = tl.where(empty, float("inf"), tau + share / exponent)
+    tau = tl.where(empty, float("inf"), tau + step)
     tl.store(tau_ptr + head_index.to(tl.int64) * queries + rows, tau, mask=row_mask)
     o_base = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     o_pointers = o_base + rows[:, None] * stride_on + dims[None, :]
