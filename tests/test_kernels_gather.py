@@ -23,9 +23,11 @@ LENGTHS = (63, 111, 129, 333, 1000, 2049) if CUDA else (63, 111, 200, 330)
 
 @pytest.fixture
 def short_lists(monkeypatch):
-    """Lists of one tile are taken apart too, two tiles at a time."""
+    """Lists of one tile are taken apart too, two tiles at a time, and no queries are walked in pairs."""
     monkeypatch.setattr(gather, "FEWEST", 1)
     monkeypatch.setattr(gather, "SEGMENT", 2)
+    with configured(threshold_rows=TILE):
+        yield
 
 
 @pytest.fixture
@@ -109,7 +111,8 @@ SEEDS = (
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_calls(seed, short_lists, poisoned):  # noqa: F811
-    with configured(stray_limit=(64, 20)[seed % 2], stray_room=(24, 5)[seed % 3 > 0]):
+    rows = TILE * (1 + seed % 2)
+    with configured(stray_limit=(64, 20)[seed % 3 > 0], stray_room=(24, 5)[seed % 4 > 1], threshold_rows=rows):
         check(random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES, budget=1 << (40 if CUDA else 17)))
 
 
@@ -132,10 +135,23 @@ def test_many_random_calls(seed, poisoned):  # noqa: F811
         check(random_case(seed, device=DEVICE, lengths=lengths, dtypes=DTYPES, budget=1 << 27))
 
 
+def test_queries_that_share_their_tiles_are_walked_in_pairs_and_have_none(monkeypatch, collected, poisoned):  # noqa: F811
+    monkeypatch.setattr(gather, "FEWEST", 1)
+    query, key, value, gradient = (randn(1, heads, 384, 16, seed=heads) for heads in (2, 1, 1, 2))
+    query[:, :, :128] *= 0.1
+    query[:, :, 128:] *= 5
+    with configured(stray_limit=60):
+        check_against_reference(entmax_attention, query, key, value, gradient, alpha=1.5, causal=False)
+    lists, strays = collected[0][-2:]
+    together = lists.pair_counts.repeat_interleave(2, -1) >= 0
+    assert together[..., :2].all() and not together[..., 2:].any() and torch.equal(together, lists.counts < 0)
+    assert (strays.counts[together] == 0).all() and (strays.counts[~together] > 0).all()
+
+
 @pytest.mark.parametrize("alpha", [1.333, 1.5, 2.0, 3.0])
 def test_strays_at_every_alpha(alpha, short_lists, collected, poisoned):  # noqa: F811
     query, key, value, gradient = (randn(1, heads, 200, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2))
-    with configured(stray_limit=64):
+    with configured(stray_limit=255):
         check_against_reference(entmax_attention, 3 * query, key, value, gradient, alpha=alpha)
     assert (collected[0][-1].counts[..., ::2] > 0).any()
 

@@ -447,7 +447,6 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     # tau and delta of every query side by side, as the key gradient reads them.
     pairs = torch.empty((batch, heads, call.query_tiles * TILE, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
-    stray_pointers, room = stray_arguments(strays)
     moved, moved_pointers = 0, (None,) * 5
     if strays is not None:
         transposed = transpose(call, strays)
@@ -456,6 +455,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             transposed.starts, transposed.ends, transposed.totals, transposed.codes, transposed.weights
         )  # fmt: skip
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
         _query_gradient_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),

@@ -58,7 +58,7 @@ def _marks(x, limit):
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "units", "total", "list_queries", "key_tiles", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "total", "query_tiles", "key_tiles", "excess", "scaling"])
 def _collect_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, rows_ptr, bound_ptr, map_ptr, scratch_ptr, candidate_ptr, code_ptr, score_ptr,
@@ -69,7 +69,7 @@ def _collect_kernel(
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, units, total, list_queries, key_tiles, head_dim,
+    heads, queries, keys, total, query_tiles, key_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -77,7 +77,6 @@ def _collect_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -91,29 +90,25 @@ def _collect_kernel(
     FEWEST: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    GROUPS: tl.constexpr = BLOCK_M // TILE
     PIECES: tl.constexpr = TILE // BLOCK_N
     WORDS: tl.constexpr = TILE // 32
     COLUMNS: tl.constexpr = SEGMENT * WORDS
-    local = tl.arange(0, BLOCK_M)
+    local = tl.arange(0, TILE)
     dims = tl.arange(0, BLOCK_D)
-    group = tl.arange(0, GROUPS)
     scan = tl.arange(0, SCAN)
     segment = tl.arange(0, SEGMENT)
     columns = tl.arange(0, COLUMNS)
     piece_words = tl.arange(0, BLOCK_N // 32)
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * COLUMNS * BLOCK_M
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * COLUMNS * TILE
     # Of a candidate its tile and, in the upper half, its place in the list.
     candidate_list = candidate_ptr + tl.program_id(0).to(tl.int64) * key_tiles
     for work in range(tl.program_id(0), total, tl.num_programs(0)):
-        head_index = work // units
-        row_tile = units - 1 - work % units
-        first_tile = row_tile * GROUPS
-        count_place = count_ptr + work - work % units + row_tile
-        listed = tl.load(count_place)
-        list_row = (head_index.to(tl.int64) * units + row_tile) * key_tiles
-        lists = list_ptr + list_row
-        alive_rows = rows_ptr + list_row
+        head_index = work // query_tiles
+        row_tile = query_tiles - 1 - work % query_tiles
+        list_row = head_index.to(tl.int64) * query_tiles + row_tile
+        listed = tl.load(count_ptr + list_row)
+        lists = list_ptr + list_row * key_tiles
+        alive_rows = rows_ptr + list_row * key_tiles
         # A tile with many rows has more pairs than rows; of one with few most pairs are one to a row.
         candidates = 0
         if listed >= FEWEST:
@@ -125,19 +120,18 @@ def _collect_kernel(
                 place = candidates + tl.cumsum(chosen, 0) - chosen
                 tl.store(candidate_list + place, (base + scan) * 65536 + tiles, mask=chosen > 0)
                 candidates += tl.sum(chosen, 0)
-        if listed >= 0:
-            tl.store(stray_count_ptr + head_index.to(tl.int64) * list_queries + first_tile, 0)
+        tl.store(stray_count_ptr + list_row, 0)
         if candidates >= FEWEST:
             tl.debug_barrier()
             batch = head_index // heads
             head = head_index % heads
-            rows = row_tile * BLOCK_M + local
+            rows = row_tile * TILE + local
             alpha_head, exponent, factor, slope = entmax_parameters(
                 alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
             )
             row_mask = rows < queries
             q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-            q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
+            q_base += row_tile.to(tl.int64) * TILE * stride_qn
             q_mask = row_mask[:, None] & (dims < head_dim)[None, :]
             q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=q_mask, other=0.0)
             k_base = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
@@ -154,8 +148,8 @@ def _collect_kernel(
             # Without a bias the factor is in the limit.
             limit = bound if HAS_SLOPES else bound / factor
             offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
-            offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
-            capacity = tl.minimum(queries - row_tile * BLOCK_M, BLOCK_M) * ROOM
+            offset += row_tile.to(tl.int64) * TILE * stride_sn
+            capacity = tl.minimum(queries - row_tile * TILE, TILE) * ROOM
             strays = 0
             left = 0
             for base in range(0, candidates, SEGMENT):
@@ -175,13 +169,13 @@ def _collect_kernel(
                         PRECISION=PRECISION, FUSED=False,
                     )  # fmt: skip
                     column = (index - base * PIECES) * (BLOCK_N // 32) + piece_words
-                    tl.store(scratch + column[None, :] * BLOCK_M + local[:, None], _marks(x, limit))
+                    tl.store(scratch + column[None, :] * TILE + local[:, None], _marks(x, limit))
                 tl.debug_barrier()
                 seen = base + segment < stop
                 codes = tl.load(candidate_list + base + segment, mask=seen, other=0)
                 tiles = codes & 65535
                 words = tl.load(
-                    scratch + columns[:, None] * BLOCK_M + local[None, :],
+                    scratch + columns[:, None] * TILE + local[None, :],
                     mask=(base * WORDS + columns < stop * WORDS)[:, None],
                     other=0,
                 )
@@ -213,14 +207,9 @@ def _collect_kernel(
                     tl.store(pointers, code_base + column, mask=turn < bits)
                 tl.store(alive_rows + codes // 65536, tl.full((SEGMENT,), GONE, tl.uint8), mask=few)
                 if SAVE:
-                    map_rows = (head_index.to(tl.int64) * key_tiles + tiles) * list_queries + first_tile
-                    known = first_tile + group < list_queries
-                    tl.store(
-                        map_ptr + map_rows[:, None] + group[None, :],
-                        tl.zeros((SEGMENT, GROUPS), tl.uint8),
-                        mask=few[:, None] & known[None, :],
-                    )
-                    tl.store(stray_map_ptr + map_rows, tile_start * 256 + sizes, mask=few & (sizes > 0))
+                    cells = (head_index.to(tl.int64) * key_tiles + tiles) * query_tiles + row_tile
+                    tl.store(map_ptr + cells, tl.zeros((SEGMENT,), tl.uint8), mask=few)
+                    tl.store(stray_map_ptr + cells, tile_start * 256 + sizes, mask=few & (sizes > 0))
                 strays += tl.sum(sizes, 0)
                 left += tl.sum(few.to(tl.int32), 0)
                 # All have read the scratch before it is written anew.
@@ -236,8 +225,8 @@ def _collect_kernel(
                     keep = (alive != GONE).to(tl.int32)
                     tl.store(lists + kept + tl.cumsum(keep, 0) - keep, tiles, mask=keep > 0)
                     kept += tl.sum(keep, 0)
-                tl.store(count_place, kept)
-                tl.store(stray_count_ptr + head_index.to(tl.int64) * list_queries + first_tile, strays)
+                tl.store(count_ptr + list_row, kept)
+                tl.store(stray_count_ptr + list_row, strays)
 
             # The scores, kept so that all passes see the same. Strays are rows here: sums along rows stay in a thread.
             for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
@@ -284,35 +273,32 @@ def collect(call, bound, lists, save):
         pool = out.view(torch.int32)[..., : 2 * room]
     counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
     strays = Strays(pool, counts, tile_map, out)
-    for rows, tiles, tile_counts in lists.walks():
-        launch = config.collect if rows == TILE else config.collect_pairs
-        total = tile_counts.numel()
-        programs = min(total, config.collect_programs * TILE // rows * processors(device.index))
-        scratch = torch.empty((programs, SEGMENT * TILE // 32, rows), dtype=torch.int32, device=device)
-        candidates = torch.empty((programs, call.key_tiles), dtype=torch.int32, device=device)
-        limit = min(config.stray_limit * rows // TILE, 255)
-        _collect_kernel[(programs,)](
-            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, tile_counts, lists.alive_rows(rows), bound, lists.tile_map, scratch, candidates,
-            strays.codes, strays.scores, counts, tile_map,
-            call.excess, call.scaling,
-            *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],
-            *call.visible_strides, *call.mask_strides,
-            heads, queries, key.shape[2], tile_counts.shape[2], total, call.query_tiles, call.key_tiles, head_dim,
-            **call.constants,
-            DESCRIPTORS=call.descriptors,
-            BLOCK_M=rows,
-            BLOCK_N=config.inner,
-            TILE=TILE,
-            SAVE=save,
-            ROOM=room,
-            LIMIT=limit,
-            ROW_LIMIT=max(limit * 3 // 4, 1),
-            SEGMENT=SEGMENT,
-            FEWEST=FEWEST,
-            SCAN=SCAN,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            **launch.limit(),
-        )  # fmt: skip
+    # Rows that are walked in pairs share dense tiles: they have no strays.
+    total = lists.counts.numel()
+    programs = min(total, config.collect_programs * processors(device.index))
+    scratch = torch.empty((programs, SEGMENT * TILE // 32, TILE), dtype=torch.int32, device=device)
+    candidates = torch.empty((programs, call.key_tiles), dtype=torch.int32, device=device)
+    _collect_kernel[(programs,)](
+        query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
+        lists.tiles, lists.counts, lists.rows, bound, lists.tile_map, scratch, candidates,
+        strays.codes, strays.scores, counts, tile_map,
+        call.excess, call.scaling,
+        *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],
+        *call.visible_strides, *call.mask_strides,
+        heads, queries, key.shape[2], total, call.query_tiles, call.key_tiles, head_dim,
+        **call.constants,
+        DESCRIPTORS=call.descriptors,
+        BLOCK_N=config.inner,
+        TILE=TILE,
+        SAVE=save,
+        ROOM=room,
+        LIMIT=config.stray_limit,
+        ROW_LIMIT=config.stray_rows,
+        SEGMENT=SEGMENT,
+        FEWEST=FEWEST,
+        SCAN=SCAN,
+        num_warps=config.collect.warps,
+        num_stages=config.collect.stages,
+        **config.collect.limit(),
+    )  # fmt: skip
     return strays

@@ -174,7 +174,7 @@ def _forward(
             *call.constants.values(),
         )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
-        bound, lists = threshold_bound(call, save, strayed)
+        bound, lists = threshold_bound(call, save, call.configuration.stray_rows if strayed else 0)
         strays = collect(call, bound, lists, save)
         point = refined_threshold(call, bound, lists, strays)
         out, tau, mean = attend(call, point, lists, save, strays)
@@ -195,7 +195,7 @@ def _launch_all(call, save):
     tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
     call = replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
     strayed = collects(call.configuration, call.group, call.query.shape[2], call.key_tiles)
-    bound, lists = threshold_bound(call, save, strayed)
+    bound, lists = threshold_bound(call, save, call.configuration.stray_rows if strayed else 0)
     strays = collect(call, bound, lists, save)
     out, tau, mean = attend(call, refined_threshold(call, bound, lists, strays), lists, save, strays)
     if save:

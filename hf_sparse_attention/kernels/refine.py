@@ -255,8 +255,8 @@ def refined_threshold(call, bound, lists, strays=None):
         tolerance = 2e-3 if call.alpha_kind == ENTMAX15 else 1e-2
     slots = 8 if exact or call.alpha_kind != ENTMAX15 else 2
     state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
-    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.refine if rows == TILE else config.refine_pairs
         _refine_kernel[(counts.numel(),)](
             query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,

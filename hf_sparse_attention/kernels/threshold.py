@@ -26,8 +26,8 @@ class Lists:
 
     tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
     pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
-    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1. rows and pair_rows, uint8 in
-    the shapes of tiles and pairs, where strays are sought: how many queries have a key above their bound in the tile.
+    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1. rows, uint8 in the
+    shape of tiles, where strays are sought: how many queries have a key above their bound in the tile.
     """
 
     tiles: torch.Tensor
@@ -36,17 +36,12 @@ class Lists:
     pair_counts: torch.Tensor | None
     tile_map: torch.Tensor | None
     rows: torch.Tensor | None = None
-    pair_rows: torch.Tensor | None = None
 
     def walks(self):
         """(rows walked together, their lists, the lengths) of both kinds of rows."""
         yield TILE, self.tiles, self.counts
         if self.pairs is not None:
             yield 2 * TILE, self.pairs, self.pair_counts
-
-    def alive_rows(self, rows):
-        """How many queries are alive in each listed tile, of the walk that takes so many rows together."""
-        return self.rows if rows == TILE else self.pair_rows
 
 
 @triton.jit
@@ -155,7 +150,7 @@ def _visit(
 )
 def _threshold_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, reach_ptr,
-    scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr, rows_ptr, pair_rows_ptr,
+    scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr, rows_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -173,7 +168,7 @@ def _threshold_kernel(
     TILE: tl.constexpr,
     SAVE: tl.constexpr,
     SPLIT: tl.constexpr,
-    COUNTED: tl.constexpr,
+    ROW_LIMIT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -311,6 +306,7 @@ def _threshold_kernel(
         first = low * PIECES
         last = tl.minimum(high * PIECES, list_keys)
         union = 0
+        sparse = 0
         scan = tl.arange(0, SCAN)
         if SPLIT:
             # From where to where TILE rows see every tile whole.
@@ -325,7 +321,7 @@ def _threshold_kernel(
             )
             alive = (maxima > threshold[:, None]).to(tl.int32)
             alive = tl.reshape(alive, (GROUPS, TILE, SCAN))
-            if COUNTED:
+            if ROW_LIMIT > 0:
                 row_count = tl.sum(alive, 1)
                 alive = tl.minimum(row_count, 1)
             else:
@@ -334,8 +330,9 @@ def _threshold_kernel(
             wide_tiles = tl.broadcast_to(tiles[None, :], (GROUPS, SCAN)).to(tl.int16)
             chosen = (alive > 0) & known[:, None]
             tl.store(list_ptr + list_rows[:, None] * list_keys + place, wide_tiles, mask=chosen)
-            if COUNTED:
+            if ROW_LIMIT > 0:
                 tl.store(rows_ptr + list_rows[:, None] * list_keys + place, row_count.to(tl.uint8), mask=chosen)
+                sparse += tl.sum(tl.sum(((row_count > 0) & (row_count <= ROW_LIMIT)).to(tl.int32), 1), 0)
             count += tl.sum(alive, 1)
             if SAVE:
                 flag = tl.full((GROUPS, SCAN), 1, tl.uint8)
@@ -352,15 +349,15 @@ def _threshold_kernel(
             if GROUPS > 1:
                 either = tl.max(alive, 0)
                 pair_place = union + tl.cumsum(either, 0) - either
-                pair_base = (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
-                tl.store(pair_ptr + pair_base + pair_place, tiles.to(tl.int16), mask=either > 0)
-                if COUNTED:
-                    pair_row_count = tl.sum(row_count, 0).to(tl.uint8)
-                    tl.store(pair_rows_ptr + pair_base + pair_place, pair_row_count, mask=either > 0)
+                pair_list = pair_ptr + (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
+                tl.store(pair_list + pair_place, tiles.to(tl.int16), mask=either > 0)
                 union += tl.sum(either, 0)
         if GROUPS > 1:
             # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
             together = (union > 0) & (union * 10 <= tl.sum(count, 0) * 7)
+            if ROW_LIMIT > 0:
+                # Only rows by themselves have strays.
+                together = together & (sparse * 2 <= tl.sum(count, 0))
             tl.store(pair_count_ptr + head_index.to(tl.int64) * pair_rows + row_tile, tl.where(together, union, -1))
             count = tl.where(together, -1, count)
         tl.store(count_ptr + list_rows, count, mask=known)
@@ -368,8 +365,11 @@ def _threshold_kernel(
         work = tl.atomic_add(counter_ptr, 1)
 
 
-def threshold_bound(call, save, counted=False):
-    """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`, with rows if counted."""
+def threshold_bound(call, save, row_limit=0):
+    """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`.
+
+    row_limit: in how many rows a tile that is to become strays is alive at most; 0: none is.
+    """
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
@@ -379,13 +379,12 @@ def threshold_bound(call, save, counted=False):
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
     counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
-    pairs = pair_counts = tile_map = alive_rows = pair_alive_rows = None
+    pairs = pair_counts = tile_map = alive_rows = None
     if rows > TILE:
         pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
         pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
-    if counted:
+    if row_limit:
         alive_rows = torch.empty_like(lists, dtype=torch.uint8)
-        pair_alive_rows = None if pairs is None else torch.empty_like(pairs, dtype=torch.uint8)
     if save:
         shape = (batch, heads, call.key_tiles, call.query_tiles)
         tile_map = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -401,7 +400,7 @@ def threshold_bound(call, save, counted=False):
     _threshold_kernel[(programs,)](
         query, key, call.descriptor(key, config.threshold_columns), call.alpha_tensor, call.slopes, call.visible,
         call.mask, reach,
-        scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map, alive_rows, pair_alive_rows,
+        scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map, alive_rows,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         heads, queries, keys, row_tiles, total, call.query_tiles, call.key_tiles, row_tiles, head_dim,
@@ -411,7 +410,7 @@ def threshold_bound(call, save, counted=False):
         TILE=TILE,
         SAVE=save,
         SPLIT=save and call.split,
-        COUNTED=counted,
+        ROW_LIMIT=row_limit,
         DESCRIPTORS=call.descriptors,
         SCAN=SCAN,
         STEPS=STEPS,
@@ -419,4 +418,4 @@ def threshold_bound(call, save, counted=False):
         num_stages=config.threshold.stages,
         **config.threshold.limit(),
     )  # fmt: skip
-    return tau, Lists(lists, counts, pairs, pair_counts, tile_map, alive_rows, pair_alive_rows)
+    return tau, Lists(lists, counts, pairs, pair_counts, tile_map, alive_rows)
