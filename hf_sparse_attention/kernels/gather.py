@@ -34,11 +34,10 @@ def _ones(words):
 
 
 @triton.jit
-def _number_column(numbers, word, BLOCK_N: tl.constexpr):
-    """Number of a bit in a word of `_marks` -> the column it stands for."""
+def _number_column(numbers, BLOCK_N: tl.constexpr):
+    """Number of a bit in a word of `_marks` -> the column it stands for, counted from that of the word's first bit."""
     BITS: tl.constexpr = BLOCK_N // 4
-    within = numbers % BITS
-    return within // 2 * 8 + (word * (32 // BITS) + numbers // BITS) * 2 + within % 2
+    return numbers % BITS // 2 * 8 + numbers // BITS * 2 + numbers % 2
 
 
 @triton.jit
@@ -149,6 +148,9 @@ def _collect_kernel(
             limit = bound if HAS_SLOPES else bound / factor
             offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
             offset += row_tile.to(tl.int64) * TILE * stride_sn
+            # The rows as the compiler does not see that they are side by side. It would read four words at once, and
+            # then rearrange all of them for every stray that is written, which are not side by side.
+            opaque = local ^ (listed >> 31)
             capacity = tl.minimum(queries - row_tile * TILE, TILE) * ROOM
             strays = 0
             left = 0
@@ -174,11 +176,8 @@ def _collect_kernel(
                 seen = base + segment < stop
                 codes = tl.load(candidate_list + base + segment, mask=seen, other=0)
                 tiles = codes & 65535
-                words = tl.load(
-                    scratch + columns[:, None] * TILE + local[None, :],
-                    mask=(base * WORDS + columns < stop * WORDS)[:, None],
-                    other=0,
-                )
+                written = base * WORDS + columns < stop * WORDS
+                words = tl.load(scratch + columns[:, None] * TILE + local[None, :], mask=written[:, None], other=0)
                 bits = _ones(words)
                 column_total = tl.sum(bits, 1)
                 tile_total = tl.sum(tl.reshape(column_total, (SEGMENT, WORDS)), 1)
@@ -191,19 +190,22 @@ def _collect_kernel(
                 column_sizes = taken * column_total
                 column_start = strays + tl.cumsum(column_sizes, 0) - column_sizes
                 # By tile, then by word, then by row, then by bit.
-                place = column_start[:, None] + tl.cumsum(bits, 1) - bits
-                bits = bits * taken[:, None]
+                place = tl.trans(column_start[:, None] + tl.cumsum(bits, 1) - bits)
+                words = tl.load(scratch + columns[None, :] * TILE + opaque[:, None], mask=written[None, :], other=0)
+                bits = _ones(words) * taken[None, :]
                 key_base = tl.reshape(tl.broadcast_to(tiles[:, None], (SEGMENT, WORDS)), (COLUMNS,)) * TILE
+                # A piece of BLOCK_N columns has words of their own, 4 columns apart.
                 word = columns % WORDS
-                key_base += word // (BLOCK_N // 32) * BLOCK_N
-                code_base = key_base[:, None] + (local << ROW_BIT)[None, :]
+                key_base += word // (BLOCK_N // 32) * BLOCK_N + word % (BLOCK_N // 32) * (1024 // BLOCK_N // 4)
+                code_base = key_base[None, :] + (local << ROW_BIT)[:, None]
                 for turn in range(0, tl.max(tl.max(bits, 1), 0)):
                     lowest = words & -words
                     words = words ^ lowest
-                    # The exponent of a power of two is the number of its bit.
-                    number = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-                    column = _number_column(number, (word % (BLOCK_N // 32))[:, None], BLOCK_N=BLOCK_N)
-                    pointers = code_ptr + stray_places(offset, stride_sn, place + turn, ROOM=ROOM)
+                    # The exponent of a power of two is the number of its bit; unsigned, a division is a shift.
+                    number = lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.uint32, bitcast=True)
+                    number = (number >> 23) - 127
+                    column = _number_column(number, BLOCK_N=BLOCK_N).to(tl.int32)
+                    pointers = code_ptr + offset + stray_places(stride_sn, place + turn, ROOM=ROOM)
                     tl.store(pointers, code_base + column, mask=turn < bits)
                 tl.store(alive_rows + codes // 65536, tl.full((SEGMENT,), GONE, tl.uint8), mask=few)
                 if SAVE:
@@ -240,7 +242,7 @@ def _collect_kernel(
                     MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
                 )  # fmt: skip
                 scores = tl.sum(tl.where(own[:, None] == local[None, :], x, 0.0), 1)
-                tl.store(score_ptr + places, scores, mask=held)
+                tl.store(score_ptr + offset + places, scores, mask=held)
         # The next row tile writes the candidates anew.
         tl.debug_barrier()
 

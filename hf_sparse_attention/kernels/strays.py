@@ -73,9 +73,11 @@ def stray_arguments(strays, rows):
 
 
 @triton.jit
-def stray_places(offset, stride, entries, ROOM: tl.constexpr):
-    """Where the strays of a block of rows are, counted from the first element of the codes or scores."""
-    return offset + (entries // ROOM).to(tl.int64) * stride + entries % ROOM
+def stray_places(stride, entries, ROOM: tl.constexpr):
+    """Where the strays of a block of rows are, counted from the block's first element of the codes or scores."""
+    # Unsigned, a division is a shift.
+    entries = entries.to(tl.uint32)
+    return ((entries // ROOM) * stride + entries % ROOM).to(tl.int32)
 
 
 @triton.jit
@@ -83,8 +85,8 @@ def stray_codes(code_ptr, offset, stride, index, count, ROOM: tl.constexpr, BLOC
     """The index-th BLOCK_N strays: where they are, whether they exist, their rows and keys."""
     entries = index * BLOCK_N + tl.arange(0, BLOCK_N)
     held = entries < count
-    places = stray_places(offset, stride, entries, ROOM=ROOM)
-    codes = tl.load(code_ptr + places, mask=held, other=0)
+    places = stray_places(stride, entries, ROOM=ROOM)
+    codes = tl.load(code_ptr + offset + places, mask=held, other=0)
     own = codes >> ROW_BIT
     return entries, places, held, own, codes ^ (own << ROW_BIT)
 
@@ -102,7 +104,7 @@ def stray_weights(
     tau: the rows' thresholds; they also stand at point_ptr, POINTS apart.
     """
     entries, places, held, own, keys = stray_codes(code_ptr, offset, stride, index, count, ROOM=ROOM, BLOCK_N=BLOCK_N)
-    scores = tl.load(score_ptr + places, mask=held, other=float("-inf"))
+    scores = tl.load(score_ptr + offset + places, mask=held, other=float("-inf"))
     # A row's number in signs times that of a stray's row is 7 where they are equal: as it is a product like that of a
     # tile, the compiler spreads it over the threads like a tile. A comparison would be spread otherwise and spill.
     bit = tl.arange(0, 16)
