@@ -204,7 +204,7 @@ def _query_gradient_kernel(
             q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
             mask_base, stride_mn, stride_mk,
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
-            FUSED=q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND >= 15,
+            FUSED=q_ptr.dtype.element_ty != tl.float32 and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
         v = load_block(
             v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
@@ -300,7 +300,7 @@ def _add_queries(
         mask_ptrs = mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
         inside = column_mask[:, None] & row_mask[None, :]
     # As for the queries: the factor last where that is one instruction with tau.
-    LATE: tl.constexpr = q.dtype != tl.float32 and ALPHA_KIND >= 15 and not HAS_SLOPES
+    LATE: tl.constexpr = q.dtype != tl.float32 and (ALPHA_KIND >= 15 or ALPHA_KIND == 1) and not HAS_SLOPES
     x = masked_scores(
         x, 1.0 if LATE else factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
         MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
