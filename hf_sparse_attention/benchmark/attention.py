@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from .. import reference
-from ..config import VERSION
-from ..files import write_json
 from .arguments import BenchmarkArguments, fields_of
 from .inputs import BLOCK, block_inputs
 from .peers import PEERS, make_peers
+from .rows import table, write_rows
 from .timing import kernel_times, measure
 
 logger = logging.getLogger(__name__)
@@ -67,11 +64,8 @@ def time_attention(arguments: BenchmarkArguments) -> list[dict]:
                 if base and base.get(f"{kind}_ms") and row.get(f"{kind}_ms"):
                     row[f"{kind}_ratio"] = row[f"{kind}_ms"] / base[f"{kind}_ms"]
         rows += group
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    card = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "version": VERSION}
-    write_json(folder / "results.json", {**card, "arguments": asdict(arguments), "rows": rows})
-    print(_table(rows))
+    folder = write_rows(arguments, "cuda", "results.json", rows=rows)
+    print(table(rows, COLUMNS))
     for row in rows:
         if "kernels_ms" in row:
             times = ", ".join(f"{name} {time:.3f}" for name, time in row["kernels_ms"].items())
@@ -117,14 +111,6 @@ COLUMNS = (
     ("error", "error", "{:.1e}"),
     ("refused", "", "{}"),
 )
-
-
-def _table(rows: list[dict]) -> str:
-    text = [[title for _, title, _ in COLUMNS]]
-    for row in rows:
-        text.append([shape.format(row[name]) if row.get(name) is not None else "" for name, _, shape in COLUMNS])
-    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in text)
 
 
 def _picture(rows: list[dict], path: Path) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 
-from .arguments import BenchmarkArguments, check_arguments
+from .arguments import KINDS, BenchmarkArguments, check_arguments
 from .attention import time_attention
 from .decode import benchmark_decoding
 from .inputs import block_inputs
+from .model import time_model
+from .packing import time_packing
+from .slopes import time_slopes
 from .timing import median
 
 
@@ -23,11 +26,7 @@ def benchmark_attention(arguments: BenchmarkArguments) -> list[dict]:
     check_arguments(arguments)
     if not torch.cuda.is_available():
         raise RuntimeError("the benchmark times GPU kernels and torch finds no CUDA or ROCm device")
-    if arguments.decode:
-        return benchmark_decoding(arguments)
-    if arguments.tune:
-        return _tune(arguments)
-    return time_attention(arguments)
+    return _FUNCTIONS[arguments.what](arguments)
 
 
 def _tune(arguments: BenchmarkArguments) -> list[dict]:
@@ -39,3 +38,15 @@ def _tune(arguments: BenchmarkArguments) -> list[dict]:
     return tune_kernels(
         inputs, folder / "configurations.json", alpha=arguments.alpha, median=median, repeats=arguments.repeats
     )
+
+
+_FUNCTIONS = {
+    "attention": time_attention,
+    "decode": benchmark_decoding,
+    "model": time_model,
+    "packing": time_packing,
+    "slopes": time_slopes,
+    "tune": _tune,
+}
+if set(_FUNCTIONS) != set(KINDS):
+    raise RuntimeError(f"what is timed and arguments.KINDS differ: {set(_FUNCTIONS) ^ set(KINDS)}")

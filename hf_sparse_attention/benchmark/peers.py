@@ -72,6 +72,7 @@ PEERS = {
 }
 
 
-def make_peers(arguments) -> dict[str, Callable]:
-    made = {name: PEERS[name].make(arguments) for name in arguments.peers}
+def make_peers(arguments, names: list[str] | None = None) -> dict[str, Callable]:
+    """Those of the peers, by default of all that the arguments name, that are installed."""
+    made = {name: PEERS[name].make(arguments) for name in (arguments.peers if names is None else names)}
     return {name: attention for name, attention in made.items() if attention is not None}
