@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-from . import reference
-from .cache import BoundedStaticCache, update_page_bounds
-from .config import VERSION
-from .files import write_json
-from .tables import number, plain
+from .. import reference
+from ..cache import BoundedStaticCache, update_page_bounds
+from ..config import VERSION
+from ..files import write_json
+from ..tables import number, plain
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | Non
         timer: a call -> its milliseconds, by default the median of replays of its CUDA graph.
         shape: fields of the LlamaConfig that generates, by default those of a model of 1 B parameters.
     """
-    from .kernels.decode import decoding
+    from ..kernels.decode import decoding
 
     timer = timer or (lambda call: replayed_milliseconds(call, arguments.repeats))
     with decoding(True):
@@ -113,8 +113,8 @@ def page_bounds_of(key: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[dict]:
-    from .kernels import entmax_attention
-    from .kernels.decode import share_of_pages_read
+    from ..kernels import entmax_attention
+    from ..kernels.decode import share_of_pages_read
 
     query, key, value = cache_inputs(arguments, length, batch, noise, device)
     alpha = arguments.alpha
@@ -216,7 +216,7 @@ def _kernel_milliseconds(call: Callable) -> dict[str, float]:
 
 def _generation_rows(arguments, length: int, device: str, shape: dict) -> list[dict]:
     """Tokens per second of generate on a cache that was filled with keys, without their prefill."""
-    from .models import sparse_config
+    from ..models import sparse_config
 
     config, dtype = LlamaConfig(**shape), getattr(torch, arguments.dtype)
     torch.manual_seed(arguments.seed)
@@ -260,7 +260,7 @@ def _generation_rows(arguments, length: int, device: str, shape: dict) -> list[d
 
 
 def _entmax(alpha: float):
-    from .config import SparseAttentionConfig
+    from ..config import SparseAttentionConfig
 
     return SparseAttentionConfig(map="entmax", alpha=alpha)
 
