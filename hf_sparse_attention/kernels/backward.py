@@ -283,7 +283,7 @@ def _add_queries(
     # Past the end a finite number above every score: u is zero there, and zero times it as well.
     pairs = tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :], mask=row_mask[:, None], other=1e30)
     tau, delta = tl.split(pairs)
-    if (TWO_WALKS and ALPHA_KIND == 0) or q.dtype == tl.float32:
+    if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
         # those scores, and in float32 a score that differs is most of the error.
         x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
