@@ -72,21 +72,28 @@ def masked_scores(
 
 
 @triton.jit
+def logarithm(x, ALPHA_KIND: tl.constexpr):
+    """To base 2, of numbers >= 0. The special function unit errs by 2^-22, absolutely near 1 and relatively elsewhere."""
+    if ALPHA_KIND == 1 or ALPHA_KIND == 2:
+        if HAS_UNIT:
+            return tl.inline_asm_elementwise(
+                "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            return tl.log2(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
 def power(excess, exponent, ALPHA_KIND: tl.constexpr):
     """excess ^ exponent where excess > 0, else 0; excess >= 0. BELOW_2 takes exponents > 0 only."""
     if ALPHA_KIND == 0:
-        positive = excess > 0
-        return tl.where(positive, tl.exp2(tl.log2(tl.where(positive, excess, 1.0)) * exponent), 0.0)
+        logarithms = logarithm(tl.where(excess > 0, excess, 1.0), ALPHA_KIND=ALPHA_KIND)
+        return tl.where(excess > 0, tl.exp2(logarithms * exponent), 0.0)
     else:
-        # The unit errs by 2^-22: p and u by at most that times the exponent, tau by 1e-7.
-        if HAS_UNIT:
-            logarithm = tl.inline_asm_elementwise(
-                "lg2.approx.ftz.f32 $0, $1;", "=f,f", [excess], dtype=tl.float32, is_pure=True, pack=1
-            )
-        else:
-            logarithm = tl.log2(excess)
-        result = tl.exp2(logarithm * exponent)
         # The logarithm of 0 is -inf, which a positive exponent takes to 0.
+        result = tl.exp2(logarithm(excess, ALPHA_KIND=ALPHA_KIND) * exponent)
         return result if ALPHA_KIND == 1 else tl.where(excess > 0, result, 0.0)
 
 
