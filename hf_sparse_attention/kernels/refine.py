@@ -31,9 +31,9 @@ def power_step(sums, slope_sum, curvature, exponent):
     """A step from the sums of p, u and w, for exponent e >= 1, and the sum of p that it may leave too much or missing.
 
     S(tau) = sum [x - tau]_+^e is taken for the power of a line that has its value, slope and second derivative, so
-    that a step leaves what is third order: keys that leave the support, each at most step^e, and a change of the power.
-    Rigorous: Newton on S^(1/e), which is convex, never passes tau; tau lies within S^(1/e) - 1; a key is above
-    S / sum u.
+    that a step leaves what is third order: keys that leave the support, each at most step^e, and a change of that
+    power. Rigorous: Newton on S^(1/e), which is convex, never passes tau; tau lies within S^(1/e) - 1; a key is above
+    S / sum u. The factors 2 and 0.05 are from simulations (NOTES.md).
     """
     logarithm = tl.log(tl.maximum(sums, 1e-30))
     mean = sums / slope_sum
@@ -296,7 +296,7 @@ def _refine_kernel(
         iteration += 1
         tolerance = TOLERANCE
         if ALPHA_KIND < 15:
-            # The slopes of alpha > 2 are not bounded at the threshold: tau is needed to the last digits in every dtype.
+            # The slopes of alpha > 2 are not bounded at the threshold: tau is needed to its last digits in every dtype.
             tolerance = tl.where(alpha_head > 2.0, 1e-7, TOLERANCE)
         unsettled = ((tl.max(left, 0) > tolerance) & (iteration < 90)).to(tl.int32)
 
@@ -314,8 +314,8 @@ def refined_threshold(call, bound, lists, save, strays=None):
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     tau = torch.empty_like(bound)
-    # How much the sum of p may be off. The output is corrected to first order, so this is the square root of its error;
-    # the mean of the values, which a backward reads in half precision, is not: it errs by as much.
+    # How much the sum of p may be off. The output is corrected to first order, so that it errs by the square of this;
+    # the mean of the values, which a backward reads in half precision, is not corrected: it errs by as much.
     kind = call.constants["ALPHA_KIND"]
     exact = query.dtype == torch.float32 or kind == GENERAL
     if exact:

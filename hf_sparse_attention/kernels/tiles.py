@@ -14,8 +14,8 @@ FULL, CAUSAL, RANGE = 0, 1, 2
 # the special function units: BELOW_2 where 1 < alpha < 2 is known, PER_HEAD where alpha is a tensor.
 GENERAL, BELOW_2, PER_HEAD, ENTMAX15, SPARSEMAX = 0, 1, 2, 15, 20
 
-# Whether a base 2 logarithm is to be had from NVIDIA's special function unit: tl.log2 is 28 instructions there.
-HAS_UNIT = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+# Whether PTX can be written: for a logarithm from the special function unit, where tl.log2 is 28 instructions.
+HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -73,9 +73,9 @@ def masked_scores(
 
 @triton.jit
 def logarithm(x, ALPHA_KIND: tl.constexpr):
-    """To base 2, of numbers >= 0. The special function unit errs by 2^-22, absolutely near 1 and relatively elsewhere."""
+    """To base 2, of numbers >= 0. The special function unit errs by 2^-22: absolutely near 1, relatively elsewhere."""
     if ALPHA_KIND == 1 or ALPHA_KIND == 2:
-        if HAS_UNIT:
+        if HAS_PTX:
             return tl.inline_asm_elementwise(
                 "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
             )
@@ -83,6 +83,17 @@ def logarithm(x, ALPHA_KIND: tl.constexpr):
             return tl.log2(x)
     else:
         return tl.log2(x)
+
+
+@triton.jit
+def on_support(u):
+    """1 where u > 0, else 0: one instruction where a comparison and a choice are two and more."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "set.gt.f32.f32 $0, $1, 0f00000000;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.where(u > 0, 1.0, 0.0)
 
 
 @triton.jit
@@ -118,7 +129,7 @@ def weights_and_curvature(x, tau, exponent, ALPHA_KIND: tl.constexpr):
     """p and u as `weights` gives them and w = [x - tau]_+ ^ (exponent - 2) on the support, else 0."""
     if ALPHA_KIND == 15:
         p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-        w = tl.where(u > 0, 1.0, 0.0)
+        w = on_support(u)
     elif ALPHA_KIND == 20:
         p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
         w = tl.zeros_like(u)

@@ -133,8 +133,9 @@ def threshold_kernel(
             slope_sum += tl.sum(tl.sum(u, 1), 0)
             curvature += tl.sum(tl.sum(w, 1), 0)
         lower, upper, step, left = refine(
-            tau, lower, upper, sums, slope_sum, curvature, exponent, alpha, iteration, ALPHA_KIND=ALPHA_KIND, EXACT=True
-        )
+            tau, lower, upper, sums, slope_sum, curvature, exponent, alpha, iteration,
+            ALPHA_KIND=ALPHA_KIND, EXACT=True,
+        )  # fmt: skip
         left = tl.where(tl.abs(step) <= resolution * tl.abs(tau), 0.0, left)
         correction = last_step(sums, slope_sum, curvature, exponent, alpha, ALPHA_KIND=ALPHA_KIND)
         if ALPHA_KIND == 0:
