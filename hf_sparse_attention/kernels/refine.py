@@ -296,7 +296,7 @@ def _refine_kernel(
         iteration += 1
         tolerance = TOLERANCE
         if ALPHA_KIND < 15:
-            # The slopes of alpha > 2 are not bounded at the threshold: tau is needed to its last digits in every dtype.
+            # The slopes of alpha > 2 are not bounded at the threshold: tau is needed to its last digits in any dtype.
             tolerance = tl.where(alpha_head > 2.0, 1e-7, TOLERANCE)
         unsettled = ((tl.max(left, 0) > tolerance) & (iteration < 90)).to(tl.int32)
 
