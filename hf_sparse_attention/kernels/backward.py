@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .edges import edge_scores, seen_by_all, turn_start, turns
 from .strays import add_strays, gather_rows, move_strays, stray_arguments, stray_weights, transpose
 from .tiles import (
     entmax_parameters,
@@ -197,16 +198,18 @@ def _query_gradient_kernel(
     gain = tl.zeros((BLOCK_M,), tl.float32)
     gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
     entropy = tl.zeros((BLOCK_M,), tl.float32)
-    for index in range(0, pieces):
-        first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+    seen_start, seen_end = seen_by_all(start, end, keys)
+    for index in range(0, turns(pieces)):
+        first = turn_start(lists, index, pieces, key_tiles, TILE=TILE, BLOCK_N=BLOCK_N)
         k = load_block(
             k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
             BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
         )  # fmt: skip
-        x = key_scores(
-            q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
-            BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
-            HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+        x = edge_scores(
+            q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
+            mask_base, stride_mn, stride_mk,
+            BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+            FUSED=q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND >= 15,
         )  # fmt: skip
         v = load_block(
             v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
