@@ -81,7 +81,9 @@ def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, short_
             assert all(
                 (x[0, head, pair[0], pair[1]] - bound[0, head, pair[0]]).abs() < 1e-6 for pair in set(pairs) ^ expected
             )
-            order = [(key // TILE, key % TILE // 32, query, key) for query, key in pairs]
+            # By tile, word, query and bit, as the words of a tile hold its columns.
+            bits = [key % 4 // 2 * 16 + key % TILE // 8 * 2 + key % 2 for _, key in pairs]
+            order = [(key // TILE, key % 8 // 4, query, bit) for (query, key), bit in zip(pairs, bits, strict=True)]
             assert order == sorted(order), "the order hangs on nothing but the pairs"
             exact = torch.tensor([x[0, head, query, key] for query, key in pairs], dtype=torch.float64)
             assert torch.allclose(scores.double().cpu(), exact, atol=1e-5)

@@ -31,7 +31,7 @@ def turn_start(lists, index, pieces, key_tiles, TILE: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def lane_sums(x):
-    """(M, N) -> (M, 4), sums over the columns that a thread holds of a row, as tensor cores spread them: no shuffles."""
+    """(M, N) -> (M, 4), sums over the columns of a row that tensor cores give to one thread: without shuffles."""
     x = tl.reshape(x, (x.shape[0], x.shape[1] // 8, 4, 2))
     return tl.sum(tl.sum(x, 1), 2)
 

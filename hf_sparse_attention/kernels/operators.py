@@ -178,7 +178,7 @@ def _forward(
             *call.constants.values(),
         )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
-        bound, lists = threshold_bound(call, save)
+        bound, lists = threshold_bound(call, save, strayed)
         strays = collect(call, bound, lists, save)
         point = refined_threshold(call, bound, lists, save, strays)
         out, tau, mean = attend(call, point, lists, save, strays)
@@ -198,7 +198,8 @@ def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
     tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
     call = replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
-    bound, lists = threshold_bound(call, save)
+    strayed = collects(call.configuration, call.group, call.query.shape[2], call.key_tiles)
+    bound, lists = threshold_bound(call, save, strayed)
     strays = collect(call, bound, lists, save)
     out, tau, mean = attend(call, refined_threshold(call, bound, lists, save, strays), lists, save, strays)
     if save:

@@ -26,7 +26,8 @@ class Lists:
 
     tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
     pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
-    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1.
+    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1. rows and pair_rows, uint8 in
+    the shapes of tiles and pairs, where strays are sought: how many queries have a key above their bound in the tile.
     """
 
     tiles: torch.Tensor
@@ -34,12 +35,18 @@ class Lists:
     pairs: torch.Tensor | None
     pair_counts: torch.Tensor | None
     tile_map: torch.Tensor | None
+    rows: torch.Tensor | None = None
+    pair_rows: torch.Tensor | None = None
 
     def walks(self):
         """(rows walked together, their lists, the lengths) of both kinds of rows."""
         yield TILE, self.tiles, self.counts
         if self.pairs is not None:
             yield 2 * TILE, self.pairs, self.pair_counts
+
+    def alive_rows(self, rows):
+        """How many queries are alive in each listed tile, of the walk that takes so many rows together."""
+        return self.rows if rows == TILE else self.pair_rows
 
 
 @triton.jit
@@ -148,7 +155,7 @@ def _visit(
 )
 def _threshold_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, reach_ptr,
-    scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr,
+    scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr, rows_ptr, pair_rows_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -166,6 +173,7 @@ def _threshold_kernel(
     TILE: tl.constexpr,
     SAVE: tl.constexpr,
     SPLIT: tl.constexpr,
+    COUNTED: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -316,11 +324,18 @@ def _threshold_kernel(
                 other=float("-inf"),
             )
             alive = (maxima > threshold[:, None]).to(tl.int32)
-            alive = tl.max(tl.reshape(alive, (GROUPS, TILE, SCAN)), 1)
+            alive = tl.reshape(alive, (GROUPS, TILE, SCAN))
+            if COUNTED:
+                row_count = tl.sum(alive, 1)
+                alive = tl.minimum(row_count, 1)
+            else:
+                alive = tl.max(alive, 1)
             place = count[:, None] + tl.cumsum(alive, 1) - alive
             wide_tiles = tl.broadcast_to(tiles[None, :], (GROUPS, SCAN)).to(tl.int16)
             chosen = (alive > 0) & known[:, None]
             tl.store(list_ptr + list_rows[:, None] * list_keys + place, wide_tiles, mask=chosen)
+            if COUNTED:
+                tl.store(rows_ptr + list_rows[:, None] * list_keys + place, row_count.to(tl.uint8), mask=chosen)
             count += tl.sum(alive, 1)
             if SAVE:
                 flag = tl.full((GROUPS, SCAN), 1, tl.uint8)
@@ -337,8 +352,11 @@ def _threshold_kernel(
             if GROUPS > 1:
                 either = tl.max(alive, 0)
                 pair_place = union + tl.cumsum(either, 0) - either
-                pair_list = pair_ptr + (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
-                tl.store(pair_list + pair_place, tiles.to(tl.int16), mask=either > 0)
+                pair_base = (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
+                tl.store(pair_ptr + pair_base + pair_place, tiles.to(tl.int16), mask=either > 0)
+                if COUNTED:
+                    pair_row_count = tl.sum(row_count, 0).to(tl.uint8)
+                    tl.store(pair_rows_ptr + pair_base + pair_place, pair_row_count, mask=either > 0)
                 union += tl.sum(either, 0)
         if GROUPS > 1:
             # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
@@ -350,8 +368,8 @@ def _threshold_kernel(
         work = tl.atomic_add(counter_ptr, 1)
 
 
-def threshold_bound(call, save):
-    """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`."""
+def threshold_bound(call, save, counted=False):
+    """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`, with rows if counted."""
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
@@ -361,10 +379,13 @@ def threshold_bound(call, save):
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
     counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
-    pairs = pair_counts = tile_map = None
+    pairs = pair_counts = tile_map = alive_rows = pair_alive_rows = None
     if rows > TILE:
         pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
         pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
+    if counted:
+        alive_rows = torch.empty_like(lists, dtype=torch.uint8)
+        pair_alive_rows = None if pairs is None else torch.empty_like(pairs, dtype=torch.uint8)
     if save:
         shape = (batch, heads, call.key_tiles, call.query_tiles)
         tile_map = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -380,7 +401,7 @@ def threshold_bound(call, save):
     _threshold_kernel[(programs,)](
         query, key, call.descriptor(key, config.threshold_columns), call.alpha_tensor, call.slopes, call.visible,
         call.mask, reach,
-        scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map,
+        scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map, alive_rows, pair_alive_rows,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         heads, queries, keys, row_tiles, total, call.query_tiles, call.key_tiles, row_tiles, head_dim,
@@ -390,6 +411,7 @@ def threshold_bound(call, save):
         TILE=TILE,
         SAVE=save,
         SPLIT=save and call.split,
+        COUNTED=counted,
         DESCRIPTORS=call.descriptors,
         SCAN=SCAN,
         STEPS=STEPS,
@@ -397,4 +419,4 @@ def threshold_bound(call, save):
         num_stages=config.threshold.stages,
         **config.threshold.limit(),
     )  # fmt: skip
-    return tau, Lists(lists, counts, pairs, pair_counts, tile_map)
+    return tau, Lists(lists, counts, pairs, pair_counts, tile_map, alive_rows, pair_alive_rows)
