@@ -13,7 +13,7 @@ import families
 import hf_sparse_attention as hsa
 from hf_sparse_attention import cli, reference
 from hf_sparse_attention.arguments import parse_arguments
-from hf_sparse_attention.benchmark import BenchmarkArguments, cold, grid, model, packing, slopes
+from hf_sparse_attention.benchmark import BenchmarkArguments, attention, cold, grid, model, packing, slopes
 from hf_sparse_attention.benchmark.arguments import KINDS, check_arguments
 from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.models import dense_config, sparse_config
@@ -280,3 +280,23 @@ def test_first_calls_of_processes_of_their_own(tmp_path):
     rows = cold.time_first_calls(small_cold(tmp_path), device="cpu")
     assert [row["process"] for row in rows] == [cold.EMPTY] * 4 + [cold.ON_DISK] * 4
     assert saved(tmp_path, "cold.json")["rows"] == rows
+
+
+def test_attention_of_any_head_dimension_and_alpha_beside_softmax(tmp_path, monkeypatch):
+    changes = {"lengths": [512, 128], "head_dim": 32, "alpha": 1.333, "noise": [0.0, 0.9], "peers": ["sdpa cudnn"]}
+    rows = attention.time_attention(small(tmp_path, **changes), device="cpu")
+    assert saved(tmp_path, "results.json")["rows"] == rows and (tmp_path / "out" / "results.png").exists()
+    ours = [row for row in rows if row["implementation"] == "ours"]
+    assert len(ours) == 4 and all(row["error"] < 1e-5 and row["training_ms"] > 0 for row in ours)
+    assert ours[0]["block_sparsity"] > ours[1]["block_sparsity"]
+    # There is no cuDNN here: a row that says so, and no ratio.
+    assert all("refused" in row for row in rows if row not in ours) and "training_ratio" not in ours[0]
+    right = attention.attend_with_tau
+
+    def wrong(*tensors, **keywords):
+        out, tau = right(*tensors, **keywords)
+        return out * 1.01, tau
+
+    monkeypatch.setattr(attention, "attend_with_tau", wrong)
+    with pytest.raises(RuntimeError, match="what is timed is wrong"):
+        attention.time_attention(small(tmp_path, **changes), device="cpu")
