@@ -68,7 +68,7 @@ def test_what_is_timed_is_one_word_and_has_its_own_defaults():
         (["--what", "model", "--shape", "head_dim=8"], "use --heads"),
         (["--what", "model", "--text", "a.txt"], "name a --model"),
         (["--what", "model", "--compile", "yes"], "compile is 'yes'"),
-        (["--what", "model", "--kernel_times"], "kernel_times: not read by what 'model', but by attention"),
+        (["--what", "slopes", "--kernel_times"], "kernel_times: not read by what 'slopes', but by attention, model"),
         (
             ["--model", "folder", "--shape", "hidden_size=8", "--heads", "8"],
             "shape, heads is given, but folder has its",

@@ -36,7 +36,8 @@ KINDS = {
     ),
     "model": Kind(
         "one training step of a whole model beside the same model with softmax (also: --model FOLDER)",
-        _ATTENTION | {"repeats", "model", "shape", "maps", "text", "compile", "checkpointing", "optimizer"},
+        _ATTENTION
+        | {"repeats", "model", "shape", "maps", "text", "compile", "checkpointing", "optimizer", "kernel_times"},
         (8192,),
     ),
     "packing": Kind(
@@ -106,7 +107,9 @@ class BenchmarkArguments:
             "attention: fields of the kernels' configuration to time as well, like stray_limit=64,split=true"
         ),
     )
-    kernel_times: bool = field(default=False, metadata=_help("attention: also print the time of each of our kernels"))
+    kernel_times: bool = field(
+        default=False, metadata=_help("attention and model: also print the time of each kernel")
+    )
     cache_lengths: list[int] = field(
         default_factory=lambda: [32768, 131072], metadata=_help("decode: cached tokens, multiples of 64")
     )

@@ -19,7 +19,7 @@ from .inputs import BLOCK, block_inputs
 from .ours import attend, attend_with_tau, difference, outputs, tolerance
 from .peers import PEERS, make_peers
 from .rows import table, write_rows
-from .timing import kernel_times, measure, measured
+from .timing import calls, kernel_times, measure, measured
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> li
                         except RuntimeError as wrong:
                             row = {"refused": str(wrong)}
                     if name in variants and "refused" not in row and arguments.kernel_times:
-                        row["kernels_ms"] = kernel_times(attention, tensors)
+                        row["kernels_ms"] = kernel_times(calls(attention, tensors)["training"])
                 if name in PEERS and PEERS[name].softmax:
                     softmax[name, length] = row
             row = {"implementation": name, "length": length, "noise": noise, **row}
