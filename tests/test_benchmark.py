@@ -1,5 +1,6 @@
 """The benchmarks of steps, packing and slopes without a GPU: tiny sizes, the reference in the kernels' place."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -300,3 +301,14 @@ def test_attention_of_any_head_dimension_and_alpha_beside_softmax(tmp_path, monk
     monkeypatch.setattr(attention, "attend_with_tau", wrong)
     with pytest.raises(RuntimeError, match="what is timed is wrong"):
         attention.time_attention(small(tmp_path, **changes), device="cpu")
+
+
+@pytest.mark.slow
+def test_the_grid_is_compiled_by_processes_of_their_own(tmp_path):
+    arguments = BenchmarkArguments(what="grid", repeats=1, output_dir=str(tmp_path / "out"))
+    grid.time_grid(arguments, device="cpu", variants=grid.VARIANTS[:2], shapes=((7, 7),), processes=2)
+    assert saved(tmp_path, "grid.json")["processes"] == 2
+    # An error in one of them is an error here.
+    with pytest.raises(KeyError, match="float8"):
+        wrong = dataclasses.replace(grid.VARIANTS[0], dtype="float8")
+        grid.time_grid(arguments, device="cpu", variants=(wrong,), shapes=((7, 7),), processes=1)

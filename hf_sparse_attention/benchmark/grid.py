@@ -23,7 +23,7 @@ from .. import reference
 from .inputs import DTYPES
 from .ours import attend, difference
 from .rows import table, write_rows
-from .timing import median
+from .timing import median, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,21 @@ def time_grid(
     device: str = "cuda",
     variants: tuple[Variant, ...] = VARIANTS,
     shapes: tuple[tuple[int, int], ...] = SHAPES,
+    processes: int | None = None,
 ) -> list[dict]:
     """One row per variant and shape: milliseconds of ours and of the reference, their ratio.
+
+    Args:
+        processes: how many compile the kernels first; by default none where there is nothing to compile.
 
     Raises:
         RuntimeError: where ours gives something else than the reference, or values that are not finite.
     """
     started = time.perf_counter()
-    processes = min(MOST_PROCESSES, len(variants), os.cpu_count() or 1) if device == "cuda" else 0
+    if processes is None:
+        processes = min(MOST_PROCESSES, len(variants), os.cpu_count() or 1) if device == "cuda" else 0
     if processes:
-        _compile_together(variants, shapes, arguments.seed, processes)
+        _compile_together(variants, shapes, arguments.seed, device, processes)
     compiled = time.perf_counter() - started
     rows = []
     for variant in tqdm(variants, desc="grid", unit="variant"):
@@ -160,23 +165,23 @@ def _training(attention: partial, tensors, gradient) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, wanted, gradient)]
 
 
-def _compile_together(variants, shapes, seed: int, processes: int) -> None:
+def _compile_together(variants, shapes, seed: int, device: str, processes: int) -> None:
     """Every variant run once at every shape by one of several processes, whose kernels this one finds on disk."""
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            runs = [pool.submit(_run_all, variant, shapes, seed) for variant in variants]
+            runs = [pool.submit(_run_all, variant, shapes, seed, device) for variant in variants]
             for run in tqdm(runs, desc="compile", unit="variant"):
                 run.result()
     except BrokenProcessPool:
         logger.warning("a process that compiles kernels ended early; they are compiled one after the other")
 
 
-def _run_all(variant: Variant, shapes, seed: int) -> None:
+def _run_all(variant: Variant, shapes, seed: int, device: str) -> None:
     for shape in shapes:
-        (*tensors, gradient), keywords = make_case(variant, *shape, seed=seed, device="cuda")
+        (*tensors, gradient), keywords = make_case(variant, *shape, seed=seed, device=device)
         _training(partial(attend, **keywords), tensors, gradient)
-    torch.cuda.synchronize()
+    synchronize(device)
 
 
 COLUMNS = (
