@@ -1,5 +1,6 @@
 """The benchmarks of steps, packing and slopes without a GPU: tiny sizes, the reference in the kernels' place."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import families
 import hf_sparse_attention as hsa
 from hf_sparse_attention import cli, reference
 from hf_sparse_attention.arguments import parse_arguments
-from hf_sparse_attention.benchmark import BenchmarkArguments, model, packing, slopes
+from hf_sparse_attention.benchmark import BenchmarkArguments, attention, cold, grid, model, packing, slopes
 from hf_sparse_attention.benchmark.arguments import KINDS, check_arguments
 from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.models import dense_config, sparse_config
@@ -62,14 +63,18 @@ def test_what_is_timed_is_one_word_and_has_its_own_defaults():
     [
         (["--what", "speed"], "choose one of attention"),
         (["--what", "packing", "--decode"], "exclude each other"),
-        (["--maps", "entmax"], "add --what model"),
+        (["--maps", "entmax"], "maps: not read by what 'attention', but by model"),
         (["--what", "model", "--maps", "softmax"], "maps has 'softmax'"),
         (["--what", "model", "--shape", "num_hidden_layers"], "write it like"),
         (["--what", "model", "--shape", "head_dim=8"], "use --heads"),
         (["--what", "model", "--text", "a.txt"], "name a --model"),
         (["--what", "model", "--compile", "yes"], "compile is 'yes'"),
-        (["--what", "model", "--kernel_times"], "do not go with model"),
-        (["--model", "folder", "--shape", "hidden_size=8"], "has its own"),
+        (["--what", "slopes", "--kernel_times"], "kernel_times: not read by what 'slopes', but by attention, model"),
+        (
+            ["--model", "folder", "--shape", "hidden_size=8", "--heads", "8"],
+            "shape, heads is given, but folder has its",
+        ),
+        (["--what", "grid", "--lengths", "64"], "lengths: not read by what 'grid', but by attention, model"),
         (["--what", "packing", "--documents", "99999"], "more than the 32768 tokens"),
         (["--what", "slopes", "--heads", "3", "--kv_heads", "1"], "even numbers"),
         (["--repeats", "0"], "repeats is 0"),
@@ -230,3 +235,80 @@ def test_heads_with_slopes_beside_heads_without(tmp_path, monkeypatch):
     monkeypatch.setattr(slopes, "attend", without_slopes)
     with pytest.raises(RuntimeError, match="what is timed is wrong"):
         slopes.time_slopes(arguments, device="cpu")
+
+
+def test_the_grid_has_every_kind_and_names_its_slowest(tmp_path, capsys):
+    for name, several in (("mask", grid.MASKS), ("head_dim", grid.HEAD_DIMS), ("alpha", grid.ALPHAS)):
+        assert {getattr(variant, name) for variant in grid.VARIANTS} == set(several)
+    assert {variant.dtype for variant in grid.VARIANTS} == {"bfloat16", "float16", "float32"}
+    arguments = BenchmarkArguments(what="grid", repeats=1, output_dir=str(tmp_path / "out"))
+    rows = grid.time_grid(arguments, device="cpu", shapes=grid.SHAPES[:4])
+    assert len(rows) == 4 * len(grid.VARIANTS) and all(row["ratio"] > 0 and row["error"] == 0 for row in rows)
+    found = saved(tmp_path, "grid.json")
+    assert found["rows"] == rows and found["variants"] == len(grid.VARIANTS)
+    worst = max(row["ratio"] for row in rows)
+    assert f"the slowest takes {worst:.2f} of its time" in capsys.readouterr().out
+
+
+def test_a_fast_wrong_answer_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "attend", lambda query, *_, **__: query * 0)
+    arguments = BenchmarkArguments(what="grid", repeats=1, output_dir=str(tmp_path / "out"))
+    with pytest.raises(RuntimeError, match=r"causal, bfloat16, head_dim 8, alpha 1.5, \(7, 7\)"):
+        grid.time_grid(arguments, device="cpu", shapes=((7, 7),))
+
+
+def small_cold(tmp_path):
+    changes = {"heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": "float32", "lengths": [128, 65]}
+    return BenchmarkArguments(what="cold", output_dir=str(tmp_path / "out"), **changes)
+
+
+def test_first_calls_say_what_is_new():
+    arguments = {"batch": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": "float32", "seed": 0, "alpha": 1.5}
+    rows = cold.first_calls(lengths=[130, 65], device="cpu", **arguments)
+    assert [row["new"] for row in rows] == ["everything", "length", "mask", "length"]
+    assert [(row["mask"], row["length"]) for row in rows[1:3]] == [("causal", 65), ("documents", 130)]
+    assert all(row["first_s"] > 0 and row["second_s"] > 0 for row in rows)
+
+
+def test_a_process_that_fails_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(cold, "PROGRAM", "raise SystemExit('no card')")
+    with pytest.raises(RuntimeError, match="empty cache: no card"):
+        cold.time_first_calls(small_cold(tmp_path), device="cpu")
+
+
+@pytest.mark.slow
+def test_first_calls_of_processes_of_their_own(tmp_path):
+    rows = cold.time_first_calls(small_cold(tmp_path), device="cpu")
+    assert [row["process"] for row in rows] == [cold.EMPTY] * 4 + [cold.ON_DISK] * 4
+    assert saved(tmp_path, "cold.json")["rows"] == rows
+
+
+def test_attention_of_any_head_dimension_and_alpha_beside_softmax(tmp_path, monkeypatch):
+    changes = {"lengths": [512, 128], "head_dim": 32, "alpha": 1.333, "noise": [0.0, 0.9], "peers": ["sdpa cudnn"]}
+    rows = attention.time_attention(small(tmp_path, **changes), device="cpu")
+    assert saved(tmp_path, "results.json")["rows"] == rows and (tmp_path / "out" / "results.png").exists()
+    ours = [row for row in rows if row["implementation"] == "ours"]
+    assert len(ours) == 4 and all(row["error"] < 1e-5 and row["training_ms"] > 0 for row in ours)
+    assert ours[0]["block_sparsity"] > ours[1]["block_sparsity"]
+    # There is no cuDNN here: a row that says so, and no ratio.
+    assert all("refused" in row for row in rows if row not in ours) and "training_ratio" not in ours[0]
+    right = attention.attend_with_tau
+
+    def wrong(*tensors, **keywords):
+        out, tau = right(*tensors, **keywords)
+        return out * 1.01, tau
+
+    monkeypatch.setattr(attention, "attend_with_tau", wrong)
+    with pytest.raises(RuntimeError, match="what is timed is wrong"):
+        attention.time_attention(small(tmp_path, **changes), device="cpu")
+
+
+@pytest.mark.slow
+def test_the_grid_is_compiled_by_processes_of_their_own(tmp_path):
+    arguments = BenchmarkArguments(what="grid", repeats=1, output_dir=str(tmp_path / "out"))
+    grid.time_grid(arguments, device="cpu", variants=grid.VARIANTS[:2], shapes=((7, 7),), processes=2)
+    assert saved(tmp_path, "grid.json")["processes"] == 2
+    # An error in one of them is an error here.
+    with pytest.raises(KeyError, match="float8"):
+        wrong = dataclasses.replace(grid.VARIANTS[0], dtype="float8")
+        grid.time_grid(arguments, device="cpu", variants=(wrong,), shapes=((7, 7),), processes=1)

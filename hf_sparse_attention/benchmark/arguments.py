@@ -2,21 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ..config import SPECIFICATIONS
 from .inputs import BLOCK, DTYPES
 from .peers import PEERS
 
-# What can be timed, and what it is.
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that can be timed.
+
+    Args:
+        meaning: what it is, for the help.
+        options: fields of the arguments that it reads, besides those that all of them read.
+        lengths: tokens, if none are given.
+    """
+
+    meaning: str
+    options: frozenset[str]
+    lengths: tuple[int, ...] = (8192, 32768)
+
+
+_ATTENTION = frozenset(["lengths", "alpha", "batch", "heads", "kv_heads", "head_dim", "dtype"])
 KINDS = {
-    "attention": "the kernels beside softmax and other entmax kernels",
-    "decode": "one query against a cache, and whole generation (also: --decode)",
-    "model": "one training step of a whole model beside the same model with softmax (also: --model FOLDER)",
-    "packing": "documents packed into one sequence beside the documents alone",
-    "slopes": "heads with ALiBi slopes beside heads without",
-    "tune": "launch parameters, tried for this card; the best go to configurations.json (also: --tune)",
+    "attention": Kind(
+        "the kernels beside softmax and other entmax kernels",
+        _ATTENTION | {"noise", "repeats", "peers", "changes", "kernel_times"},
+    ),
+    "decode": Kind(
+        "one query against a cache, and whole generation (also: --decode)",
+        _ATTENTION - {"lengths", "batch"} | {"noise", "repeats", "cache_lengths", "batches", "new_tokens"},
+    ),
+    "model": Kind(
+        "one training step of a whole model beside the same model with softmax (also: --model FOLDER)",
+        _ATTENTION
+        | {"repeats", "model", "shape", "maps", "text", "compile", "checkpointing", "optimizer", "kernel_times"},
+        (8192,),
+    ),
+    "packing": Kind(
+        "documents packed into one sequence beside the documents alone",
+        _ATTENTION | {"noise", "repeats", "documents"},
+        (32768,),
+    ),
+    "slopes": Kind("heads with ALiBi slopes beside heads without", _ATTENTION | {"noise", "repeats"}, (32768,)),
+    "grid": Kind("small and ugly shapes with every mask beside the PyTorch reference", frozenset({"repeats"})),
+    "cold": Kind(
+        "the first call: in a new process without a compiled kernel, and at a new length",
+        _ATTENTION,
+        (8192, 8191, 1000, 63, 20000),
+    ),
+    "tune": Kind(
+        "launch parameters, tried for this card; the best go to configurations.json (also: --tune)",
+        _ATTENTION | {"noise", "repeats"},
+    ),
 }
+# Kinds whose inputs are not made of blocks.
+_ANY_LENGTH = ("cold",)
 COMPILED = ("layers", "model", "none")
 
 
@@ -29,14 +71,15 @@ class BenchmarkArguments:
     """What is timed, and where the results go."""
 
     what: str = field(
-        default="attention", metadata=_help("; ".join(f"{name}: {meaning}" for name, meaning in KINDS.items()))
+        default="attention", metadata=_help("; ".join(f"{name}: {kind.meaning}" for name, kind in KINDS.items()))
     )
     decode: bool = field(default=False, metadata=_help("short for --what decode"))
     tune: bool = field(default=False, metadata=_help("short for --what tune"))
     lengths: list[int] | None = field(
         default=None,
         metadata=_help(
-            "tokens, multiples of 64; by default 8192 and 32768, in model 8192, in packing and slopes 32768"
+            "tokens, multiples of 64; by default 8192 and 32768, in model 8192, in packing and slopes 32768, in cold "
+            "8192 and then other lengths"
         ),
     )
     noise: list[float] = field(
@@ -64,7 +107,9 @@ class BenchmarkArguments:
             "attention: fields of the kernels' configuration to time as well, like stray_limit=64,split=true"
         ),
     )
-    kernel_times: bool = field(default=False, metadata=_help("attention: also print the time of each of our kernels"))
+    kernel_times: bool = field(
+        default=False, metadata=_help("attention and model: also print the time of each kernel")
+    )
     cache_lengths: list[int] = field(
         default_factory=lambda: [32768, 131072], metadata=_help("decode: cached tokens, multiples of 64")
     )
@@ -110,8 +155,7 @@ class BenchmarkArguments:
         if self.what not in KINDS:
             raise ValueError(f"what is {self.what!r}; choose one of {', '.join(KINDS)}")
         if self.lengths is None:
-            defaults = {"model": [8192], "packing": [32768], "slopes": [32768]}
-            self.lengths = defaults.get(self.what, [8192, 32768])
+            self.lengths = list(KINDS[self.what].lengths)
         if self.head_dim is None:
             self.head_dim = 64 if self.what == "model" else 128
         if self.alpha is None and self.what != "model":
@@ -119,7 +163,16 @@ class BenchmarkArguments:
 
 
 def check_arguments(arguments: BenchmarkArguments) -> None:
-    """Raises ValueError for what names nothing known, or what is given but not used by what is timed."""
+    """Raises ValueError for what names nothing known, or is given but not read by what is timed."""
+    default = BenchmarkArguments(what=arguments.what)
+    given = {one.name for one in fields(arguments) if getattr(arguments, one.name) != getattr(default, one.name)}
+    idle = given - KINDS[arguments.what].options - {"decode", "tune", "seed", "output_dir"}
+    if idle:
+        readers = [name for name, kind in KINDS.items() if idle <= kind.options]
+        raise ValueError(
+            f"{', '.join(sorted(idle))}: not read by what {arguments.what!r}"
+            + (f", but by {', '.join(readers)}" if readers else "")
+        )
     if arguments.dtype not in DTYPES:
         raise ValueError(f"dtype is {arguments.dtype!r}; choose one of {', '.join(DTYPES)}")
     unknown = [name for name in arguments.peers if name not in PEERS]
@@ -127,17 +180,13 @@ def check_arguments(arguments: BenchmarkArguments) -> None:
         raise ValueError(f"peers has {', '.join(map(repr, unknown))}; choose from {', '.join(PEERS)}")
     for name in ("lengths", "cache_lengths"):
         for length in getattr(arguments, name):
-            if length < BLOCK or length % BLOCK:
+            if length < 1 or (length % BLOCK and arguments.what not in _ANY_LENGTH):
                 raise ValueError(f"{name} has {length}; a length is a positive multiple of {BLOCK}")
     for name in ("batch", "heads", "kv_heads", "head_dim", "repeats", "documents"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name} is {getattr(arguments, name)}; the least is 1")
     if min(arguments.batches) < 1 or arguments.new_tokens < 0:
         raise ValueError(f"batches is {arguments.batches}, new_tokens {arguments.new_tokens}: they are not negative")
-    if arguments.what != "attention" and (arguments.changes or arguments.kernel_times):
-        raise ValueError(
-            f"changes and kernel_times do not go with {arguments.what}: they time training calls side by side"
-        )
     for change in arguments.changes:
         fields_of(change)
     for noise in arguments.noise:
@@ -145,7 +194,7 @@ def check_arguments(arguments: BenchmarkArguments) -> None:
             raise ValueError(f"noise has {noise}; it is a share between 0 and 1")
     if arguments.heads % arguments.kv_heads:
         raise ValueError(f"heads is {arguments.heads}, not a multiple of kv_heads, {arguments.kv_heads}")
-    _check_model(arguments)
+    _check_model(arguments, default)
     if arguments.what == "packing" and min(arguments.lengths) < arguments.documents:
         raise ValueError(f"documents is {arguments.documents}, more than the {min(arguments.lengths)} tokens")
     if arguments.what == "slopes" and (arguments.heads % 2 or arguments.kv_heads % 2):
@@ -155,18 +204,19 @@ def check_arguments(arguments: BenchmarkArguments) -> None:
         )
 
 
-def _check_model(arguments: BenchmarkArguments) -> None:
-    options = ("shape", "maps", "text", "checkpointing", "optimizer")
-    if arguments.what != "model":
-        for name in (name for name in options if getattr(arguments, name)):
-            raise ValueError(f"{name} belongs to a model: add --what model")
+def _check_model(arguments: BenchmarkArguments, default: BenchmarkArguments) -> None:
     if arguments.compile not in COMPILED:
         raise ValueError(f"compile is {arguments.compile!r}; choose one of {', '.join(COMPILED)}")
     unknown = [name for name in arguments.maps or () if name not in SPECIFICATIONS]
     if unknown:
         raise ValueError(f"maps has {', '.join(map(repr, unknown))}; choose from {', '.join(SPECIFICATIONS)}")
-    if arguments.model is not None and arguments.shape:
-        raise ValueError(f"shape is given, but {arguments.model} has its own")
+    own = [
+        name
+        for name in ("shape", "heads", "kv_heads", "head_dim")
+        if getattr(arguments, name) != getattr(default, name)
+    ]
+    if arguments.model is not None and own:
+        raise ValueError(f"{', '.join(own)} is given, but {arguments.model} has its own")
     if arguments.model is None and arguments.text:
         raise ValueError("text is given, but a model with random weights reads random tokens: name a --model")
     for field_of_config in arguments.shape:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .. import reference
 from .arguments import BenchmarkArguments, fields_of
 from .inputs import BLOCK, block_inputs
+from .ours import attend, attend_with_tau, difference, outputs, tolerance
 from .peers import PEERS, make_peers
 from .rows import table, write_rows
-from .timing import kernel_times, measure
+from .timing import calls, kernel_times, measure, measured
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +27,12 @@ logger = logging.getLogger(__name__)
 CHECKED_ROWS = 512
 
 
-def time_attention(arguments: BenchmarkArguments) -> list[dict]:
-    """A row per length, noise and implementation: milliseconds, ratio to SDPA cuDNN, error, sparsity, support, MiB."""
+def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> list[dict]:
+    """A row per length, noise and implementation: milliseconds, ratio to SDPA cuDNN, error, sparsity, support, MiB.
+
+    Raises:
+        RuntimeError: where the kernels as they are do not compute the inputs, or are far from float64.
+    """
     from ..kernels.configurations import configured
 
     variants = {"ours": {}} | {f"ours, {change}": fields_of(change) for change in arguments.changes}
@@ -37,9 +44,9 @@ def time_attention(arguments: BenchmarkArguments) -> list[dict]:
     progress = tqdm(cells, desc="benchmark", unit="input")
     softmax: dict[tuple[str, int], dict] = {}
     for length, noise in progress:
-        tensors = block_inputs(arguments, length, noise)
+        tensors = block_inputs(arguments, length, noise, device=device)
         ours, sparsity, support = _describe(arguments, tensors)
-        implementations = dict.fromkeys(variants, lambda q, k, v: _ours(arguments, q, k, v)) | make_peers(arguments)
+        implementations = dict.fromkeys(variants, partial(attend, alpha=arguments.alpha)) | make_peers(arguments)
         group = []
         for name, attention in implementations.items():
             progress.set_postfix_str(f"{length} tokens, noise {noise}, {name}")
@@ -48,11 +55,14 @@ def time_attention(arguments: BenchmarkArguments) -> list[dict]:
                 row = dict(softmax[name, length])
             else:
                 with configured(**variants.get(name, {})):
-                    row = measure(attention, tensors, arguments.repeats)
+                    row = (measured if name == "ours" else measure)(attention, tensors, arguments.repeats)
                     if name in variants and "refused" not in row:
-                        row["error"] = ours if name == "ours" else _describe(arguments, tensors)[0]
-                        if arguments.kernel_times:
-                            row["kernels_ms"] = kernel_times(attention, tensors)
+                        try:
+                            row["error"] = ours if name == "ours" else _describe(arguments, tensors)[0]
+                        except RuntimeError as wrong:
+                            row = {"refused": str(wrong)}
+                    if name in variants and "refused" not in row and arguments.kernel_times:
+                        row["kernels_ms"] = kernel_times(calls(attention, tensors)["training"])
                 if name in PEERS and PEERS[name].softmax:
                     softmax[name, length] = row
             row = {"implementation": name, "length": length, "noise": noise, **row}
@@ -64,7 +74,7 @@ def time_attention(arguments: BenchmarkArguments) -> list[dict]:
                 if base and base.get(f"{kind}_ms") and row.get(f"{kind}_ms"):
                     row[f"{kind}_ratio"] = row[f"{kind}_ms"] / base[f"{kind}_ms"]
         rows += group
-    folder = write_rows(arguments, "cuda", "results.json", rows=rows)
+    folder = write_rows(arguments, device, "results.json", rows=rows)
     print(table(rows, COLUMNS))
     for row in rows:
         if "kernels_ms" in row:
@@ -74,21 +84,17 @@ def time_attention(arguments: BenchmarkArguments) -> list[dict]:
     return rows
 
 
-def _ours(arguments, query, key, value):
-    from ..kernels import entmax_attention
-
-    return entmax_attention(query, key, value, alpha=arguments.alpha)[0]
-
-
 def _describe(arguments, tensors) -> tuple[float, float, float]:
     """Relative error against float64 of the last rows of a head, share of empty blocks, keys with weight per query."""
-    from ..kernels import entmax_attention
-
     query, key, value = tensors
-    out, tau = entmax_attention(query, key, value, alpha=arguments.alpha)
+    out, tau = attend_with_tau(query, key, value, alpha=arguments.alpha)
     last = (query[:1, :1, -CHECKED_ROWS:].double(), key[:1, :1].double(), value[:1, :1].double())
     exact, _ = reference.attention(*last, alpha=arguments.alpha)
-    error = ((out[:1, :1, -CHECKED_ROWS:].double() - exact).norm() / exact.norm()).item()
+    error = difference([out[:1, :1, -CHECKED_ROWS:]], [exact])
+    gradients = outputs(partial(attend, alpha=arguments.alpha), tensors, torch.ones_like(query))
+    difference(gradients, gradients)
+    if not error < tolerance(query.dtype):
+        raise RuntimeError(f"the attention is {error:.1e} away from float64: what is timed is wrong")
     # One group of heads stands for all: the blocks are drawn alike.
     group = query.shape[1] // key.shape[1]
     head = (query[:1, :group], key[:1, :1], tau[:1, :group])

@@ -8,7 +8,9 @@ import torch
 
 from .arguments import KINDS, BenchmarkArguments, check_arguments
 from .attention import time_attention
+from .cold import time_first_calls
 from .decode import benchmark_decoding
+from .grid import time_grid
 from .inputs import block_inputs
 from .model import time_model
 from .packing import time_packing
@@ -46,6 +48,8 @@ _FUNCTIONS = {
     "model": time_model,
     "packing": time_packing,
     "slopes": time_slopes,
+    "grid": time_grid,
+    "cold": time_first_calls,
     "tune": _tune,
 }
 if set(_FUNCTIONS) != set(KINDS):

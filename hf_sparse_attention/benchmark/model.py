@@ -27,7 +27,7 @@ from ..models import dense_config, new_parameter_names, sparse_config
 from ..text import encode_documents, load_tokenizer, read_documents
 from .inputs import BLOCK, DTYPES
 from .rows import table, write_rows
-from .timing import median, seconds, synchronize
+from .timing import kernel_times, median, seconds, synchronize
 
 # A Llama of 1.1 B parameters, together with 32 heads, 8 of keys, of 64.
 ONE_BILLION = {
@@ -38,6 +38,8 @@ ONE_BILLION = {
 LOSS_CHUNK = 4096
 # Loss of the compiled step against the same model run without compilation.
 LOSS_TOLERANCE = 0.01
+# Of the kernels whose time is asked for.
+SHOWN_KERNELS = 12
 SDPA, CUDNN = "softmax, sdpa", "softmax, sdpa cudnn"
 
 
@@ -97,6 +99,11 @@ def time_model(arguments, *, device: str = "cuda", backend: str = "inductor") ->
     step = "forward, loss, backward" + (", fused AdamW" if arguments.optimizer else "")
     write_rows(arguments, device, "model.json", step=step, rows=rows)
     print(table(rows, COLUMNS))
+    for row in (row for row in rows if "kernels_ms" in row):
+        longest = list(row["kernels_ms"].items())[:SHOWN_KERNELS]
+        print(
+            f"{row['length']}, {row['implementation']}: " + ", ".join(f"{name[:60]} {ms:.2f}" for name, ms in longest)
+        )
     print(f"A step is {step}. Empty blocks and keys with a weight: one group of heads per layer.")
     return rows
 
@@ -205,6 +212,8 @@ def _measure(arguments, variant: Variant, weights, tokens, device: str, backend:
         # Where the kernels do not compute a call, it raises.
         stack.enter_context(implementation("triton" if device == "cuda" else "auto"))
         stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
+        # Its key does not say which kernel SDPA is to take: cuDNN's row would be that of what is on disk.
+        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
         synchronize(device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -216,6 +225,8 @@ def _measure(arguments, variant: Variant, weights, tokens, device: str, backend:
             call()
             torch.cuda.synchronize()
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if arguments.kernel_times:
+            row["kernels_ms"] = kernel_times(call)
         row["tokens_per_second"] = tokens.numel() / row["ms"] * 1000
         flops, peak = flops_per_token(model, tokens.shape[1]), peak_flops(torch.device(device))
         if flops and peak:

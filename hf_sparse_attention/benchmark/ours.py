@@ -9,11 +9,16 @@ from .. import reference
 
 def attend(query, key, value, **arguments) -> torch.Tensor:
     """The output of `reference.attention`, whose keyword arguments it takes."""
+    return attend_with_tau(query, key, value, **arguments)[0]
+
+
+def attend_with_tau(query, key, value, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attend`, and tau."""
     if not query.is_cuda:
-        return reference.attention(query, key, value, **arguments)[0]
+        return reference.attention(query, key, value, **arguments)
     from ..kernels import entmax_attention
 
-    return entmax_attention(query, key, value, **arguments)[0]
+    return entmax_attention(query, key, value, **arguments)
 
 
 def outputs(attention, tensors, gradient) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from ..visible import visible_range
 from .inputs import BLOCK, DTYPES, block_inputs
 from .ours import attend, difference, outputs, tolerance
 from .rows import table, write_rows
-from .timing import median, replay
+from .timing import calls, median, replay
 
 
 def document_lengths(tokens: int, documents: int, *, equal: bool, seed: int) -> list[int]:
@@ -65,14 +65,18 @@ def _row(arguments, lengths: list[int], noise: float, device: str) -> dict:
     equal = len(set(lengths)) == 1
     if equal:
         # One batched call: documents beside each other in the batch.
-        calls = [([torch.cat(tensors) for tensors in zip(*parts, strict=True)], torch.cat(gradient.split(lengths, 2)))]
+        separate = [
+            ([torch.cat(tensors) for tensors in zip(*parts, strict=True)], torch.cat(gradient.split(lengths, 2)))
+        ]
     else:
         pieces = [piece.contiguous() for piece in gradient.split(lengths, 2)]
-        calls = [([tensor.contiguous() for tensor in part], piece) for part, piece in zip(parts, pieces, strict=True)]
+        separate = [
+            ([tensor.contiguous() for tensor in part], piece) for part, piece in zip(parts, pieces, strict=True)
+        ]
 
     found = outputs(together, packed, gradient)
     expected = []
-    for tensors in zip(*(outputs(alone, *call) for call in calls), strict=True):
+    for tensors in zip(*(outputs(alone, *call) for call in separate), strict=True):
         # The documents of a batch go one after the other, as those of several calls.
         documents = [piece for tensor in tensors for piece in tensor.split(arguments.batch)]
         expected.append(torch.cat(documents, 2))
@@ -81,8 +85,8 @@ def _row(arguments, lengths: list[int], noise: float, device: str) -> dict:
         raise RuntimeError(f"packed documents differ from the same documents alone by {error:.1e}: leakage or a bug")
     row = {"documents": _words(lengths), "error": error}
     for kind in ("forward", "training"):
-        row[f"{kind}_packed_ms"] = median(_call(kind, together, packed, gradient), arguments.repeats, device)
-        each = [_call(kind, alone, *call) for call in calls]
+        row[f"{kind}_packed_ms"] = median(calls(together, packed, gradient)[kind], arguments.repeats, device)
+        each = [calls(alone, *part)[kind] for part in separate]
         if equal:
             row["alone"] = "one batched call"
             row[f"{kind}_alone_ms"] = median(each[0], arguments.repeats, device)
@@ -99,21 +103,8 @@ def _words(lengths: list[int]) -> str:
     return f"{len(lengths)} of {min(lengths)} to {max(lengths)}"
 
 
-def _call(kind, attention, tensors, gradient):
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-
-    def forward():
-        with torch.no_grad():
-            attention(*tensors)
-
-    def training():
-        torch.autograd.grad(attention(*leaves), leaves, gradient)
-
-    return forward if kind == "forward" else training
-
-
-def _all(calls) -> None:
-    for call in calls:
+def _all(several) -> None:
+    for call in several:
         call()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -17,9 +18,18 @@ def measure(attention, tensors, repeats: int) -> dict:
 
 def measured(attention, tensors, repeats: int) -> dict:
     """As `measure`, but what is refused raises."""
+    device, row = tensors[0].device.type, {}
+    for kind, call in calls(attention, tensors).items():
+        row[f"{kind}_first_call_s"] = seconds(call, device)
+        row[f"{kind}_ms"] = median(call, repeats, device)
+        row[f"{kind}_peak_mib"] = peak_mib(call, device)
+    return row
+
+
+def calls(attention, tensors, gradient: torch.Tensor | None = None) -> dict[str, Callable[[], None]]:
+    """What is timed of `attention(query, key, value)`: "forward" without a graph, "training" with its backward."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    gradient = torch.randn_like(tensors[0])
-    device = gradient.device.type
+    gradient = torch.randn_like(tensors[0]) if gradient is None else gradient
 
     def forward():
         with torch.no_grad():
@@ -28,12 +38,7 @@ def measured(attention, tensors, repeats: int) -> dict:
     def training():
         torch.autograd.grad(attention(*leaves), leaves, gradient)
 
-    row = {}
-    for kind, call in (("forward", forward), ("training", training)):
-        row[f"{kind}_first_call_s"] = seconds(call, device)
-        row[f"{kind}_ms"] = median(call, repeats, device)
-        row[f"{kind}_peak_mib"] = peak_mib(call, device)
-    return row
+    return {"forward": forward, "training": training}
 
 
 def synchronize(device: str) -> None:
@@ -94,14 +99,12 @@ def median(call, repeats: int, device: str = "cuda", *, clear: bool = True) -> f
     return times[len(times) // 2]
 
 
-def kernel_times(attention, tensors) -> dict[str, float]:
-    """Milliseconds on the GPU by kernel, of one forward and backward; what takes less than 1 us is left out."""
+def kernel_times(call) -> dict[str, float]:
+    """Milliseconds on the GPU by kernel, the longest first; what takes less than 1 us is left out."""
     from torch.profiler import ProfilerActivity, profile
 
-    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    gradient = torch.randn_like(tensors[0])
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        torch.autograd.grad(attention(*leaves), leaves, gradient)
+        call()
         torch.cuda.synchronize()
     times = {event.key: event.device_time_total / 1000 for event in recorded.key_averages()}
     return {name: time for name, time in sorted(times.items(), key=lambda item: -item[1]) if time >= 0.001}
