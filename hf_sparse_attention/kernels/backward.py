@@ -194,8 +194,11 @@ def _query_gradient_kernel(
     tl.store(pair_ptr + tau_rows * 2 + 1, delta, mask=row_mask)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
+    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha; and of u and g u, from the same
+    # products: the mean of the slopes cancels against the first where one key holds the weight, a stored one would not.
     gain = tl.zeros((BLOCK_M,), tl.float32)
+    slopes = tl.zeros((BLOCK_M,), tl.float32)
+    slope_gain = tl.zeros((BLOCK_M,), tl.float32)
     gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
     entropy = tl.zeros((BLOCK_M,), tl.float32)
     seen_start, seen_end = seen_by_all(start, end, keys)
@@ -220,6 +223,8 @@ def _query_gradient_kernel(
         if ALPHA_GRADIENT:
             p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
             gain += tl.sum(gradient * p, 1)
+            slopes += tl.sum(u, 1)
+            slope_gain += tl.sum(gradient * u, 1)
             gain_entropy += tl.sum(gradient * p_log, 1)
             entropy += tl.sum(p_log, 1)
         ds = u * (gradient - delta[:, None])
@@ -236,6 +241,8 @@ def _query_gradient_kernel(
             if ALPHA_GRADIENT:
                 p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
                 gain += tl.sum(gradient * p, 1)
+                slopes += tl.sum(u, 1)
+                slope_gain += tl.sum(gradient * u, 1)
                 gain_entropy += tl.sum(gradient * p_log, 1)
                 entropy += tl.sum(p_log, 1)
             ds = u * (gradient - delta[:, None])
@@ -252,7 +259,8 @@ def _query_gradient_kernel(
     )
     if ALPHA_GRADIENT:
         inverse = 1.0 / (alpha_head - 1.0)
-        dalpha = (gain - delta) * inverse * inverse - (gain_entropy - delta * entropy) * inverse
+        mean_gain = slope_gain / tl.where(slopes > 0, slopes, 1.0)
+        dalpha = (gain - mean_gain) * inverse * inverse - (gain_entropy - mean_gain * entropy) * inverse
         tl.store(dalpha_ptr + tau_rows, tl.where(tau < float("inf"), dalpha, 0.0), mask=row_mask)
 
 
