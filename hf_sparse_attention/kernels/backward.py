@@ -195,7 +195,7 @@ def _query_gradient_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha; and of u and g u, from the same
-    # products: the mean of the slopes cancels against the first where one key holds the weight, a stored one would not.
+    # products: the mean of the slopes cancels against the first where one key holds the weight; a stored one would not.
     gain = tl.zeros((BLOCK_M,), tl.float32)
     slopes = tl.zeros((BLOCK_M,), tl.float32)
     slope_gain = tl.zeros((BLOCK_M,), tl.float32)
