@@ -15,8 +15,9 @@ import hf_sparse_attention as hsa
 from hf_sparse_attention import cli, reference
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.benchmark import BenchmarkArguments, attention, cold, grid, model, packing, slopes
-from hf_sparse_attention.benchmark.arguments import KINDS, check_arguments
+from hf_sparse_attention.benchmark.arguments import KINDS, check_arguments, fields_of
 from hf_sparse_attention.convert import ConvertArguments, convert_model
+from hf_sparse_attention.kernels.configurations import Launch
 from hf_sparse_attention.models import dense_config, sparse_config
 from hf_sparse_attention.visible import visible_range
 
@@ -90,6 +91,14 @@ def test_bad_options_are_named(words, reason, capsys):
 def test_nothing_is_timed_without_a_gpu(what, capsys):
     assert cli.main(["benchmark", "--what", what]) == 2
     assert "no CUDA or ROCm device" in capsys.readouterr().err
+
+
+def test_changes_name_numbers_switches_and_launches():
+    found = fields_of("stray_limit=64,split=true,forward=4:3,refine=8:2:128")
+    assert found == {"stray_limit": 64, "split": True, "forward": Launch(4, 3), "refine": Launch(8, 2, 128)}
+    for text in ("stray_limit", "forward=4:x", "split=yes", "forward=1:2:3:4"):
+        with pytest.raises(ValueError, match="changes has|Launch"):
+            check_arguments(parsed("--changes", text))
 
 
 def test_a_step_with_every_map_beside_softmax(tmp_path, capsys):

@@ -103,9 +103,7 @@ class BenchmarkArguments:
     )
     changes: list[str] = field(
         default_factory=list,
-        metadata=_help(
-            "attention: fields of the kernels' configuration to time as well, like stray_limit=64,split=true"
-        ),
+        metadata=_help("attention: kernel configurations to time as well, like stray_limit=64,split=true,forward=4:3"),
     )
     kernel_times: bool = field(
         default=False, metadata=_help("attention and model: also print the time of each kernel")
@@ -227,10 +225,16 @@ def _check_model(arguments: BenchmarkArguments, default: BenchmarkArguments) -> 
             raise ValueError(f"shape has {field_of_config!r}; write it like num_hidden_layers=32")
 
 
-def fields_of(change: str) -> dict[str, int | bool]:
-    """stray_limit=64,split=true -> names and values."""
+def fields_of(change: str) -> dict:
+    """stray_limit=64,split=true,forward=4:3 -> names and values; 4:3 stands for a `Launch` of 4 warps and 3 stages."""
+    from ..kernels.configurations import Launch
+
+    def value_of(text):
+        if text in ("true", "false"):
+            return text == "true"
+        return Launch(*(int(number) for number in text.split(":"))) if ":" in text else int(text)
+
     try:
-        parts = [part.split("=") for part in change.split(",")]
-        return {name: value == "true" if value in ("true", "false") else int(value) for name, value in parts}
-    except ValueError:
-        raise ValueError(f"changes has {change!r}; write it like stray_limit=64,split=true") from None
+        return {name: value_of(value) for name, value in (part.split("=") for part in change.split(","))}
+    except (TypeError, ValueError):
+        raise ValueError(f"changes has {change!r}; write it like stray_limit=64,split=true,forward=4:3") from None
