@@ -68,6 +68,7 @@ def test_what_is_timed_is_one_word_and_has_its_own_defaults():
         (["--what", "model", "--maps", "softmax"], "maps has 'softmax'"),
         (["--what", "model", "--shape", "num_hidden_layers"], "write it like"),
         (["--what", "model", "--shape", "head_dim=8"], "use --heads"),
+        (["--what", "model", "--shape", "num_layers=8"], "num_layers, which is no field"),
         (["--what", "model", "--text", "a.txt"], "name a --model"),
         (["--what", "model", "--compile", "yes"], "compile is 'yes'"),
         (["--what", "slopes", "--kernel_times"], "kernel_times: not read by what 'slopes', but by attention, model"),
@@ -102,8 +103,9 @@ def test_changes_name_numbers_switches_and_launches():
 
 
 def test_a_step_with_every_map_beside_softmax(tmp_path, capsys):
-    maps = list(hsa.MAPS)
-    rows = model.time_model(small_model(tmp_path, maps=maps, lengths=[64, 128], optimizer=True), device="cpu")
+    maps, shape = list(hsa.MAPS), [*SHAPE, "initializer_range=0.03"]
+    arguments = small_model(tmp_path, maps=maps, lengths=[64, 128], optimizer=True, shape=shape)
+    rows = model.time_model(arguments, device="cpu")
     assert [row["implementation"] for row in rows] == [model.SDPA, *maps] * 2
     assert saved(tmp_path, "model.json")["rows"] == rows
     assert saved(tmp_path, "model.json")["step"].endswith("fused AdamW")
