@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 
 from bounds import check_against_reference, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
-from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, poisoned, randn, same_products  # noqa: E402, F401
+from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, poisoned, randn, same_products, tile_lists  # noqa: E402, F401
 
 from hf_sparse_attention import benchmark  # noqa: E402
 from hf_sparse_attention.kernels import configurations, entmax_attention, gather, operators  # noqa: E402
@@ -176,7 +176,9 @@ def test_without_a_backward_the_output_holds_the_strays(head_dim, short_lists, c
     strays, kept, none = (strays for *_, strays in collected)
     assert strays.pool.data_ptr() == out.data_ptr() and kept.out is None and none is None
     assert torch.equal(strays.counts[..., ::2], kept.counts[..., ::2]) and (kept.counts[..., ::2] > 0).any()
-    assert torch.equal(out, kept_out) and torch.equal(tau, kept_tau)
+    # Where a backward follows the last steps of the refinement are others.
+    torch.testing.assert_close(tau, kept_tau, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(out, kept_out, atol=1e-3, rtol=2e-3)
     assert (out.double() - plain.double()).norm() < 4 * torch.finfo(HALF).eps * plain.double().norm()
 
 

@@ -17,6 +17,7 @@ from .tiles import (
     key_scores,
     listed_start,
     load_block,
+    logarithm,
     masked_scores,
     row_ranges,
     weights,
@@ -149,7 +150,13 @@ def _query_gradient_kernel(
         # g and its mean from the same products cancel exactly where one key holds the slope; a stored mean would not.
         slope_sum = tl.zeros((BLOCK_M,), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
-        for index in range(0, pieces):
+        walked_pieces = pieces
+        walked_strays = strays
+        if ALPHA_KIND == 2:
+            # In half precision only heads of alpha > 2 need it: the others walk nothing here.
+            walked_pieces = tl.where(alpha_head > 2.0, pieces, 0)
+            walked_strays = tl.where(alpha_head > 2.0, strays, 0)
+        for index in range(0, walked_pieces):
             first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
             k = load_block(
                 k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
@@ -169,7 +176,7 @@ def _query_gradient_kernel(
             slope_sum += tl.sum(u, 1)
             delta += tl.sum(u * gradient, 1)
         if ROOM > 0:
-            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
+            for index in tl.range(0, tl.cdiv(walked_strays, BLOCK_N), num_stages=STRAY_STAGES):
                 p, u, entries, held, own, chosen = stray_weights(
                     code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, tau_ptr + tau_row,
                     exponent, ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
@@ -179,9 +186,10 @@ def _query_gradient_kernel(
                 slope_sum += tl.sum(u, 1)
                 delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
-    else:
+    if not TWO_WALKS or ALPHA_KIND == 2:
         mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
-        delta = tl.sum(do.to(tl.float32) * mean, 1)
+        stored = tl.sum(do.to(tl.float32) * mean, 1)
+        delta = tl.where(alpha_head > 2.0, delta, stored) if TWO_WALKS else stored
     # Whole tiles, so that the key gradient needs no mask: past the end a finite number above every score.
     padded = list_queries * TILE
     pair_rows = (head_index.to(tl.int64) * padded + rows) * 2
@@ -189,8 +197,11 @@ def _query_gradient_kernel(
     tl.store(pair_ptr + pair_rows + 1, delta, mask=rows < padded)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
+    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha; and of u and g u, from the same
+    # products: where one key holds the weight their mean cancels against the first, a stored mean would not.
     gain = tl.zeros((BLOCK_M,), tl.float32)
+    slopes = tl.zeros((BLOCK_M,), tl.float32)
+    slope_gain = tl.zeros((BLOCK_M,), tl.float32)
     gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
     entropy = tl.zeros((BLOCK_M,), tl.float32)
     seen_start, seen_end = seen_by_all(start, end, keys)
@@ -213,8 +224,10 @@ def _query_gradient_kernel(
         gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
         if ALPHA_GRADIENT:
-            p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+            p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
             gain += tl.sum(gradient * p, 1)
+            slopes += tl.sum(u, 1)
+            slope_gain += tl.sum(gradient * u, 1)
             gain_entropy += tl.sum(gradient * p_log, 1)
             entropy += tl.sum(p_log, 1)
         ds = u * (gradient - delta[:, None])
@@ -229,8 +242,10 @@ def _query_gradient_kernel(
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if ALPHA_GRADIENT:
-                p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+                p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
                 gain += tl.sum(gradient * p, 1)
+                slopes += tl.sum(u, 1)
+                slope_gain += tl.sum(gradient * u, 1)
                 gain_entropy += tl.sum(gradient * p_log, 1)
                 entropy += tl.sum(p_log, 1)
             ds = u * (gradient - delta[:, None])
@@ -247,7 +262,8 @@ def _query_gradient_kernel(
     )
     if ALPHA_GRADIENT:
         inverse = 1.0 / (alpha_head - 1.0)
-        dalpha = (gain - delta) * inverse * inverse - (gain_entropy - delta * entropy) * inverse
+        mean_gain = slope_gain / tl.where(slopes > 0, slopes, 1.0)
+        dalpha = (gain - mean_gain) * inverse * inverse - (gain_entropy - mean_gain * entropy) * inverse
         tl.store(dalpha_ptr + tau_rows, tl.where(tau < float("inf"), dalpha, 0.0), mask=row_mask)
 
 
@@ -286,9 +302,9 @@ def _add_queries(
     )  # fmt: skip
     # One load of pairs: of two vectors every thread would fetch what its part of the tile needs, address by address.
     tau, delta = tl.split(tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :]))
-    if (TWO_WALKS and ALPHA_KIND == 0) or q.dtype == tl.float32:
+    if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
-        # those scores, and in float32 a score that differs is most of the error.
+        # those scores, and in float32 a score that differs is most of the error. Of a tensor no one knows beforehand.
         x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
         gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
     else:

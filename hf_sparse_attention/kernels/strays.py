@@ -111,7 +111,7 @@ def stray_weights(
     signs = tl.where((bit < 7)[None, :], 1 - 2 * ((local[:, None] >> bit[None, :]) & 1), 0)
     own_signs = tl.where((bit < 7)[:, None] & held[None, :], 1 - 2 * ((own[None, :] >> bit[:, None]) & 1), 0)
     mine = tl.dot(signs.to(tl.float16), own_signs.to(tl.float16)) > 6.5
-    if ALPHA_KIND == 0:
+    if ALPHA_KIND < 15:
         # Logarithm and exponential once per stray, not once per place of the block.
         points = tl.load(point_ptr + own * POINTS, mask=held, other=0.0)
         stray_p, stray_u = weights(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
