@@ -55,14 +55,14 @@ def strays_of(strays, head, row_tile, rows, queries):
     return list(zip((first + (codes >> 21)).tolist(), (codes & 0x1FFFFF).tolist(), strict=True)), scores
 
 
-@pytest.mark.parametrize("limit", [15, 60])
-def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, short_lists, collected, poisoned):  # noqa: F811
+@pytest.mark.parametrize("limit, inner", [(15, 64), (60, 64), (60, 32)])
+def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, inner, short_lists, collected, poisoned):  # noqa: F811
     queries, heads = 330, 2
     query, key, value = (randn(1, count, queries, 32, seed=seed) for seed, count in enumerate((heads, 1, 1)))
     # One tile of keys that most queries want, so that lists keep tiles and lose tiles.
     query = 3 * query + 1.0
     key[:, :, 128:160] += 0.7
-    with configured(stray_limit=limit, stray_room=16):
+    with configured(stray_limit=limit, stray_room=16, inner=inner):
         entmax_attention(query.requires_grad_(), key, value, alpha=1.5)
     [(call, bound, before, lists, strays)] = collected
     x = 0.5 * (call.query.detach().double() @ call.key.double().transpose(-1, -2)) * 32**-0.5
@@ -83,9 +83,10 @@ def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, short_
             assert all(
                 (x[0, head, pair[0], pair[1]] - bound[0, head, pair[0]]).abs() < 1e-6 for pair in set(pairs) ^ expected
             )
-            # By tile, word, query and bit, as the words of a tile hold its columns.
-            bits = [key % 4 // 2 * 16 + key % TILE // 8 * 2 + key % 2 for _, key in pairs]
-            order = [(key // TILE, key % 8 // 4, query, bit) for (query, key), bit in zip(pairs, bits, strict=True)]
+            # By tile, word, query and bit: a word has the columns of 8 that stand at the same places, of one piece.
+            words = [key % TILE // inner * (inner // 32) + key % 8 // (256 // inner) for _, key in pairs]
+            bits = [(key % 8 // 2, key % inner // 8, key % 2) for _, key in pairs]
+            order = [(pair[1] // TILE, word, pair[0], bit) for pair, word, bit in zip(pairs, words, bits, strict=True)]
             assert order == sorted(order), "the order hangs on nothing but the pairs"
             exact = torch.tensor([x[0, head, query, key] for query, key in pairs], dtype=torch.float64)
             assert torch.allclose(scores.double().cpu(), exact, atol=1e-5)
