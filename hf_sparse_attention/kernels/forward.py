@@ -128,7 +128,7 @@ def _forward_kernel(
             q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
             mask_base, stride_mn, stride_mk,
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
-            FUSED=HALF and ALPHA_KIND >= 15,
+            FUSED=HALF and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
         parts += lane_sums(p)
@@ -196,8 +196,8 @@ def attend(call, point, lists, save, strays=None):
     # In float32 whatever the input: the backward subtracts its product from another.
     mean = torch.empty_like(out, dtype=torch.float32) if save else None
     tau = torch.empty_like(point)
-    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.forward if rows == TILE else config.forward_pairs
         _forward_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),
