@@ -286,8 +286,9 @@ def _refine_kernel(
             point, lower, upper, sums, slope_sum, curvature, exponent, alpha_head, iteration,
             ALPHA_KIND=ALPHA_KIND, EXACT=EXACT, CURVED=CURVED,
         )  # fmt: skip
-        # Steps below the resolution of float32 settle nothing.
-        resolution = tl.where(alpha_head > 2.0, 6e-8, 1.5e-7)
+        # Steps below the resolution of float32 settle nothing. Above alpha = 2 only a closed bracket settles a row: a
+        # small step can stand far from the end that is taken.
+        resolution = tl.where(alpha_head > 2.0, 0.0, 1.5e-7)
         left = tl.where(empty | (tl.abs(step) <= resolution * tl.abs(point)), 0.0, left)
         tl.store(following, tl.where(empty, point, point + step), mask=row_mask)
         if SLOT > 1:
@@ -297,7 +298,7 @@ def _refine_kernel(
         tolerance = TOLERANCE
         if ALPHA_KIND < 15:
             # The slopes of alpha > 2 are not bounded at the threshold: tau is needed to its last digits in any dtype.
-            tolerance = tl.where(alpha_head > 2.0, 1e-7, TOLERANCE)
+            tolerance = tl.where(alpha_head > 2.0, 0.0, TOLERANCE)
         unsettled = ((tl.max(left, 0) > tolerance) & (iteration < 90)).to(tl.int32)
 
     tl.debug_barrier()
