@@ -25,8 +25,8 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
         step = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
     else:
         step = (sums - 1.0) / (exponent * divisor)
-        # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the way
-        # of a key to the threshold.
+        # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the
+        # way of a key to the threshold.
         step = tl.where(alpha > 2.0, tl.where(tl.abs(sums - 1.0) < 1e-6, step, 0.0), step)
     return tl.where(positive, step, 0.0)
 
@@ -129,7 +129,7 @@ def _forward_kernel(
             q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
             mask_base, stride_mn, stride_mk,
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
-            FUSED=HALF and ALPHA_KIND >= 15,
+            FUSED=HALF and (ALPHA_KIND == 1 or ALPHA_KIND >= 15),
         )  # fmt: skip
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
         parts += lane_sums(p)
