@@ -15,8 +15,9 @@ import hf_sparse_attention as hsa
 from hf_sparse_attention import cli, reference
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.benchmark import BenchmarkArguments, attention, cold, grid, model, packing, slopes
-from hf_sparse_attention.benchmark.arguments import KINDS, check_arguments
+from hf_sparse_attention.benchmark.arguments import KINDS, check_arguments, fields_of
 from hf_sparse_attention.convert import ConvertArguments, convert_model
+from hf_sparse_attention.kernels.configurations import Launch
 from hf_sparse_attention.models import dense_config, sparse_config
 from hf_sparse_attention.visible import visible_range
 
@@ -67,6 +68,7 @@ def test_what_is_timed_is_one_word_and_has_its_own_defaults():
         (["--what", "model", "--maps", "softmax"], "maps has 'softmax'"),
         (["--what", "model", "--shape", "num_hidden_layers"], "write it like"),
         (["--what", "model", "--shape", "head_dim=8"], "use --heads"),
+        (["--what", "model", "--shape", "num_layers=8"], "num_layers, which is no field"),
         (["--what", "model", "--text", "a.txt"], "name a --model"),
         (["--what", "model", "--compile", "yes"], "compile is 'yes'"),
         (["--what", "slopes", "--kernel_times"], "kernel_times: not read by what 'slopes', but by attention, model"),
@@ -92,9 +94,18 @@ def test_nothing_is_timed_without_a_gpu(what, capsys):
     assert "no CUDA or ROCm device" in capsys.readouterr().err
 
 
+def test_changes_name_numbers_switches_and_launches():
+    found = fields_of("stray_limit=64,split=true,forward=4:3,refine=8:2:128")
+    assert found == {"stray_limit": 64, "split": True, "forward": Launch(4, 3), "refine": Launch(8, 2, 128)}
+    for text in ("stray_limit", "forward=4:x", "split=yes", "forward=1:2:3:4"):
+        with pytest.raises(ValueError, match="changes has|Launch"):
+            check_arguments(parsed("--changes", text))
+
+
 def test_a_step_with_every_map_beside_softmax(tmp_path, capsys):
-    maps = list(hsa.MAPS)
-    rows = model.time_model(small_model(tmp_path, maps=maps, lengths=[64, 128], optimizer=True), device="cpu")
+    maps, shape = list(hsa.MAPS), [*SHAPE, "initializer_range=0.03"]
+    arguments = small_model(tmp_path, maps=maps, lengths=[64, 128], optimizer=True, shape=shape)
+    rows = model.time_model(arguments, device="cpu")
     assert [row["implementation"] for row in rows] == [model.SDPA, *maps] * 2
     assert saved(tmp_path, "model.json")["rows"] == rows
     assert saved(tmp_path, "model.json")["step"].endswith("fused AdamW")

@@ -20,6 +20,7 @@ from hf_sparse_attention import reference  # noqa: E402
 from hf_sparse_attention.kernels import (  # noqa: E402
     backward,
     compiling,
+    configurations,
     entmax_attention,
     forward,
     gather,
@@ -59,6 +60,13 @@ def same_products(monkeypatch):
         return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def tile_lists():
+    """Calls of few keys take the kernels of tile lists too; those of `short.py` have tests of their own."""
+    with configurations.configured(short_keys=0):
+        yield
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton")
 
 from bounds import check_against_reference, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
-from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, poisoned, randn, same_products  # noqa: E402, F401
+from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, poisoned, randn, same_products, tile_lists  # noqa: E402, F401
 
 from hf_sparse_attention import benchmark  # noqa: E402
 from hf_sparse_attention.kernels import configurations, entmax_attention, gather, operators  # noqa: E402

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from transformers import LlamaConfig
+
 from ..config import SPECIFICATIONS
 from .inputs import BLOCK, DTYPES
 from .peers import PEERS
@@ -103,9 +105,7 @@ class BenchmarkArguments:
     )
     changes: list[str] = field(
         default_factory=list,
-        metadata=_help(
-            "attention: fields of the kernels' configuration to time as well, like stray_limit=64,split=true"
-        ),
+        metadata=_help("attention: kernel configurations to time as well, like stray_limit=64,split=true,forward=4:3"),
     )
     kernel_times: bool = field(
         default=False, metadata=_help("attention and model: also print the time of each kernel")
@@ -219,12 +219,24 @@ def _check_model(arguments: BenchmarkArguments, default: BenchmarkArguments) -> 
         raise ValueError(f"{', '.join(own)} is given, but {arguments.model} has its own")
     if arguments.model is None and arguments.text:
         raise ValueError("text is given, but a model with random weights reads random tokens: name a --model")
-    for field_of_config in arguments.shape:
-        name, _, value = field_of_config.partition("=")
+    known = set(LlamaConfig().to_dict())
+    for name in shape_of(arguments.shape):
         if name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
             raise ValueError(f"shape has {name}; use --heads, --kv_heads and --head_dim")
-        if not value.isdecimal():
-            raise ValueError(f"shape has {field_of_config!r}; write it like num_hidden_layers=32")
+        if name not in known:
+            raise ValueError(f"shape has {name}, which is no field of LlamaConfig")
+
+
+def shape_of(fields_of_config: list[str]) -> dict[str, int | float]:
+    """["num_hidden_layers=4", "initializer_range=0.1"] -> names and values."""
+    values = {}
+    for one in fields_of_config:
+        name, _, value = one.partition("=")
+        try:
+            values[name] = int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            raise ValueError(f"shape has {one!r}; write it like num_hidden_layers=32") from None
+    return values
 
 
 def fields_of(change: str) -> dict:

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,9 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from .. import reference
 from ..cache import BoundedStaticCache, update_page_bounds
-from ..config import VERSION
-from ..files import write_json
 from ..tables import number, plain
+from .rows import write_rows
+from .timing import median, replay
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +46,10 @@ def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | Non
     """
     from ..kernels.decode import decoding
 
-    timer = timer or (lambda call: replayed_milliseconds(call, arguments.repeats))
+    timer = timer or (lambda call: median(replay(call), arguments.repeats))
     with decoding(True):
         rows, generated = _measure(arguments, device, timer, shape or ONE_BILLION)
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    card = {"device": name, "torch": torch.__version__, "version": VERSION, "arguments": asdict(arguments)}
-    write_json(folder / "decode.json", {**card, "rows": rows, "generation": generated})
+    folder = write_rows(arguments, device, "decode.json", rows=rows, generation=generated)
     print(step_table(rows))
     if generated:
         print(generation_table(generated))
@@ -174,30 +169,6 @@ def _eager(query, key, value):
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = query @ key.mT * query.shape[-1] ** -0.5
     return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
-
-
-def replayed_milliseconds(call: Callable, repeats: int) -> float:
-    """Median time of a replay of the call's CUDA graph, with a cold cache."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    clear, pairs = torch.empty(1 << 28, dtype=torch.uint8, device="cuda"), []
-    for _ in range(repeats + 2):
-        clear.zero_()
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
-        graph.replay()
-        pair[1].record()
-        pairs.append(pair)
-    torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in pairs[2:])
-    return times[len(times) // 2]
 
 
 def _kernel_milliseconds(call: Callable) -> dict[str, float]:

@@ -25,6 +25,7 @@ from ..config import SparseAttentionConfig
 from ..loading import find_model, load_model
 from ..models import dense_config, new_parameter_names, sparse_config
 from ..text import encode_documents, load_tokenizer, read_documents
+from .arguments import shape_of
 from .inputs import BLOCK, DTYPES
 from .rows import table, write_rows
 from .timing import kernel_times, median, seconds, synchronize
@@ -115,9 +116,8 @@ def _is_softmax(row: dict) -> bool:
 def _source(arguments, device: str):
     """Config of the model, its weights by name, and length -> its tokens (batch, length)."""
     if arguments.model is None:
-        shape = {name: int(value) for name, _, value in (one.partition("=") for one in arguments.shape)}
         config = LlamaConfig(
-            **ONE_BILLION | shape,
+            **ONE_BILLION | shape_of(arguments.shape),
             num_attention_heads=arguments.heads,
             num_key_value_heads=arguments.kv_heads,
             head_dim=arguments.head_dim,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
-from .edges import edge_scores, seen_by_all, turn_start, turns
+from .edges import edge_scores, seen_by_all, sees, turn_start, turns
 from .strays import add_strays, gather_rows, move_strays, stray_arguments, stray_weights, transpose
 from .tiles import (
     entmax_parameters,
@@ -190,12 +190,15 @@ def _query_gradient_kernel(
         mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
         stored = tl.sum(do.to(tl.float32) * mean, 1)
         delta = tl.where(alpha_head > 2.0, delta, stored) if TWO_WALKS else stored
-    tl.store(pair_ptr + tau_rows * 2, tau, mask=row_mask)
-    tl.store(pair_ptr + tau_rows * 2 + 1, delta, mask=row_mask)
+    # Whole tiles, so that the key gradient needs no mask: past the end a finite number above every score.
+    padded = list_queries * TILE
+    pair_rows = (head_index.to(tl.int64) * padded + rows) * 2
+    tl.store(pair_ptr + pair_rows, tl.where(row_mask, tau, 1e30), mask=rows < padded)
+    tl.store(pair_ptr + pair_rows + 1, delta, mask=rows < padded)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha; and of u and g u, from the same
-    # products: the mean of the slopes cancels against the first where one key holds the weight; a stored one would not.
+    # products: where one key holds the weight their mean cancels against the first, a stored mean would not.
     gain = tl.zeros((BLOCK_M,), tl.float32)
     slopes = tl.zeros((BLOCK_M,), tl.float32)
     slope_gain = tl.zeros((BLOCK_M,), tl.float32)
@@ -268,7 +271,7 @@ def _query_gradient_kernel(
 def _add_queries(
     dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
     columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-    factor, slope, exponent, mask_base, stride_mn, stride_mk,
+    factor, slope, exponent, mask_base, stride_mn, stride_mk, cut,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
@@ -279,13 +282,12 @@ def _add_queries(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys with what the queries from first_row on add to them."""
+    """dk and dv of a tile of keys with what the queries from first_row on add to them; cut: not all see it whole."""
     rows = first_row + pieces
     row_mask = rows < queries
     # A bias is measured from the end of the range.
-    if MASKED or HAS_SLOPES:
+    if HAS_SLOPES:
         start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
     else:
         start = rows
@@ -299,9 +301,7 @@ def _add_queries(
         BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
     )  # fmt: skip
     # One load of pairs: of two vectors every thread would fetch what its part of the tile needs, address by address.
-    # Past the end a finite number above every score: u is zero there, and zero times it as well.
-    pairs = tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :], mask=row_mask[:, None], other=1e30)
-    tau, delta = tl.split(pairs)
+    tau, delta = tl.split(tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :]))
     if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
         # those scores, and in float32 a score that differs is most of the error. Of a tensor no one knows beforehand.
@@ -315,10 +315,22 @@ def _add_queries(
     if HAS_MASK:
         mask_ptrs = mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
         inside = column_mask[:, None] & row_mask[None, :]
+    # As for the queries: the factor last where that is one instruction with tau.
+    LATE: tl.constexpr = q.dtype != tl.float32 and ALPHA_KIND >= 15 and not HAS_SLOPES
     x = masked_scores(
-        x, factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
-        MASKED=MASKED, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+        x, 1.0 if LATE else factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
+        MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
     )  # fmt: skip
+    if cut:
+        if RANGE_KIND == 1:
+            # Columns and rows past the end are of no consequence.
+            seen = columns[:, None] - rows[None, :] < keys - queries + 1
+        else:
+            start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
+            seen = sees(columns[:, None], start[None, :], end[None, :], RANGE_KIND=RANGE_KIND)
+        x = tl.where(seen, x, float("-inf"))
+    if LATE:
+        x *= factor
     p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = u * (gradient - delta[None, :])
@@ -380,6 +392,7 @@ def _key_gradient_kernel(
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
 
+    last_key = key_tile * BLOCK + BLOCK
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for member in range(0, GROUP):
@@ -394,46 +407,36 @@ def _key_gradient_kernel(
         else:
             q_source = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
             do_source = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-        pair_base = pair_ptr + head_index.to(tl.int64) * queries * 2
+        pair_base = pair_ptr + head_index.to(tl.int64) * query_tiles * (BLOCK * 2)
         mask_base = mask_ptr
         if HAS_MASK:
             mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
         list_row = head_index.to(tl.int64) * key_tiles + key_tile
         lists = list_ptr + list_row * query_tiles
+        PIECES: tl.constexpr = BLOCK // BLOCK_N
         if SPLIT:
-            for index in range(0, tl.load(count_ptr + list_row * 2) * (BLOCK // BLOCK_N)):
-                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                dk, dv = _add_queries(
-                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                    PRECISION=PRECISION, MASKED=False,
-                )  # fmt: skip
-            # The tiles that some row's range cuts stand at the end of the row.
-            first_cut = (query_tiles - tl.load(count_ptr + list_row * 2 + 1)) * (BLOCK // BLOCK_N)
-            for index in range(first_cut, query_tiles * (BLOCK // BLOCK_N)):
-                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                dk, dv = _add_queries(
-                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                    PRECISION=PRECISION, MASKED=True,
-                )  # fmt: skip
+            whole = tl.load(count_ptr + list_row * 2) * PIECES
+            total = whole + tl.load(count_ptr + list_row * 2 + 1) * PIECES
         else:
-            for index in range(0, tl.load(count_ptr + list_row) * (BLOCK // BLOCK_N)):
+            whole = 0
+            total = tl.load(count_ptr + list_row) * PIECES
+        for index in range(0, total):
+            if SPLIT:
+                # The tiles that some row's range cuts stand at the end of the row.
+                cut = index >= whole
+                place = index + tl.where(cut, query_tiles * PIECES - total, 0)
+                first_row = listed_start(lists, place, TILE=BLOCK, BLOCK_N=BLOCK_N)
+            else:
                 first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                dk, dv = _add_queries(
-                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                    PRECISION=PRECISION, MASKED=True,
-                )  # fmt: skip
+                cut = first_row + (keys - queries + 1) < last_key if RANGE_KIND == 1 else False
+            dk, dv = _add_queries(
+                dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+                columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
+                factor, slope, exponent, mask_base, stride_mn, stride_mk, cut,
+                ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                PRECISION=PRECISION,
+            )  # fmt: skip
     if STRAYS:
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
@@ -458,7 +461,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     dkey = torch.empty((batch, keys, groups, head_dim), dtype=key.dtype, device=device).transpose(1, 2)
     dvalue = torch.empty((batch, keys, groups, head_dim), dtype=value.dtype, device=device).transpose(1, 2)
     # tau and delta of every query side by side, as the key gradient reads them.
-    pairs = torch.empty((*tau.shape, 2), dtype=torch.float32, device=device)
+    pairs = torch.empty((batch, heads, call.query_tiles * TILE, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
     stray_pointers, room = stray_arguments(strays)
     moved, moved_pointers = 0, (None,) * 5

@@ -59,6 +59,13 @@ class Configuration:
     # Whether the key gradient walks tiles seen whole without a mask even where only the diagonal cuts tiles; with
     # visible ranges it always does.
     split: bool = False
+    # Calls of at most so many keys, and as many queries, are computed by `short.py`; 0: none are.
+    short_keys: int = 256
+    # Queries a program of it takes at once, and keys of a block of its scores.
+    short_rows: int = TILE
+    short_columns: int = 32
+    short_forward: Launch = Launch(4, 1)
+    short_backward: Launch = Launch(4, 1)
     measured: str = ""
 
 
@@ -82,6 +89,11 @@ def _default(element_size, block_dim):
         collect=Launch(warps, stages),
         collect_pairs=Launch(8, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
+        # Where registers hold the scores and spill little else.
+        short_keys=256 if block_dim * element_size <= (64 if element_size == 4 else 256) else 128 * (block_dim == 64),
+        short_rows=32 if block_dim <= 32 else TILE,
+        short_forward=Launch(2 if block_dim <= 32 else 4, 1),
+        short_backward=Launch(2 if block_dim <= 32 else 4, 1),
     )
 
 
@@ -173,6 +185,11 @@ def _checked(configuration):
         raise ValueError(f"stray_limit is {configuration.stray_limit}; 0 turns strays off")
     if configuration.stray_limit and configuration.inner < 32:
         raise ValueError(f"inner is {configuration.inner}; strays (stray_limit > 0) need 32 or {TILE}")
+    if configuration.short_keys < 0:
+        raise ValueError(f"short_keys is {configuration.short_keys}; 0 leaves every call to the tile lists")
+    for name in ("short_rows", "short_columns"):
+        if getattr(configuration, name) not in (16, 32, TILE):
+            raise ValueError(f"{name} is {getattr(configuration, name)}, not 16, 32 or {TILE}")
     for name in ("stray_room", "stray_stages", "collect_programs"):
         if getattr(configuration, name) < 1:
             raise ValueError(f"{name} is {getattr(configuration, name)}; the least is 1")

@@ -13,8 +13,18 @@ from .tiles import key_scores, listed_start
 @triton.jit
 def seen_by_all(start, end, keys):
     """From which key to which every row sees every key; rows that see nothing do not count."""
-    sees = start < end
-    return tl.max(tl.where(sees, start, 0), 0), tl.min(tl.where(sees, end, keys), 0)
+    some = start < end
+    return tl.max(tl.where(some, start, 0), 0), tl.min(tl.where(some, end, keys), 0)
+
+
+@triton.jit
+def sees(columns, start, end, RANGE_KIND: tl.constexpr):
+    """Whether rows that see the keys from start to end see these columns; all three broadcast."""
+    if RANGE_KIND == 2:
+        # One unsigned comparison for start <= column < end: two are packed bit by bit into registers (NOTES.md).
+        return (columns - start).to(tl.uint32) < tl.maximum(end - start, 0).to(tl.uint32)
+    else:
+        return columns < end
 
 
 @triton.jit
@@ -58,11 +68,7 @@ def edge_scores(
     )  # fmt: skip
     if (first < seen_start) | (first + BLOCK_N > seen_end):
         columns = (first + tl.arange(0, BLOCK_N))[None, :]
-        if RANGE_KIND == 2:
-            seen = (columns - start[:, None]).to(tl.uint32) < tl.maximum(end - start, 0)[:, None].to(tl.uint32)
-        else:
-            seen = columns < end[:, None]
-        x = tl.where(seen, x, float("-inf"))
+        x = tl.where(sees(columns, start[:, None], end[:, None], RANGE_KIND=RANGE_KIND), x, float("-inf"))
     if LATE:
         x *= factor
     return x

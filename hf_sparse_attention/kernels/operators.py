@@ -14,6 +14,7 @@ from .configurations import TILE, Configuration, configuration
 from .forward import attend
 from .gather import collect, collects
 from .refine import refined_threshold
+from .short import attend_short, is_short, short_gradients
 from .strays import Strays
 from .threshold import Lists, threshold_bound
 from .tiles import BELOW_2, CAUSAL, ENTMAX15, FULL, GENERAL, PER_HEAD, RANGE, SPARSEMAX
@@ -171,6 +172,8 @@ def _forward(
     torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
+    if is_short(call.configuration, query.shape[2], key.shape[2]):
+        return _forward_short(call, save)
     with torch.cuda.device_of(query):
         strayed = collects(call.configuration, call.group, query.shape[2], call.key_tiles)
         variant = (
@@ -194,10 +197,32 @@ def _forward(
     return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map, *kept
 
 
+def _forward_short(call, save):
+    """The same of a call whose keys are few: what is kept for the backward is tau."""
+    device = call.query.device
+    with torch.cuda.device_of(call.query):
+        variant = (
+            "short", device, call.query.dtype, save, call.key_tiles, id(call.configuration), *call.constants.values()
+        )  # fmt: skip
+        compile_together(variant, device, lambda: _launch_short(_without_memory(call), save))
+        out, tau = attend_short(call)
+    return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
+
+
+def _launch_short(call, save):
+    out, tau = attend_short(call)
+    if save:
+        short_gradients(call, out, tau, call.alpha_tensor is not None)
+
+
+def _without_memory(call):
+    tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
+    return replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
+
+
 def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
-    tensors = ("query", "key", "value", "alpha_tensor", "visible", "slopes", "mask")
-    call = replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
+    call = _without_memory(call)
     strayed = collects(call.configuration, call.group, call.query.shape[2], call.key_tiles)
     bound, lists = threshold_bound(call, save, strayed)
     strays = collect(call, bound, lists, save)
@@ -210,11 +235,11 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
     batch, heads, queries, head_dim = query.shape
     out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
     tau = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    if not save:
+    config = configuration(query.device, query.element_size(), _block_dim(head_dim))
+    if not save or is_short(config, queries, key.shape[2]):
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
     shapes = [(batch, heads, query_tiles, key_tiles), (batch, heads, query_tiles), (0,), (0,)]
-    config = configuration(query.device, query.element_size(), _block_dim(head_dim))
     if config.threshold_rows > TILE:
         pairs = (queries + 2 * TILE - 1) // (2 * TILE)
         shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
@@ -258,6 +283,10 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
+        if tiles.numel() == 0:
+            # The forward made no lists: it was that of few keys.
+            dquery, dkey, dvalue, dalpha = short_gradients(call, _rows(grad_out), tau, alpha_gradient)
+            return dquery, dkey, dvalue, tau.new_empty(0) if dalpha is None else dalpha
         paired = pairs.numel() > 0
         lists = Lists(tiles, counts, pairs if paired else None, pair_counts if paired else None, tile_map)
         strays = Strays(stray_pool, stray_counts, stray_map) if stray_pool.numel() > 0 else None
