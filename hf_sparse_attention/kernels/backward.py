@@ -215,7 +215,7 @@ def _query_gradient_kernel(
             q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
             mask_base, stride_mn, stride_mk,
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
-            FUSED=q_ptr.dtype.element_ty != tl.float32 and (ALPHA_KIND == 1 or ALPHA_KIND >= 15),
+            FUSED=q_ptr.dtype.element_ty != tl.float32 and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
         v = load_block(
             v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,

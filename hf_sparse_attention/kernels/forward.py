@@ -129,7 +129,7 @@ def _forward_kernel(
             q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
             mask_base, stride_mn, stride_mk,
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
-            FUSED=HALF and (ALPHA_KIND == 1 or ALPHA_KIND >= 15),
+            FUSED=HALF and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
         parts += lane_sums(p)
