@@ -39,7 +39,10 @@ def run(attention: Callable, query, key, value, out_gradient=None, **arguments) 
 def check_against_reference(
     attention: Callable, query, key, value, out_gradient=None, **arguments
 ) -> dict[str, float]:
-    """Asserts that `attention` is as near to float64 as the factors demand; returns its error over the reference's."""
+    """Asserts that `attention` is as near to float64 as the factors demand; returns its error over the reference's.
+
+    The reference's error counts as at least what `rounded_terms` changes: its products may be summed with more luck.
+    """
     actual = run(attention, query, key, value, out_gradient, **arguments)
     expected = run(reference.attention, query, key, value, out_gradient, **arguments)
     exact_arguments = {
@@ -50,13 +53,20 @@ def check_against_reference(
         exact_arguments["alpha"] = exact_arguments["alpha"].detach().requires_grad_()
     exact_gradient = None if out_gradient is None else out_gradient.double()
     exact = run(reference.attention, query.double(), key.double(), value.double(), exact_gradient, **exact_arguments)
+    rounded = rounded_terms(query, key, value, out_gradient, exact_arguments)
     seen = torch.isfinite(exact.tau)
     assert torch.equal(torch.isposinf(actual.tau), ~seen), "tau is inf exactly where a query sees no key"
     # tau's rounding is that of the scores, in float32 whatever the input.
-    ratios = {"tau": ratio("tau", actual.tau[seen], expected.tau[seen], exact.tau[seen], OUTPUT_FACTOR, scale=1.0)}
-    ratios["out"] = ratio("out", actual.out, expected.out, exact.out, OUTPUT_FACTOR)
+    floor = max(_rms(result.tau[seen] - exact.tau[seen]) for result in rounded)
+    ratios = {
+        "tau": ratio(
+            "tau", actual.tau[seen], expected.tau[seen], exact.tau[seen], OUTPUT_FACTOR, scale=1.0, floor=floor
+        )
+    }
+    floor = max(_rms(result.out - exact.out) for result in rounded)
+    ratios["out"] = ratio("out", actual.out, expected.out, exact.out, OUTPUT_FACTOR, floor=floor)
     if out_gradient is not None:
-        scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
+        scaling = _scaling(query, arguments)
         weight_gradient = _rms(out_gradient) * _rms(value) * value.shape[-1] ** 0.5
         # The size of the terms of each gradient, for where they cancel: with one key dquery is zero up to rounding.
         scales = {
@@ -73,14 +83,49 @@ def check_against_reference(
                 exact.gradients[name],
                 GRADIENT_FACTOR,
                 scale=scales[name],
+                floor=max(_rms(result.gradients[name] - exact.gradients[name]) for result in rounded),
             )
     return ratios
 
 
-def ratio(name: str, actual, expected, exact, factor: float, *, scale: float = 0.0) -> float:
+def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
+    """The reference in float64 where every term of a score, and of out_gradient . value, is rounded once to float32.
+
+    That is the most that a sum of products in float32 can promise, whatever its order: tensor cores cut each term off
+    at the last digit of the largest. The terms q_d k_d (1 +- 2^-24) are those of vectors twice as long, of which the
+    second half holds |q_d| 2^-24 and |k_d| with a sign: (1) drawn for each query and each key, as rounding falls;
+    (2) drawn for each query, as what is cut off always falls to one side, which shifts all scores of a query.
+    """
+    dim = query.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+
+    def longer(tensor, size, drawn):
+        if tensor is None:
+            return None
+        tensor = tensor.double()
+        signs = torch.randint(0, 2, (*tensor.shape[:-1], 1), generator=generator).to(tensor) * 2 - 1 if drawn else 1
+        return torch.cat([tensor, tensor.abs() * signs * size], -1)
+
+    results = []
+    for both in (True, False):
+        queries, gradients = (longer(tensor, 2.0**-24, True) for tensor in (query, out_gradient))
+        keys, values = (longer(tensor, 1.0, both) for tensor in (key, value))
+        own = {**arguments, "scaling": _scaling(query, arguments)}
+        result = run(reference.attention, queries, keys, values, gradients, **own)
+        kept = {name: tensor if name == "alpha" else tensor[..., :dim] for name, tensor in result.gradients.items()}
+        results.append(Results(result.out[..., :dim], result.tau, kept))
+    return results
+
+
+def _scaling(query, arguments) -> float:
+    return arguments.get("scaling") or query.shape[-1] ** -0.5
+
+
+def ratio(name: str, actual, expected, exact, factor: float, *, scale: float = 0.0, floor: float = 0.0) -> float:
     """The root mean square error of actual over that of expected, both against exact; asserts that it is <= factor.
 
-    An error of a quarter of the dtype's rounding counts as rounding, wherever the reference happens to be exact.
+    An error of a quarter of the dtype's rounding counts as rounding, wherever the reference happens to be exact; floor
+    is an error that counts as rounding too.
     """
     assert actual.shape == exact.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
     assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, not {expected.dtype}"
@@ -88,7 +133,7 @@ def ratio(name: str, actual, expected, exact, factor: float, *, scale: float = 0
     if actual.numel() == 0:
         return 0.0
     rounding = 0.25 * torch.finfo(actual.dtype).eps * max(_rms(exact), scale)
-    own, allowed = _rms(actual.double() - exact), max(_rms(expected.double() - exact), rounding)
+    own, allowed = _rms(actual.double() - exact), max(_rms(expected.double() - exact), rounding, floor)
     result = own / allowed if allowed else float(own > 0)
     assert result <= factor, (
         f"{name}: error {own:.3g} is {result:.2f} times the reference's {allowed:.3g}, not <= {factor}"

@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 import families
 
-from hf_sparse_attention import benchmark, benchmark_decode, cli, reference
+from hf_sparse_attention import benchmark, cli, reference
+from hf_sparse_attention.benchmark import decode
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
@@ -35,11 +36,11 @@ def test_rows_tables_and_files(tmp_path, capsys):
         timed.append(call)
         return float(len(timed))
 
-    rows = benchmark_decode.benchmark_decoding(arguments, device="cpu", timer=timer, shape=families.COMMON)
+    rows = decode.benchmark_decoding(arguments, device="cpu", timer=timer, shape=families.COMMON)
     saved = json.loads((tmp_path / "out" / "decode.json").read_text())
     assert saved["rows"] + saved["generation"] == rows and saved["device"] == "cpu"
     steps = saved["rows"]
-    names = [benchmark_decode.OURS, benchmark_decode.BOUNDED, "eager"]
+    names = [decode.OURS, decode.BOUNDED, "eager"]
     assert [row["implementation"] for row in steps] == names * 4
     assert all(row["error"] < 1e-5 for row in steps if row["implementation"] != "eager")
     # Keys without noise lie on their page's code: only the pages aimed at are read.
@@ -56,7 +57,7 @@ def test_rows_tables_and_files(tmp_path, capsys):
 
 
 def test_inputs_are_those_of_the_training_benchmark(tmp_path):
-    query, key, value = benchmark_decode.cache_inputs(small(tmp_path), 256, 1, 0.3, "cpu")
+    query, key, value = decode.cache_inputs(small(tmp_path), 256, 1, 0.3, "cpu")
     assert query.shape == (1, 4, 1, 16) and key.shape == value.shape == (1, 2, 256, 16)
     weights = reference.attention_weights(query, key)[0, :, 0].unflatten(1, (4, 64)).sum(-1)
     # Every head's weight lies in its own block of keys, the last, and in one earlier.

@@ -48,7 +48,7 @@ def test_a_card_that_was_not_measured_runs_the_forward_of_training(monkeypatch):
     expected = entmax_attention(query, key, value)[0]
     assert ran == ["decode"]
     with decode.decoding(False):
-        torch.testing.assert_close(entmax_attention(query, key, value)[0], expected, atol=2e-3, rtol=0)
+        torch.testing.assert_close(entmax_attention(query, key, value)[0], expected, atol=2e-3, rtol=1e-2)
         assert ran == ["decode"]
         entmax_attention(query, key, value, pages=bounds_of(key))
         assert ran == ["decode", "decode"]

@@ -134,3 +134,27 @@ def test_examples_run(tmp_path, name):
     if name != "load_and_generate":
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert saved.config.sparse_attention["map"] == "asentmax"
+
+
+def test_a_quantised_model_learns_in_its_map_and_adapters(tmp_path, model):
+    """int8 weights of torchao: the projections are quantised and stay, the map's parameters are neither."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    from peft import LoraConfig, get_peft_model
+    from transformers import TorchAoConfig
+
+    model.save_pretrained(tmp_path / "sparse")
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "sparse", quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), device_map="cpu"
+    )
+    layer = quantised.model.layers[0].self_attn
+    assert "Int8" in type(layer.q_proj.weight).__name__
+    assert all(type(value.data) is torch.Tensor for value in layer.sparse_scale.parameters())
+    ids = torch.tensor(documents()[1])[None]
+    with torch.no_grad():
+        # 8 bits of weights move logits of size 1 by their rounding, another map would move them by their size.
+        torch.testing.assert_close(quantised(ids).logits, model(ids).logits, atol=0.05, rtol=0.05)
+    adapted = get_peft_model(quantised, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["sparse_scale"]))
+    adapted(ids, labels=ids).loss.backward()
+    trained = {name for name, value in adapted.named_parameters() if value.grad is not None}
+    assert trained and all("lora_" in name or "sparse_scale.modules_to_save" in name for name in trained)
+    assert {name for name in trained if "delta_bias" in name}

@@ -10,12 +10,14 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .edges import edge_scores, seen_by_all, sees, turn_start, turns
 from .strays import add_strays, gather_rows, move_strays, stray_arguments, stray_weights, transpose
 from .tiles import (
     entmax_parameters,
     key_scores,
     listed_start,
     load_block,
+    logarithm,
     masked_scores,
     row_ranges,
     weights,
@@ -148,7 +150,13 @@ def _query_gradient_kernel(
         # g and its mean from the same products cancel exactly where one key holds the slope; a stored mean would not.
         slope_sum = tl.zeros((BLOCK_M,), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
-        for index in range(0, pieces):
+        walked_pieces = pieces
+        walked_strays = strays
+        if ALPHA_KIND == 2:
+            # In half precision only heads of alpha > 2 need it: the others walk nothing here.
+            walked_pieces = tl.where(alpha_head > 2.0, pieces, 0)
+            walked_strays = tl.where(alpha_head > 2.0, strays, 0)
+        for index in range(0, walked_pieces):
             first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
             k = load_block(
                 k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
@@ -168,7 +176,7 @@ def _query_gradient_kernel(
             slope_sum += tl.sum(u, 1)
             delta += tl.sum(u * gradient, 1)
         if ROOM > 0:
-            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
+            for index in tl.range(0, tl.cdiv(walked_strays, BLOCK_N), num_stages=STRAY_STAGES):
                 p, u, entries, held, own, chosen = stray_weights(
                     code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, tau, tau_ptr + tau_row,
                     exponent, ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=1,
@@ -178,27 +186,36 @@ def _query_gradient_kernel(
                 slope_sum += tl.sum(u, 1)
                 delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
-    else:
+    if not TWO_WALKS or ALPHA_KIND == 2:
         mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
-        delta = tl.sum(do.to(tl.float32) * mean, 1)
-    tl.store(pair_ptr + tau_rows * 2, tau, mask=row_mask)
-    tl.store(pair_ptr + tau_rows * 2 + 1, delta, mask=row_mask)
+        stored = tl.sum(do.to(tl.float32) * mean, 1)
+        delta = tl.where(alpha_head > 2.0, delta, stored) if TWO_WALKS else stored
+    # Whole tiles, so that the key gradient needs no mask: past the end a finite number above every score.
+    padded = list_queries * TILE
+    pair_rows = (head_index.to(tl.int64) * padded + rows) * 2
+    tl.store(pair_ptr + pair_rows, tl.where(row_mask, tau, 1e30), mask=rows < padded)
+    tl.store(pair_ptr + pair_rows + 1, delta, mask=rows < padded)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
+    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha; and of u and g u, from the same
+    # products: where one key holds the weight their mean cancels against the first, a stored mean would not.
     gain = tl.zeros((BLOCK_M,), tl.float32)
+    slopes = tl.zeros((BLOCK_M,), tl.float32)
+    slope_gain = tl.zeros((BLOCK_M,), tl.float32)
     gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
     entropy = tl.zeros((BLOCK_M,), tl.float32)
-    for index in range(0, pieces):
-        first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+    seen_start, seen_end = seen_by_all(start, end, keys)
+    for index in range(0, turns(pieces)):
+        first = turn_start(lists, index, pieces, key_tiles, TILE=TILE, BLOCK_N=BLOCK_N)
         k = load_block(
             k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
             BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
         )  # fmt: skip
-        x = key_scores(
-            q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
-            BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
-            HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+        x = edge_scores(
+            q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
+            mask_base, stride_mn, stride_mk,
+            BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+            FUSED=q_ptr.dtype.element_ty != tl.float32 and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
         v = load_block(
             v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
@@ -207,8 +224,10 @@ def _query_gradient_kernel(
         gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
         if ALPHA_GRADIENT:
-            p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+            p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
             gain += tl.sum(gradient * p, 1)
+            slopes += tl.sum(u, 1)
+            slope_gain += tl.sum(gradient * u, 1)
             gain_entropy += tl.sum(gradient * p_log, 1)
             entropy += tl.sum(p_log, 1)
         ds = u * (gradient - delta[:, None])
@@ -223,8 +242,10 @@ def _query_gradient_kernel(
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             if ALPHA_GRADIENT:
-                p_log = p * tl.log(tl.where(p > 0, p, 1.0))
+                p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
                 gain += tl.sum(gradient * p, 1)
+                slopes += tl.sum(u, 1)
+                slope_gain += tl.sum(gradient * u, 1)
                 gain_entropy += tl.sum(gradient * p_log, 1)
                 entropy += tl.sum(p_log, 1)
             ds = u * (gradient - delta[:, None])
@@ -241,7 +262,8 @@ def _query_gradient_kernel(
     )
     if ALPHA_GRADIENT:
         inverse = 1.0 / (alpha_head - 1.0)
-        dalpha = (gain - delta) * inverse * inverse - (gain_entropy - delta * entropy) * inverse
+        mean_gain = slope_gain / tl.where(slopes > 0, slopes, 1.0)
+        dalpha = (gain - mean_gain) * inverse * inverse - (gain_entropy - mean_gain * entropy) * inverse
         tl.store(dalpha_ptr + tau_rows, tl.where(tau < float("inf"), dalpha, 0.0), mask=row_mask)
 
 
@@ -249,7 +271,7 @@ def _query_gradient_kernel(
 def _add_queries(
     dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
     columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-    factor, slope, exponent, mask_base, stride_mn, stride_mk,
+    factor, slope, exponent, mask_base, stride_mn, stride_mk, cut,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
@@ -260,13 +282,12 @@ def _add_queries(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys with what the queries from first_row on add to them."""
+    """dk and dv of a tile of keys with what the queries from first_row on add to them; cut: not all see it whole."""
     rows = first_row + pieces
     row_mask = rows < queries
     # A bias is measured from the end of the range.
-    if MASKED or HAS_SLOPES:
+    if HAS_SLOPES:
         start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
     else:
         start = rows
@@ -280,12 +301,10 @@ def _add_queries(
         BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
     )  # fmt: skip
     # One load of pairs: of two vectors every thread would fetch what its part of the tile needs, address by address.
-    # Past the end a finite number above every score: u is zero there, and zero times it as well.
-    pairs = tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :], mask=row_mask[:, None], other=1e30)
-    tau, delta = tl.split(pairs)
-    if (TWO_WALKS and ALPHA_KIND == 0) or q.dtype == tl.float32:
+    tau, delta = tl.split(tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :]))
+    if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
-        # those scores, and in float32 a score that differs is most of the error.
+        # those scores, and in float32 a score that differs is most of the error. Of a tensor no one knows beforehand.
         x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
         gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
     else:
@@ -296,10 +315,22 @@ def _add_queries(
     if HAS_MASK:
         mask_ptrs = mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
         inside = column_mask[:, None] & row_mask[None, :]
+    # As for the queries: the factor last where that is one instruction with tau.
+    LATE: tl.constexpr = q.dtype != tl.float32 and (ALPHA_KIND >= 15 or ALPHA_KIND == 1) and not HAS_SLOPES
     x = masked_scores(
-        x, factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
-        MASKED=MASKED, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+        x, 1.0 if LATE else factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
+        MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
     )  # fmt: skip
+    if cut:
+        if RANGE_KIND == 1:
+            # Columns and rows past the end are of no consequence.
+            seen = columns[:, None] - rows[None, :] < keys - queries + 1
+        else:
+            start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
+            seen = sees(columns[:, None], start[None, :], end[None, :], RANGE_KIND=RANGE_KIND)
+        x = tl.where(seen, x, float("-inf"))
+    if LATE:
+        x *= factor
     p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = u * (gradient - delta[None, :])
@@ -361,6 +392,7 @@ def _key_gradient_kernel(
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
 
+    last_key = key_tile * BLOCK + BLOCK
     dk = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for member in range(0, GROUP):
@@ -375,46 +407,36 @@ def _key_gradient_kernel(
         else:
             q_source = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
             do_source = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-        pair_base = pair_ptr + head_index.to(tl.int64) * queries * 2
+        pair_base = pair_ptr + head_index.to(tl.int64) * query_tiles * (BLOCK * 2)
         mask_base = mask_ptr
         if HAS_MASK:
             mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
         list_row = head_index.to(tl.int64) * key_tiles + key_tile
         lists = list_ptr + list_row * query_tiles
+        PIECES: tl.constexpr = BLOCK // BLOCK_N
         if SPLIT:
-            for index in range(0, tl.load(count_ptr + list_row * 2) * (BLOCK // BLOCK_N)):
-                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                dk, dv = _add_queries(
-                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                    PRECISION=PRECISION, MASKED=False,
-                )  # fmt: skip
-            # The tiles that some row's range cuts stand at the end of the row.
-            first_cut = (query_tiles - tl.load(count_ptr + list_row * 2 + 1)) * (BLOCK // BLOCK_N)
-            for index in range(first_cut, query_tiles * (BLOCK // BLOCK_N)):
-                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                dk, dv = _add_queries(
-                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                    PRECISION=PRECISION, MASKED=True,
-                )  # fmt: skip
+            whole = tl.load(count_ptr + list_row * 2) * PIECES
+            total = whole + tl.load(count_ptr + list_row * 2 + 1) * PIECES
         else:
-            for index in range(0, tl.load(count_ptr + list_row) * (BLOCK // BLOCK_N)):
+            whole = 0
+            total = tl.load(count_ptr + list_row) * PIECES
+        for index in range(0, total):
+            if SPLIT:
+                # The tiles that some row's range cuts stand at the end of the row.
+                cut = index >= whole
+                place = index + tl.where(cut, query_tiles * PIECES - total, 0)
+                first_row = listed_start(lists, place, TILE=BLOCK, BLOCK_N=BLOCK_N)
+            else:
                 first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                dk, dv = _add_queries(
-                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                    factor, slope, exponent, mask_base, stride_mn, stride_mk,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                    PRECISION=PRECISION, MASKED=True,
-                )  # fmt: skip
+                cut = first_row + (keys - queries + 1) < last_key if RANGE_KIND == 1 else False
+            dk, dv = _add_queries(
+                dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+                columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
+                factor, slope, exponent, mask_base, stride_mn, stride_mk, cut,
+                ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                PRECISION=PRECISION,
+            )  # fmt: skip
     if STRAYS:
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
@@ -439,9 +461,8 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     dkey = torch.empty((batch, keys, groups, head_dim), dtype=key.dtype, device=device).transpose(1, 2)
     dvalue = torch.empty((batch, keys, groups, head_dim), dtype=value.dtype, device=device).transpose(1, 2)
     # tau and delta of every query side by side, as the key gradient reads them.
-    pairs = torch.empty((*tau.shape, 2), dtype=torch.float32, device=device)
+    pairs = torch.empty((batch, heads, call.query_tiles * TILE, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
-    stray_pointers, room = stray_arguments(strays)
     moved, moved_pointers = 0, (None,) * 5
     if strays is not None:
         transposed = transpose(call, strays)
@@ -450,6 +471,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             transposed.starts, transposed.ends, transposed.totals, transposed.codes, transposed.weights
         )  # fmt: skip
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
         _query_gradient_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),

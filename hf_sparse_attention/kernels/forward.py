@@ -10,8 +10,9 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
-from .tiles import entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights
+from .tiles import entmax_parameters, load_block, row_ranges, weights
 
 
 @triton.jit
@@ -24,8 +25,9 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
         step = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
     else:
         step = (sums - 1.0) / (exponent * divisor)
-        # The slopes of alpha > 2 are not bounded: its bisection has already gone as far as float32 goes.
-        step = tl.where(alpha > 2.0, 0.0, step)
+        # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the
+        # way of a key to the threshold.
+        step = tl.where(alpha > 2.0, tl.where(tl.abs(sums - 1.0) < 1e-6, step, 0.0), step)
     return tl.where(positive, step, 0.0)
 
 
@@ -107,32 +109,46 @@ def _forward_kernel(
     acc_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     slope_sum = tl.zeros((BLOCK_M,), tl.float32)
-    support = tl.zeros((BLOCK_M,), tl.float32)
+    support = tl.zeros((BLOCK_M,), tl.int32)
+    # The sum of what the second product sees, so that near-equal weights which all round to one side cancel. In half
+    # precision it is a product as well: to round and then to add one by one takes a third of the loop.
+    HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
+    parts = tl.zeros((BLOCK_M, 4), tl.float32)
+    signs = tl.zeros((BLOCK_M, 4), tl.int32)
+    ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
+    acc_slope = tl.zeros((BLOCK_M, 8), tl.float32)
+    seen_start, seen_end = seen_by_all(start, end, keys)
     pieces = count * (TILE // BLOCK_N)
-    for index in range(0, pieces):
-        first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
+    for index in range(0, turns(pieces)):
+        first = turn_start(lists, index, pieces, key_tiles, TILE=TILE, BLOCK_N=BLOCK_N)
         k = load_block(
             k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
             BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
         )  # fmt: skip
-        x = key_scores(
-            q, k, first, rows, queries, keys, start, end, factor, slope, mask_base, stride_mn, stride_mk,
-            BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
-            HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+        x = edge_scores(
+            q, k, first, rows, queries, keys, start, end, seen_start, seen_end, factor, slope,
+            mask_base, stride_mn, stride_mk,
+            BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
+            FUSED=HALF and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-        sums += tl.sum(p, 1)
-        # The sum of what the product sees: near-equal weights are all rounded to the same side.
+        parts += lane_sums(p)
         rounded = u.to(q.dtype)
-        slope_sum += tl.sum(rounded.to(tl.float32), 1)
         if ALPHA_KIND == 15:
-            support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+            # A sign is one instruction, a comparison and a sum of its ones are three.
+            signs += lane_sums((x - tau[:, None]).to(tl.int32, bitcast=True) >> 31)
         v = load_block(
             v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
             BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
+        if HALF:
+            acc_slope = tl.dot(rounded, ones, acc_slope)
+        else:
+            slope_sum += tl.sum(u, 1)
+    sums = tl.sum(parts, 1)
+    support = tl.sum(signs, 1) + turns(pieces) * BLOCK_N
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
@@ -142,17 +158,23 @@ def _forward_kernel(
             )  # fmt: skip
             sums += tl.sum(p, 1)
             rounded = u.to(q.dtype)
-            slope_sum += tl.sum(rounded.to(tl.float32), 1)
             if ALPHA_KIND == 15:
-                support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+                support += tl.sum((u > 0).to(tl.int32), 1)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
+            if HALF:
+                acc_slope = tl.dot(rounded, ones, acc_slope)
+            else:
+                slope_sum += tl.sum(u, 1)
         # The strays may lie where the output goes.
         tl.debug_barrier()
 
+    if HALF:
+        # The columns are the same.
+        slope_sum = tl.max(acc_slope, 1)
     empty = tau >= 1e30
-    correction = last_step(sums, slope_sum, support, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
+    correction = last_step(sums, slope_sum, support.to(tl.float32), exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
     acc -= (correction * exponent)[:, None] * acc_mean
     tau = tl.where(empty, float("inf"), tau + correction)
     tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
@@ -175,8 +197,8 @@ def attend(call, point, lists, save, strays=None):
     # In float32 whatever the input: the backward subtracts its product from another.
     mean = torch.empty_like(out, dtype=torch.float32) if save else None
     tau = torch.empty_like(point)
-    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.forward if rows == TILE else config.forward_pairs
         _forward_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),

@@ -12,12 +12,12 @@ from .backward import gradients
 from .compiling import compile_together, like
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
-from .gather import collect, collects
+from .gather import collect, collects, sparse_limits
 from .refine import refined_threshold
 from .short import attend_short, is_short, short_gradients
 from .strays import Strays
 from .threshold import Lists, threshold_bound
-from .tiles import CAUSAL, ENTMAX15, FULL, GENERAL, RANGE, SPARSEMAX
+from .tiles import BELOW_2, CAUSAL, ENTMAX15, FULL, GENERAL, PER_HEAD, RANGE, SPARSEMAX
 
 # Tile lists and their lengths, the same for pairs of tiles, the map of the tiles; strays, their counts and map.
 LIST_DTYPES = (torch.int16, torch.int32, torch.int16, torch.int32, torch.uint8, torch.int32, torch.int32, torch.int32)
@@ -33,6 +33,7 @@ class Call:
     # alpha - 1, taken in double precision: float32 would lose digits of it.
     excess: float
     alpha_tensor: torch.Tensor | None
+    # The closed form of the threshold; the kernels of a training call may take its powers from other units.
     alpha_kind: int
     scaling: float
     visible: torch.Tensor | None
@@ -96,6 +97,9 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
     alpha_kind = GENERAL
     if alpha_tensor is None:
         alpha_kind = {1.5: ENTMAX15, 2.0: SPARSEMAX}.get(alpha, GENERAL)
+    power_kind = alpha_kind
+    if alpha_kind == GENERAL and query.dtype != torch.float32 and not alpha > 2:
+        power_kind = BELOW_2 if alpha_tensor is None else PER_HEAD
     visible_strides = (0, 0)
     range_kind = CAUSAL if causal else FULL
     if visible is not None:
@@ -113,7 +117,7 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         precision = "tf32x3" if block_dim <= 128 else "ieee"
     constants = {
         "GROUP": query.shape[1] // key.shape[1],
-        "ALPHA_KIND": alpha_kind,
+        "ALPHA_KIND": power_kind,
         "RANGE_KIND": range_kind,
         "HAS_ALPHA": alpha_tensor is not None,
         "HAS_SLOPES": slopes is not None,
@@ -177,9 +181,9 @@ def _forward(
             *call.constants.values(),
         )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
-        bound, lists = threshold_bound(call, save)
+        bound, lists = threshold_bound(call, save, *sparse_limits(call))
         strays = collect(call, bound, lists, save)
-        point = refined_threshold(call, bound, lists, strays)
+        point = refined_threshold(call, bound, lists, save, strays)
         out, tau, mean = attend(call, point, lists, save, strays)
     if not save:
         # Without a backward nothing but the result outlives the call.
@@ -219,9 +223,9 @@ def _without_memory(call):
 def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
     call = _without_memory(call)
-    bound, lists = threshold_bound(call, save)
+    bound, lists = threshold_bound(call, save, *sparse_limits(call))
     strays = collect(call, bound, lists, save)
-    out, tau, mean = attend(call, refined_threshold(call, bound, lists, strays), lists, save, strays)
+    out, tau, mean = attend(call, refined_threshold(call, bound, lists, save, strays), lists, save, strays)
     if save:
         gradients(call, out, tau, mean, lists, call.alpha_tensor is not None, strays)
 

@@ -10,29 +10,85 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .edges import lane_sums
 from .strays import stray_arguments, stray_weights
-from .tiles import ENTMAX15, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights, whole_span
+from .tiles import (
+    ENTMAX15,
+    GENERAL,
+    SPARSEMAX,
+    entmax_parameters,
+    key_scores,
+    listed_start,
+    load_block,
+    row_ranges,
+    weights,
+    weights_and_curvature,
+    whole_span,
+)
+
+
+@triton.jit
+def power_step(sums, slope_sum, curvature, exponent):
+    """A step from the sums of p, u and w, for exponent e >= 1, and the sum of p that it may leave too much or missing.
+
+    S(tau) = sum [x - tau]_+^e is taken for the power of a line that has its value, slope and second derivative, so
+    that a step leaves what is third order: keys that leave the support, each at most step^e, and a change of that
+    power. Rigorous: Newton on S^(1/e), which is convex, never passes tau; tau lies within S^(1/e) - 1; a key is above
+    S / sum u. The factors 2 and 0.05 are from simulations (NOTES.md).
+    """
+    logarithm = tl.log(tl.maximum(sums, 1e-30))
+    mean = sums / slope_sum
+    # S^gain is linear to second order; by Cauchy-Schwarz gain <= 1/e.
+    gain = 1.0 - (1.0 - 1.0 / exponent) * mean * (curvature / slope_sum)
+    gain = tl.minimum(tl.maximum(gain, -0.5), 1.0 / exponent)
+    scaled = gain * logarithm
+    near = tl.abs(scaled) < 0.1
+    series = 1.0 - scaled / 2.0 * (1.0 - scaled / 3.0 * (1.0 - scaled / 4.0))
+    ratio = tl.where(near, series, (1.0 - tl.exp(-scaled)) / tl.where(near, 1.0, scaled))
+    step = mean * logarithm * ratio / exponent
+    newton = mean * (1.0 - tl.exp(-logarithm / exponent))
+    upper = tl.minimum(tl.exp(logarithm / exponent) - 1.0, 0.98 * mean)
+    upper = tl.where(sums >= 1.0, tl.maximum(newton, newton + 0.75 * (upper - newton)), 0.0)
+    step = tl.minimum(tl.maximum(step, newton), upper)
+    change = exponent * slope_sum * tl.abs(step - newton) * tl.abs(logarithm)
+    crossing = tl.exp(tl.log(tl.maximum(tl.abs(step), 1e-30)) * exponent)
+    return step, 2.0 * crossing + 0.05 * change
 
 
 @triton.jit
 def refine(
-    tau, low, high, sums, slope_sum, count, exponent, alpha, iteration, ALPHA_KIND: tl.constexpr, EXACT: tl.constexpr
+    tau,
+    low,
+    high,
+    sums,
+    slope_sum,
+    curvature,
+    exponent,
+    alpha,
+    iteration,
+    ALPHA_KIND: tl.constexpr,
+    EXACT: tl.constexpr,
+    CURVED: tl.constexpr = True,
 ):
-    """One step from the sums of p, u and 1 over the support: the new bracket, the step and what it may leave undone.
+    """One step from the sums of p, u and w over the support: the new bracket, the step and what it may leave undone.
 
-    alpha 1.5: left of tau Newton on the 2-norm is a lower bound and the closed form of the (larger) support an upper
-    one; right of it the closed form of the (smaller) support is a lower bound. alpha <= 2: Newton on the e-norm.
-    alpha > 2: Newton inside a bracket, bisection where it leaves it.
+    alpha 1.5, exact: left of tau Newton on the 2-norm is a lower bound and the closed form of the (larger) support an
+    upper one; right of it the closed form of the (smaller) support is a lower bound. alpha <= 2: `power_step`, and
+    where the curvature is not known Newton on the e-norm. alpha > 2: Newton inside a bracket, bisection where it
+    leaves it. What is left is a sum of p, for alpha 1.5 exact and for alpha > 2 as their tolerances take it.
     """
     positive = slope_sum > 0
     divisor = tl.where(positive, slope_sum, 1.0)
-    if ALPHA_KIND == 15 and not EXACT:
+    if ALPHA_KIND == 15 and not EXACT and CURVED:
+        step, left = power_step(sums, divisor, curvature, exponent)
+        step = tl.where(positive, step, 0.0)
+        left = tl.where(positive, left, 0.0)
+    elif ALPHA_KIND == 15 and not EXACT:
         step = tl.where(positive, (sums - tl.sqrt(tl.maximum(sums, 0.0))) / divisor, 0.0)
-        # Such a step leaves at most about 3 step^2 of tau, and the support is about the square of the sum of u.
-        missing = 3.0 * step * step * slope_sum
-        left = 2.0 * missing * missing
+        # Such a step leaves 1.4 step^2 of tau, seldom more than 3, and the slope of the sum is 2 slope_sum.
+        left = 3.0 * step * step * slope_sum
     elif ALPHA_KIND == 15:
-        discriminant = tl.maximum(slope_sum * slope_sum - count * (sums - 1.0), 0.0)
+        discriminant = tl.maximum(slope_sum * slope_sum - curvature * (sums - 1.0), 0.0)
         closed = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
         newton = (sums - tl.sqrt(tl.maximum(sums, 1.0))) / divisor
         below = sums >= 1.0
@@ -43,14 +99,15 @@ def refine(
         # At the upper end a key of the support could be missed; slightly left of it none is.
         point = tl.where(iteration < 8, high - 0.25 * width, low)
         step = point - tau
-        left = count * width * width
+        left = curvature * width * width
     elif ALPHA_KIND == 20:
         step = tl.where(positive, (sums - 1.0) / divisor, 0.0)
         left = slope_sum * tl.abs(step)
     else:
         if alpha <= 2.0:
-            norm_power = tl.exp2(tl.log2(tl.maximum(sums, 1e-30)) * (1.0 - 1.0 / exponent))
-            step = tl.where(positive, (sums - norm_power) / divisor, 0.0)
+            step, left = power_step(sums, divisor, curvature, exponent)
+            step = tl.where(positive, step, 0.0)
+            left = tl.where(positive, left, 0.0)
         else:
             below = sums >= 1.0
             low = tl.where(below, tl.maximum(low, tau), low)
@@ -62,7 +119,7 @@ def refine(
             step = tl.where(inside, newton, 0.5 * (low + high)) - tau
             settled = (below & (sums <= 1.0 + 2e-7)) | (high - low <= 1.2e-7 * tl.abs(tau))
             step = tl.where(settled, 0.0, step)
-        left = exponent * slope_sum * tl.abs(step)
+            left = exponent * slope_sum * tl.abs(step)
     return low, high, step, left
 
 
@@ -92,6 +149,7 @@ def _refine_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
+    CURVED: tl.constexpr,
     STATE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     ROOM: tl.constexpr,
@@ -161,9 +219,9 @@ def _refine_kernel(
         current = state + (iteration % 2) * SLOT
         following = state + ((iteration + 1) % 2) * SLOT
         point = tl.load(current, mask=row_mask, other=1e30)
-        sums = tl.zeros((BLOCK_M,), tl.float32)
-        slope_sum = tl.zeros((BLOCK_M,), tl.float32)
-        support = tl.zeros((BLOCK_M,), tl.float32)
+        parts = tl.zeros((BLOCK_M, 4), tl.float32)
+        slope_parts = tl.zeros((BLOCK_M, 4), tl.float32)
+        curvature_parts = tl.zeros((BLOCK_M, 4), tl.float32)
         for index in range(whole_first, whole_last):
             first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
             k = load_block(
@@ -175,11 +233,13 @@ def _refine_kernel(
                 BLOCK_N=BLOCK_N, MASKED=False, RANGE_KIND=RANGE_KIND,
                 HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
             )  # fmt: skip
-            p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(p, 1)
-            slope_sum += tl.sum(u, 1)
-            if ALPHA_KIND == 15 and EXACT:
-                support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+            if CURVED:
+                p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                curvature_parts += lane_sums(w)
+            else:
+                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            parts += lane_sums(p)
+            slope_parts += lane_sums(u)
         for position in range(whole_last - whole_first, pieces):
             index = position
             if RANGE_KIND == 2:
@@ -196,22 +256,33 @@ def _refine_kernel(
                 BLOCK_N=BLOCK_N, MASKED=True, RANGE_KIND=RANGE_KIND,
                 HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
             )  # fmt: skip
-            p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(p, 1)
-            slope_sum += tl.sum(u, 1)
-            if ALPHA_KIND == 15 and EXACT:
-                support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+            if CURVED:
+                p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                curvature_parts += lane_sums(w)
+            else:
+                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            parts += lane_sums(p)
+            slope_parts += lane_sums(u)
         if ROOM > 0:
             for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
-                p, u, entries, held, own, chosen = stray_weights(
-                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
-                    state_base + (iteration % 2) * SLOT, exponent,
-                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE,
-                )  # fmt: skip
-                sums += tl.sum(p, 1)
-                slope_sum += tl.sum(u, 1)
-                if ALPHA_KIND == 15 and EXACT:
-                    support += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+                if CURVED:
+                    p, u, w, entries, held, own, chosen = stray_weights(
+                        code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
+                        state_base + (iteration % 2) * SLOT, exponent,
+                        ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE, CURVED=True,
+                    )  # fmt: skip
+                    curvature_parts += lane_sums(w)
+                else:
+                    p, u, entries, held, own, chosen = stray_weights(
+                        code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
+                        state_base + (iteration % 2) * SLOT, exponent,
+                        ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE,
+                    )  # fmt: skip
+                parts += lane_sums(p)
+                slope_parts += lane_sums(u)
+        sums = tl.sum(parts, 1)
+        slope_sum = tl.sum(slope_parts, 1)
+        curvature = tl.sum(curvature_parts, 1)
         if SLOT > 1:
             lower = tl.load(current + 1, mask=row_mask, other=1e30)
             upper = tl.load(current + 2, mask=row_mask, other=1e30)
@@ -219,44 +290,54 @@ def _refine_kernel(
             lower = point
             upper = point
         lower, upper, step, left = refine(
-            point, lower, upper, sums, slope_sum, support, exponent, alpha_head, iteration,
-            ALPHA_KIND=ALPHA_KIND, EXACT=EXACT,
+            point, lower, upper, sums, slope_sum, curvature, exponent, alpha_head, iteration,
+            ALPHA_KIND=ALPHA_KIND, EXACT=EXACT, CURVED=CURVED,
         )  # fmt: skip
-        # Steps below the resolution of float32 settle nothing.
-        resolution = tl.where(alpha_head > 2.0, 6e-8, 1.5e-7)
+        # Steps below the resolution of float32 settle nothing. Above alpha = 2 only a closed bracket settles a row: a
+        # small step can stand far from the end that is taken.
+        resolution = tl.where(alpha_head > 2.0, 0.0, 1.5e-7)
         left = tl.where(empty | (tl.abs(step) <= resolution * tl.abs(point)), 0.0, left)
         tl.store(following, tl.where(empty, point, point + step), mask=row_mask)
         if SLOT > 1:
             tl.store(following + 1, lower, mask=row_mask)
             tl.store(following + 2, upper, mask=row_mask)
         iteration += 1
-        unsettled = ((tl.max(left, 0) > TOLERANCE) & (iteration < 90)).to(tl.int32)
+        tolerance = TOLERANCE
+        if ALPHA_KIND < 15:
+            # The slopes of alpha > 2 are not bounded at the threshold: tau is needed to its last digits in any dtype.
+            tolerance = tl.where(alpha_head > 2.0, 0.0, TOLERANCE)
+        unsettled = ((tl.max(left, 0) > tolerance) & (iteration < 90)).to(tl.int32)
 
     tl.debug_barrier()
     tau = tl.load(state + (iteration % 2) * SLOT, mask=row_mask, other=1e30)
-    if ALPHA_KIND == 0:
+    if ALPHA_KIND < 15:
         # For alpha > 2 the lower end: rounding must not lose a key at the threshold, whose slope is nearly infinite.
         lower = tl.load(state + (iteration % 2) * SLOT + 1, mask=row_mask, other=1e30)
         tau = tl.where(alpha_head > 2.0, tl.where(tau < 1e30, lower, tau), tau)
     tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
 
 
-def refined_threshold(call, bound, lists, strays=None):
-    """A point next to tau (B, H, N); 1e30 in rows that see no key."""
+def refined_threshold(call, bound, lists, save, strays=None):
+    """A point next to tau (B, H, N), nearer for a backward (save); 1e30 in rows that see no key."""
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     tau = torch.empty_like(bound)
-    # What a pass may leave undone: the output is corrected to first order, so this is the square root of its error.
-    # The slopes of alpha > 2 are not bounded at the threshold: they need tau to the last digits in every dtype.
-    exact = query.dtype == torch.float32 or call.two_walks
+    # How much the sum of p may be off. The output is corrected to first order, so that it errs by the square of this;
+    # the mean of the values, which a backward reads in half precision, is not corrected: it errs by as much.
+    kind = call.constants["ALPHA_KIND"]
+    exact = query.dtype == torch.float32 or kind == GENERAL
     if exact:
-        tolerance = 1e-9 if call.alpha_kind == ENTMAX15 else 1e-7
+        tolerance = {ENTMAX15: 1e-9, SPARSEMAX: 1e-7}.get(kind, 3e-5)
+    elif kind == SPARSEMAX:
+        tolerance = 1e-2
     else:
-        tolerance = 2e-3 if call.alpha_kind == ENTMAX15 else 1e-2
-    slots = 8 if exact or call.alpha_kind != ENTMAX15 else 2
+        tolerance = 5e-3 if save else 3e-2
+    # The sum that makes a pass third order costs 2 instructions a score.
+    curved = kind < ENTMAX15 or (kind == ENTMAX15 and (exact or save))
+    slots = 8 if exact or kind != ENTMAX15 else 2
     state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
-    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.refine if rows == TILE else config.refine_pairs
         _refine_kernel[(counts.numel(),)](
             query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
@@ -271,6 +352,7 @@ def refined_threshold(call, bound, lists, strays=None):
             BLOCK_N=config.inner,
             TILE=TILE,
             EXACT=exact,
+            CURVED=curved,
             STATE=state.shape[-1],
             TOLERANCE=tolerance,
             ROOM=room,

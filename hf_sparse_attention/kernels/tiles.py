@@ -4,13 +4,18 @@ Scores are kept as x = (alpha - 1) * (scaling * q.k - slope * distance), so that
 Legend: B batch, H query heads, G key heads, N queries, K keys, D head dimension.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 # How a row's range of visible keys is known.
 FULL, CAUSAL, RANGE = 0, 1, 2
-# Which closed form the threshold has; the general one takes alpha at run time.
-GENERAL, ENTMAX15, SPARSEMAX = 0, 15, 20
+# Which closed form the threshold has; the general ones take alpha at run time. For half precision the powers come from
+# the special function units: BELOW_2 where 1 < alpha < 2 is known, PER_HEAD where alpha is a tensor.
+GENERAL, BELOW_2, PER_HEAD, ENTMAX15, SPARSEMAX = 0, 1, 2, 15, 20
+
+# Whether PTX can be written: for a logarithm from the special function unit, where tl.log2 is 28 instructions.
+HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -67,6 +72,43 @@ def masked_scores(
 
 
 @triton.jit
+def logarithm(x, ALPHA_KIND: tl.constexpr):
+    """To base 2, of numbers >= 0. The special function unit errs by 2^-22: absolutely near 1, relatively elsewhere."""
+    if ALPHA_KIND == 1 or ALPHA_KIND == 2:
+        if HAS_PTX:
+            return tl.inline_asm_elementwise(
+                "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+            )
+        else:
+            return tl.log2(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def on_support(u):
+    """1 where u > 0, else 0: one instruction where a comparison and a choice are two and more."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "set.gt.f32.f32 $0, $1, 0f00000000;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.where(u > 0, 1.0, 0.0)
+
+
+@triton.jit
+def power(excess, exponent, ALPHA_KIND: tl.constexpr):
+    """excess ^ exponent where excess > 0, else 0; excess >= 0. BELOW_2 takes exponents > 0 only."""
+    if ALPHA_KIND == 0:
+        logarithms = logarithm(tl.where(excess > 0, excess, 1.0), ALPHA_KIND=ALPHA_KIND)
+        return tl.where(excess > 0, tl.exp2(logarithms * exponent), 0.0)
+    else:
+        # The logarithm of 0 is -inf, which a positive exponent takes to 0.
+        result = tl.exp2(logarithm(excess, ALPHA_KIND=ALPHA_KIND) * exponent)
+        return result if ALPHA_KIND == 1 else tl.where(excess > 0, result, 0.0)
+
+
+@triton.jit
 def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr):
     """p = [x - tau]_+ ^ exponent and u = p^(2 - alpha) = [x - tau]_+ ^ (exponent - 1) on the support, else 0."""
     excess = tl.maximum(x - tau, 0.0)
@@ -77,11 +119,27 @@ def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr):
         p = excess
         u = tl.where(excess > 0, 1.0, 0.0)
     else:
-        positive = excess > 0
-        logarithm = tl.log2(tl.where(positive, excess, 1.0))
-        u = tl.where(positive, tl.exp2(logarithm * (exponent - 1)), 0.0)
+        u = power(excess, exponent - 1, ALPHA_KIND=ALPHA_KIND)
         p = u * excess
     return p, u
+
+
+@triton.jit
+def weights_and_curvature(x, tau, exponent, ALPHA_KIND: tl.constexpr):
+    """p and u as `weights` gives them and w = [x - tau]_+ ^ (exponent - 2) on the support, else 0."""
+    if ALPHA_KIND == 15:
+        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        w = on_support(u)
+    elif ALPHA_KIND == 20:
+        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        w = tl.zeros_like(u)
+    else:
+        excess = tl.maximum(x - tau, 0.0)
+        # This exponent may be negative or 0.
+        w = power(excess, exponent - 2, ALPHA_KIND=2 if ALPHA_KIND == 1 else ALPHA_KIND)
+        u = w * excess
+        p = u * excess
+    return p, u, w
 
 
 @triton.jit

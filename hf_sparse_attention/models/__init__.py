@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..config import SparseAttentionConfig
 from .classes import CLASSES, class_named, family_of, sparse_class
-from .configuration import check_convertible, layer_window, sparse_config, sparse_heads, sparse_layers
+from .configuration import check_convertible, dense_config, layer_window, sparse_config, sparse_heads, sparse_layers
 from .families import FAMILIES, REFUSED, Family
 from .parameters import NEW_PARAMETER, ONLY_SAFETENSORS, new_parameter_names
 from .registration import register
@@ -31,6 +31,7 @@ __all__ = [
     "auto_map",
     "check_convertible",
     "class_named",
+    "dense_config",
     "family_of",
     "layer_window",
     "module_source",

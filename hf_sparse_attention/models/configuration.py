@@ -99,6 +99,17 @@ def sparse_config(dense: PreTrainedConfig, sparse_attention: SparseAttentionConf
     return config
 
 
+def dense_config(sparse: PreTrainedConfig) -> PreTrainedConfig:
+    """The family's own config of a sparse one: every field but those that make it sparse."""
+    values = sparse.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "sparse_attention"):
+        values.pop(key, None)
+    for name in GUARDED_FIELDS:
+        if isinstance(values.get(name), str):
+            values[name] = values[name].removesuffix(GUARD)
+    return family_of(sparse).dense("Config")(**values)
+
+
 def layer_window(config: PreTrainedConfig, layer: int) -> int | None:
     """The sliding window of a layer in tokens, or None for full attention."""
     types = getattr(config, "layer_types", None)

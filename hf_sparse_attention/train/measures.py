@@ -64,7 +64,8 @@ def attention_statistics(
         learned.append(module.sparse_alpha is not None)
         found[module.layer_idx] = [support.mean(), seen.mean(), scale, mean_alpha]
 
-    with torch.no_grad(), record(look):
+    # A compiled model would be compiled anew for each look.
+    with torch.no_grad(), record(look), torch.compiler.set_stance("force_eager"):
         model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
     if not found:
         return {}, {}

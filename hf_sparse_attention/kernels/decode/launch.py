@@ -6,6 +6,7 @@ import torch
 import triton
 
 from ..configurations import TILE, processors
+from ..tiles import ENTMAX15
 from . import output, scores, threshold
 from .pages import listed_pages
 
@@ -77,7 +78,9 @@ def run_passes(call, pages=None):
     origin, level = scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
-    constants = {name: call.constants[name] for name in ("GROUP", "ALPHA_KIND", "RANGE_KIND", "HAS_ALPHA")}
+    constants = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA")}
+    # Scores are kept in float32 whatever the input, and few: the exact functions cost nothing.
+    constants["ALPHA_KIND"] = call.alpha_kind
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     page_list = page_count = bound = None
@@ -113,7 +116,7 @@ def run_passes(call, pages=None):
         SCAN=threshold.SCAN,
         LISTED=threshold.LISTED,
         STEPS=threshold.STEPS,
-        TOLERANCE=1e-9 if call.constants["ALPHA_KIND"] == 15 else 1e-7,
+        TOLERANCE=1e-9 if call.alpha_kind == ENTMAX15 else 1e-7,
         num_warps=4,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](

@@ -338,7 +338,8 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
     seeds = torch.empty((group_tiles, rows, SEEDS), dtype=torch.int32, device=device)
     bound = torch.empty((group_tiles, rows), dtype=torch.float32, device=device)
     votes = None if idle is None else torch.empty((4,), dtype=torch.int32, device=device)
-    shared = {name: call.constants[name] for name in ("GROUP", "ALPHA_KIND", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")}
+    shared = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")}
+    shared["ALPHA_KIND"] = call.alpha_kind
     margin = _margin(head_dim)
     pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
     _bounds_kernel[(group_tiles, triton.cdiv(tiles, pages_at_once))](

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..forward import last_step
 from ..refine import refine
-from ..tiles import entmax_parameters, row_ranges, weights
+from ..tiles import entmax_parameters, row_ranges, weights, weights_and_curvature
 
 STEPS = 5
 # Tiles whose maxima are scanned at once, and listed tiles whose scores are held in registers.
@@ -117,10 +117,10 @@ def threshold_kernel(
     final = 0
     # The last round only measures, at the settled point, what is still missing.
     while unsettled > 0:
-        p, u = weights(held, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        p, u, w = weights_and_curvature(held, tau, exponent, ALPHA_KIND=ALPHA_KIND)
         sums = tl.sum(tl.sum(p, 1), 0)
         slope_sum = tl.sum(tl.sum(u, 1), 0)
-        support = tl.sum(tl.sum(tl.where(u > 0, 1.0, 0.0), 1), 0)
+        curvature = tl.sum(tl.sum(w, 1), 0)
         for base in range(LISTED, count, LISTED):
             tile = tl.load(lists + base + listed, mask=base + listed < count, other=0).to(tl.int64)
             x = tl.load(
@@ -128,19 +128,16 @@ def threshold_kernel(
                 mask=(base + listed < count)[:, None],
                 other=float("-inf"),
             )
-            p, u = weights(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+            p, u, w = weights_and_curvature(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
             sums += tl.sum(tl.sum(p, 1), 0)
             slope_sum += tl.sum(tl.sum(u, 1), 0)
-            support += tl.sum(tl.sum(tl.where(u > 0, 1.0, 0.0), 1), 0)
+            curvature += tl.sum(tl.sum(w, 1), 0)
         lower, upper, step, left = refine(
-            tau, lower, upper, sums, slope_sum, support, exponent, alpha, iteration, ALPHA_KIND=ALPHA_KIND, EXACT=True
-        )
+            tau, lower, upper, sums, slope_sum, curvature, exponent, alpha, iteration,
+            ALPHA_KIND=ALPHA_KIND, EXACT=True,
+        )  # fmt: skip
         left = tl.where(tl.abs(step) <= resolution * tl.abs(tau), 0.0, left)
-        correction = last_step(sums, slope_sum, support, exponent, alpha, ALPHA_KIND=ALPHA_KIND)
-        if ALPHA_KIND == 0:
-            # So near the end of the bracket Newton's step is shorter than a key's way to the threshold.
-            near = (alpha > 2.0) & (tl.abs(sums - 1.0) < 1e-6) & (slope_sum > 0)
-            correction = tl.where(near, (sums - 1.0) / (exponent * tl.where(near, slope_sum, 1.0)), correction)
+        correction = last_step(sums, slope_sum, curvature, exponent, alpha, ALPHA_KIND=ALPHA_KIND)
         point = tau + step
         # For alpha > 2 the lower end: rounding must not lose a key at the threshold, whose slope is nearly infinite.
         if ALPHA_KIND == 0:

@@ -11,18 +11,17 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-from . import reference
-from .cache import BoundedStaticCache, update_page_bounds
-from .config import VERSION
-from .files import write_json
-from .tables import number, plain
+from .. import reference
+from ..cache import BoundedStaticCache, update_page_bounds
+from ..tables import number, plain
+from .rows import write_rows
+from .timing import median, replay
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +44,12 @@ def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | Non
         timer: a call -> its milliseconds, by default the median of replays of its CUDA graph.
         shape: fields of the LlamaConfig that generates, by default those of a model of 1 B parameters.
     """
-    from .kernels.decode import decoding
+    from ..kernels.decode import decoding
 
-    timer = timer or (lambda call: replayed_milliseconds(call, arguments.repeats))
+    timer = timer or (lambda call: median(replay(call), arguments.repeats))
     with decoding(True):
         rows, generated = _measure(arguments, device, timer, shape or ONE_BILLION)
-    folder = Path(arguments.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    card = {"device": name, "torch": torch.__version__, "version": VERSION, "arguments": asdict(arguments)}
-    write_json(folder / "decode.json", {**card, "rows": rows, "generation": generated})
+    folder = write_rows(arguments, device, "decode.json", rows=rows, generation=generated)
     print(step_table(rows))
     if generated:
         print(generation_table(generated))
@@ -113,8 +108,8 @@ def page_bounds_of(key: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[dict]:
-    from .kernels import entmax_attention
-    from .kernels.decode import share_of_pages_read
+    from ..kernels import entmax_attention
+    from ..kernels.decode import share_of_pages_read
 
     query, key, value = cache_inputs(arguments, length, batch, noise, device)
     alpha = arguments.alpha
@@ -176,30 +171,6 @@ def _eager(query, key, value):
     return torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype) @ value
 
 
-def replayed_milliseconds(call: Callable, repeats: int) -> float:
-    """Median time of a replay of the call's CUDA graph, with a cold cache."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    clear, pairs = torch.empty(1 << 28, dtype=torch.uint8, device="cuda"), []
-    for _ in range(repeats + 2):
-        clear.zero_()
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
-        graph.replay()
-        pair[1].record()
-        pairs.append(pair)
-    torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in pairs[2:])
-    return times[len(times) // 2]
-
-
 def _kernel_milliseconds(call: Callable) -> dict[str, float]:
     """Milliseconds of every kernel of one call."""
     from torch.profiler import ProfilerActivity, profile
@@ -216,7 +187,7 @@ def _kernel_milliseconds(call: Callable) -> dict[str, float]:
 
 def _generation_rows(arguments, length: int, device: str, shape: dict) -> list[dict]:
     """Tokens per second of generate on a cache that was filled with keys, without their prefill."""
-    from .models import sparse_config
+    from ..models import sparse_config
 
     config, dtype = LlamaConfig(**shape), getattr(torch, arguments.dtype)
     torch.manual_seed(arguments.seed)
@@ -260,7 +231,7 @@ def _generation_rows(arguments, length: int, device: str, shape: dict) -> list[d
 
 
 def _entmax(alpha: float):
-    from .config import SparseAttentionConfig
+    from ..config import SparseAttentionConfig
 
     return SparseAttentionConfig(map="entmax", alpha=alpha)
 

@@ -1,0 +1,142 @@
+"""This GPU -> time, error, sparsity and memory of the kernels beside softmax attention and other entmax kernels.
+
+Leaves a table, results.json and results.png.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import reference
+from .arguments import BenchmarkArguments, fields_of
+from .inputs import BLOCK, block_inputs
+from .ours import attend, attend_with_tau, difference, outputs, tolerance
+from .peers import PEERS, make_peers
+from .rows import table, write_rows
+from .timing import calls, kernel_times, measure, measured
+
+logger = logging.getLogger(__name__)
+
+# Queries of one head that are compared with float64.
+CHECKED_ROWS = 512
+
+
+def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> list[dict]:
+    """A row per length, noise and implementation: milliseconds, ratio to SDPA cuDNN, error, sparsity, support, MiB.
+
+    Raises:
+        RuntimeError: where the kernels as they are do not compute the inputs, or are far from float64.
+    """
+    from ..kernels.configurations import configured
+
+    variants = {"ours": {}} | {f"ours, {change}": fields_of(change) for change in arguments.changes}
+    for changed in variants.values():
+        # Refuses what is no field before anything is timed.
+        with configured(**changed):
+            pass
+    rows, cells = [], [(length, noise) for length in arguments.lengths for noise in arguments.noise]
+    progress = tqdm(cells, desc="benchmark", unit="input")
+    softmax: dict[tuple[str, int], dict] = {}
+    for length, noise in progress:
+        tensors = block_inputs(arguments, length, noise, device=device)
+        ours, sparsity, support = _describe(arguments, tensors)
+        implementations = dict.fromkeys(variants, partial(attend, alpha=arguments.alpha)) | make_peers(arguments)
+        group = []
+        for name, attention in implementations.items():
+            progress.set_postfix_str(f"{length} tokens, noise {noise}, {name}")
+            # The time of softmax does not depend on the noise.
+            if name in PEERS and PEERS[name].softmax and (name, length) in softmax:
+                row = dict(softmax[name, length])
+            else:
+                with configured(**variants.get(name, {})):
+                    row = (measured if name == "ours" else measure)(attention, tensors, arguments.repeats)
+                    if name in variants and "refused" not in row:
+                        try:
+                            row["error"] = ours if name == "ours" else _describe(arguments, tensors)[0]
+                        except RuntimeError as wrong:
+                            row = {"refused": str(wrong)}
+                    if name in variants and "refused" not in row and arguments.kernel_times:
+                        row["kernels_ms"] = kernel_times(calls(attention, tensors)["training"])
+                if name in PEERS and PEERS[name].softmax:
+                    softmax[name, length] = row
+            row = {"implementation": name, "length": length, "noise": noise, **row}
+            row |= {"block_sparsity": sparsity, "support": support}
+            group.append(row)
+        base = next((row for row in group if row["implementation"] == "sdpa cudnn"), None)
+        for row in group:
+            for kind in ("forward", "training"):
+                if base and base.get(f"{kind}_ms") and row.get(f"{kind}_ms"):
+                    row[f"{kind}_ratio"] = row[f"{kind}_ms"] / base[f"{kind}_ms"]
+        rows += group
+    folder = write_rows(arguments, device, "results.json", rows=rows)
+    print(table(rows, COLUMNS))
+    for row in rows:
+        if "kernels_ms" in row:
+            times = ", ".join(f"{name} {time:.3f}" for name, time in row["kernels_ms"].items())
+            print(f"{row['length']}, noise {row['noise']}, {row['implementation']}: {times}")
+    _picture(rows, folder / "results.png")
+    return rows
+
+
+def _describe(arguments, tensors) -> tuple[float, float, float]:
+    """Relative error against float64 of the last rows of a head, share of empty blocks, keys with weight per query."""
+    query, key, value = tensors
+    out, tau = attend_with_tau(query, key, value, alpha=arguments.alpha)
+    last = (query[:1, :1, -CHECKED_ROWS:].double(), key[:1, :1].double(), value[:1, :1].double())
+    exact, _ = reference.attention(*last, alpha=arguments.alpha)
+    error = difference([out[:1, :1, -CHECKED_ROWS:]], [exact])
+    gradients = outputs(partial(attend, alpha=arguments.alpha), tensors, torch.ones_like(query))
+    difference(gradients, gradients)
+    if not error < tolerance(query.dtype):
+        raise RuntimeError(f"the attention is {error:.1e} away from float64: what is timed is wrong")
+    # One group of heads stands for all: the blocks are drawn alike.
+    group = query.shape[1] // key.shape[1]
+    head = (query[:1, :group], key[:1, :1], tau[:1, :group])
+    occupied = reference.block_occupancy(*head, block=BLOCK, alpha=arguments.alpha)
+    blocks = occupied.shape[-1]
+    sparsity = 1 - occupied.sum().item() / (group * blocks * (blocks + 1) / 2)
+    return error, sparsity, reference.support_size(*head, alpha=arguments.alpha).double().mean().item()
+
+
+COLUMNS = (
+    ("length", "length", "{:d}"),
+    ("block_sparsity", "empty blocks", "{:.0%}"),
+    ("support", "support", "{:.0f}"),
+    ("implementation", "implementation", "{}"),
+    ("forward_ms", "forward ms", "{:.3f}"),
+    ("forward_ratio", "ratio", "{:.2f}"),
+    ("training_ms", "training ms", "{:.3f}"),
+    ("training_ratio", "ratio", "{:.2f}"),
+    ("training_peak_mib", "MiB", "{:.0f}"),
+    ("error", "error", "{:.1e}"),
+    ("refused", "", "{}"),
+)
+
+
+def _picture(rows: list[dict], path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning("no picture: matplotlib is not installed (pip install matplotlib)")
+        return
+    from matplotlib.figure import Figure
+
+    lengths = sorted({row["length"] for row in rows})
+    figure = Figure(figsize=(5 * len(lengths), 4), layout="constrained")
+    for index, length in enumerate(lengths):
+        axes = figure.add_subplot(1, len(lengths), index + 1, title=f"{length} tokens, forward + backward")
+        for name in dict.fromkeys(row["implementation"] for row in rows):
+            points = [
+                (100 * row["block_sparsity"], row["training_ms"])
+                for row in rows
+                if row["length"] == length and row["implementation"] == name and row.get("training_ms")
+            ]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        axes.set(xlabel="empty blocks of 64 x 64, %", ylabel="ms", ylim=(0, None))
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
