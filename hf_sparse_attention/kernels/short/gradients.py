@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..backward import _add_queries
 from ..compiling import Kernel
-from ..tiles import entmax_parameters, key_scores, load_block, masked_scores, row_ranges, weights
+from ..tiles import entmax_parameters, key_scores, load_block, row_ranges, weights
 from .spans import load_keys, seen_span
 
 
@@ -145,60 +146,6 @@ def _short_query_gradient_kernel(
         tl.store(dalpha_ptr + tau_rows, tl.where(hidden, 0.0, dalpha), mask=row_mask)
 
 
-@triton.jit
-def _add_queries(
-    dk, dv, k, v, first_row, q_base, do_base, stride_qn, stride_gn, dims, columns,
-    visible_base, stride_vn, pair_base, queries, keys, head_dim,
-    factor, slope, exponent, mask_base, stride_mn, stride_mk,
-    ALPHA_KIND: tl.constexpr,
-    RANGE_KIND: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    TWO_WALKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of a block of keys with what the queries from first_row on add to them."""
-    rows = first_row + tl.arange(0, BLOCK_M)
-    row_mask = rows < queries
-    start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
-    q = load_block(
-        q_base, 0, 0, first_row, stride_qn, dims, queries, head_dim,
-        BLOCK=BLOCK_M, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=False,
-    )  # fmt: skip
-    do = load_block(
-        do_base, 0, 0, first_row, stride_gn, dims, queries, head_dim,
-        BLOCK=BLOCK_M, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=False,
-    )  # fmt: skip
-    # Past the end a finite number above every score: u is zero there, and zero times it as well.
-    pairs = tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :], mask=row_mask[:, None], other=1e30)
-    tau, delta = tl.split(pairs)
-    if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
-        # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
-        # those scores, and in float32 a score that differs is most of the error.
-        x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
-        gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
-    else:
-        x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        gradient = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    mask_ptrs = mask_base
-    inside = True
-    if HAS_MASK:
-        mask_ptrs = mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
-        inside = (columns < keys)[:, None] & row_mask[None, :]
-    x = masked_scores(
-        x, factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
-        MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-    )  # fmt: skip
-    p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = u * (gradient - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
-
-
 @Kernel
 @triton.jit(do_not_specialize=["queries", "keys", "row_blocks", "key_tiles", "excess", "scaling"])
 def _short_key_gradient_kernel(
@@ -232,7 +179,9 @@ def _short_key_gradient_kernel(
     batch = program // key_tiles // groups
     group = program // key_tiles % groups
     dims = tl.arange(0, BLOCK_D)
+    pieces = tl.arange(0, BLOCK_M)
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < keys
     k_base = k_ptr + batch.to(tl.int64) * stride_kb + group.to(tl.int64) * stride_kg
     v_base = v_ptr + batch.to(tl.int64) * stride_wb + group.to(tl.int64) * stride_wg
     k = load_keys(k_base, tile * BLOCK_N, stride_kn, dims, 0, keys, head_dim, BLOCK_N=BLOCK_N)
@@ -259,15 +208,16 @@ def _short_key_gradient_kernel(
         pair_base = pair_ptr + (batch * heads + head).to(tl.int64) * queries * 2
         for block in range(first_block, row_blocks):
             dk, dv = _add_queries(
-                dk, dv, k, v, block * BLOCK_M, q_base, g_base, stride_qn, stride_gn, dims, columns,
-                visible_base, stride_vn, pair_base, queries, keys, head_dim,
+                dk, dv, k, v, block * BLOCK_M, q_base, g_base, batch, head, stride_qn, stride_gn, dims, pieces,
+                columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
                 factor, slope, exponent, mask_base, stride_mn, stride_mk,
                 ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                TWO_WALKS=TWO_WALKS, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION,
+                TWO_WALKS=TWO_WALKS, DESCRIPTORS=False, BLOCK_N=BLOCK_M, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                PRECISION=PRECISION, MASKED=True,
             )  # fmt: skip
     offsets = batch.to(tl.int64) * stride_db + group.to(tl.int64) * stride_dg
     offsets = offsets + columns[:, None] * stride_dn + dims[None, :]
-    inside = (columns < keys)[:, None] & (dims < head_dim)[None, :]
+    inside = column_mask[:, None] & (dims < head_dim)[None, :]
     tl.store(dk_ptr + offsets, (dk * scaling).to(dk_ptr.dtype.element_ty), mask=inside)
     tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside)
 
