@@ -11,7 +11,7 @@ import triton.language as tl
 from .compiling import Kernel
 from .configurations import TILE, processors
 from .edges import edge_scores, seen_by_all
-from .strays import ROW_BIT, Strays, gather_rows, stray_codes, stray_places
+from .strays import APART, ROW_BIT, Strays, gather_rows, stray_codes, stray_places
 from .tiles import entmax_parameters, load_block, masked_scores, row_ranges
 
 # Candidates sorted out at once, and the fewest in a list that are worth it; list entries looked at at once.
@@ -207,8 +207,8 @@ def _collect_kernel(
             tl.store(alive_rows + codes // 65536, tl.full((SEGMENT,), GONE, tl.uint8), mask=few)
             if SAVE:
                 cells = (head_index.to(tl.int64) * key_tiles + tiles) * query_tiles + row_tile
-                tl.store(map_ptr + cells, tl.zeros((SEGMENT,), tl.uint8), mask=few)
-                tl.store(stray_map_ptr + cells, tile_start * 256 + sizes, mask=few & (sizes > 0))
+                tl.store(map_ptr + cells, tl.full((SEGMENT,), APART, tl.uint8), mask=few)
+                tl.store(stray_map_ptr + cells, tile_start * 256 + sizes, mask=few)
             strays += tl.sum(sizes, 0)
             left += tl.sum(few.to(tl.int32), 0)
             # All have read the scratch before it is written anew.
@@ -266,7 +266,7 @@ def collect(call, bound, lists, save):
     if save:
         room = config.stray_room
         pool = torch.empty((batch, heads, queries, 2 * room), dtype=torch.int32, device=device)
-        tile_map = torch.zeros((batch, heads, call.key_tiles, call.query_tiles), dtype=torch.int32, device=device)
+        tile_map = torch.empty((batch, heads, call.key_tiles, call.query_tiles), dtype=torch.int32, device=device)
     else:
         # Nothing outlives the call, so the strays of a row lie where its output will.
         row_bytes = head_dim * query.element_size()

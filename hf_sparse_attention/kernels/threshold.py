@@ -40,8 +40,8 @@ class Lists:
 
     tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
     pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
-    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1. sparse: where
-    strays are to be sought.
+    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1, APART where strays took its
+    place. sparse: where strays are to be sought.
     """
 
     tiles: torch.Tensor
