@@ -5,6 +5,7 @@ them as such. Enters: what `gather` collected. Leaves: weights of a block, rows 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -39,12 +40,12 @@ class Strays:
         """Strays per query that there is room for."""
         return self.pool.shape[-1] // 2
 
-    @property
+    @cached_property
     def codes(self):
         """(B, H, N, room) int32: the key and, from bit ROW_BIT on, the row within the tile."""
         return self.pool[..., : self.room]
 
-    @property
+    @cached_property
     def scores(self):
         """(B, H, N, room) float32, with the strides of the codes."""
         return self.pool[..., self.room : 2 * self.room].view(torch.float32)
