@@ -64,7 +64,8 @@ class Configuration:
     short_rows: int = TILE
     short_columns: int = 32
     short_forward: Launch = Launch(4, 1)
-    short_backward: Launch = Launch(4, 1)
+    short_query_gradient: Launch = Launch(4, 1)
+    short_key_gradient: Launch = Launch(4, 1)
     measured: str = ""
 
     @property
@@ -94,9 +95,10 @@ def _default(element_size, block_dim):
         inner=32 if block_dim * element_size > 512 else TILE,
         # Where registers hold the scores and spill little else.
         short_keys=256 if block_dim * element_size <= (64 if element_size == 4 else 256) else 128 * (block_dim == 64),
-        short_rows=32 if block_dim <= 32 else TILE,
-        short_forward=Launch(2 if block_dim <= 32 else 4, 1),
-        short_backward=Launch(2 if block_dim <= 32 else 4, 1),
+        short_rows=16 if block_dim <= 32 else TILE,
+        short_forward=Launch(1 if block_dim <= 32 else 4, 1),
+        short_query_gradient=Launch(1 if block_dim <= 32 else 4, 1),
+        short_key_gradient=Launch(1 if block_dim <= 32 else 4, 1),
     )
 
 
@@ -105,7 +107,7 @@ _HOPPER = Configuration(
     threshold_columns=128,
     threshold=Launch(8, 2, 128),
     threshold_programs=2,
-    refine=Launch(4, 2),
+    refine=Launch(4, 2, 128),
     refine_pairs=Launch(8, 2, 128),
     forward=Launch(4, 3),
     forward_pairs=Launch(8, 3),

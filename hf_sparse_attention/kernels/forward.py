@@ -25,8 +25,9 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
         step = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
     else:
         step = (sums - 1.0) / (exponent * divisor)
-        # The slopes of alpha > 2 are not bounded: its bisection has already gone as far as float32 goes.
-        step = tl.where(alpha > 2.0, 0.0, step)
+        # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the
+        # way of a key to the threshold.
+        step = tl.where(alpha > 2.0, tl.where(tl.abs(sums - 1.0) < 1e-6, step, 0.0), step)
     return tl.where(positive, step, 0.0)
 
 

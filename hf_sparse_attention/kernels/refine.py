@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE
+from .edges import lane_sums
 from .strays import stray_arguments, stray_weights
 from .tiles import (
     ENTMAX15,
@@ -218,9 +219,9 @@ def _refine_kernel(
         current = state + (iteration % 2) * SLOT
         following = state + ((iteration + 1) % 2) * SLOT
         point = tl.load(current, mask=row_mask, other=1e30)
-        sums = tl.zeros((BLOCK_M,), tl.float32)
-        slope_sum = tl.zeros((BLOCK_M,), tl.float32)
-        curvature = tl.zeros((BLOCK_M,), tl.float32)
+        parts = tl.zeros((BLOCK_M, 4), tl.float32)
+        slope_parts = tl.zeros((BLOCK_M, 4), tl.float32)
+        curvature_parts = tl.zeros((BLOCK_M, 4), tl.float32)
         for index in range(whole_first, whole_last):
             first = listed_start(lists, index, TILE=TILE, BLOCK_N=BLOCK_N)
             k = load_block(
@@ -234,11 +235,11 @@ def _refine_kernel(
             )  # fmt: skip
             if CURVED:
                 p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-                curvature += tl.sum(w, 1)
+                curvature_parts += lane_sums(w)
             else:
                 p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(p, 1)
-            slope_sum += tl.sum(u, 1)
+            parts += lane_sums(p)
+            slope_parts += lane_sums(u)
         for position in range(whole_last - whole_first, pieces):
             index = position
             if RANGE_KIND == 2:
@@ -257,25 +258,31 @@ def _refine_kernel(
             )  # fmt: skip
             if CURVED:
                 p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-                curvature += tl.sum(w, 1)
+                curvature_parts += lane_sums(w)
             else:
                 p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(p, 1)
-            slope_sum += tl.sum(u, 1)
+            parts += lane_sums(p)
+            slope_parts += lane_sums(u)
         if ROOM > 0:
             for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
-                p, u, entries, held, own, chosen = stray_weights(
-                    code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
-                    state_base + (iteration % 2) * SLOT, exponent,
-                    ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE,
-                )  # fmt: skip
-                sums += tl.sum(p, 1)
-                slope_sum += tl.sum(u, 1)
                 if CURVED:
-                    if ALPHA_KIND == 15:
-                        curvature += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
-                    else:
-                        curvature += tl.sum(tl.where(p > 0, u * (u / tl.where(p > 0, p, 1.0)), 0.0), 1)
+                    p, u, w, entries, held, own, chosen = stray_weights(
+                        code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
+                        state_base + (iteration % 2) * SLOT, exponent,
+                        ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE, CURVED=True,
+                    )  # fmt: skip
+                    curvature_parts += lane_sums(w)
+                else:
+                    p, u, entries, held, own, chosen = stray_weights(
+                        code_ptr, score_ptr, stray_offset, stride_sn, index, strays, local, point,
+                        state_base + (iteration % 2) * SLOT, exponent,
+                        ALPHA_KIND=ALPHA_KIND, ROOM=ROOM, BLOCK_N=BLOCK_N, POINTS=STATE,
+                    )  # fmt: skip
+                parts += lane_sums(p)
+                slope_parts += lane_sums(u)
+        sums = tl.sum(parts, 1)
+        slope_sum = tl.sum(slope_parts, 1)
+        curvature = tl.sum(curvature_parts, 1)
         if SLOT > 1:
             lower = tl.load(current + 1, mask=row_mask, other=1e30)
             upper = tl.load(current + 2, mask=row_mask, other=1e30)
@@ -286,8 +293,9 @@ def _refine_kernel(
             point, lower, upper, sums, slope_sum, curvature, exponent, alpha_head, iteration,
             ALPHA_KIND=ALPHA_KIND, EXACT=EXACT, CURVED=CURVED,
         )  # fmt: skip
-        # Steps below the resolution of float32 settle nothing.
-        resolution = tl.where(alpha_head > 2.0, 6e-8, 1.5e-7)
+        # Steps below the resolution of float32 settle nothing. Above alpha = 2 only a closed bracket settles a row: a
+        # small step can stand far from the end that is taken.
+        resolution = tl.where(alpha_head > 2.0, 0.0, 1.5e-7)
         left = tl.where(empty | (tl.abs(step) <= resolution * tl.abs(point)), 0.0, left)
         tl.store(following, tl.where(empty, point, point + step), mask=row_mask)
         if SLOT > 1:
@@ -297,7 +305,7 @@ def _refine_kernel(
         tolerance = TOLERANCE
         if ALPHA_KIND < 15:
             # The slopes of alpha > 2 are not bounded at the threshold: tau is needed to its last digits in any dtype.
-            tolerance = tl.where(alpha_head > 2.0, 1e-7, TOLERANCE)
+            tolerance = tl.where(alpha_head > 2.0, 0.0, TOLERANCE)
         unsettled = ((tl.max(left, 0) > tolerance) & (iteration < 90)).to(tl.int32)
 
     tl.debug_barrier()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .configurations import TILE
-from .tiles import weights
+from .tiles import weights, weights_and_curvature
 
 # What the map of the lists says of a tile whose pairs are strays.
 APART = tl.constexpr(4)
@@ -84,10 +84,11 @@ def stray_weights(
     ROOM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     POINTS: tl.constexpr,
+    CURVED: tl.constexpr = False,
 ):  # fmt: skip
     """p and u of a block of rows and the index-th BLOCK_N strays, 0 but in a stray's row; entries, held, rows, keys.
 
-    tau: the rows' thresholds; they also stand at point_ptr, POINTS apart.
+    tau: the rows' thresholds; they also stand at point_ptr, POINTS apart. CURVED: p, u, w and the rest.
     """
     entries, places, held, own, keys = stray_codes(code_ptr, offset, stride, index, count, ROOM=ROOM, BLOCK_N=BLOCK_N)
     scores = tl.load(score_ptr + offset + places, mask=held, other=float("-inf"))
@@ -100,13 +101,23 @@ def stray_weights(
     if ALPHA_KIND < 15:
         # Logarithm and exponential once per stray, not once per place of the block.
         points = tl.load(point_ptr + own * POINTS, mask=held, other=0.0)
-        stray_p, stray_u = weights(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
+        if CURVED:
+            stray_p, stray_u, stray_w = weights_and_curvature(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
+            w = tl.where(mine, stray_w[None, :], 0.0)
+        else:
+            stray_p, stray_u = weights(scores, points, exponent, ALPHA_KIND=ALPHA_KIND)
         p = tl.where(mine, stray_p[None, :], 0.0)
         u = tl.where(mine, stray_u[None, :], 0.0)
     else:
         x = tl.where(mine, scores[None, :], float("-inf"))
-        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-    return p, u, entries, held, own, keys
+        if CURVED:
+            p, u, w = weights_and_curvature(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        else:
+            p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+    if CURVED:
+        return p, u, w, entries, held, own, keys
+    else:
+        return p, u, entries, held, own, keys
 
 
 @triton.jit

@@ -138,10 +138,6 @@ def threshold_kernel(
         )  # fmt: skip
         left = tl.where(tl.abs(step) <= resolution * tl.abs(tau), 0.0, left)
         correction = last_step(sums, slope_sum, curvature, exponent, alpha, ALPHA_KIND=ALPHA_KIND)
-        if ALPHA_KIND == 0:
-            # So near the end of the bracket Newton's step is shorter than a key's way to the threshold.
-            near = (alpha > 2.0) & (tl.abs(sums - 1.0) < 1e-6) & (slope_sum > 0)
-            correction = tl.where(near, (sums - 1.0) / (exponent * tl.where(near, slope_sum, 1.0)), correction)
         point = tau + step
         # For alpha > 2 the lower end: rounding must not lose a key at the threshold, whose slope is nearly infinite.
         if ALPHA_KIND == 0:
