@@ -372,7 +372,7 @@ def _threshold_kernel(
             # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
             together = (union > 0) & (union * 10 <= tl.sum(count, 0) * 7)
             if ROW_LIMIT > 0:
-                # Only rows by themselves have strays, which win more than a pair does from about a third of the tiles on.
+                # Only rows by themselves have strays: from a third of the tiles on these win more than pairs do.
                 together = together & (tl.sum(sparse, 0) * 3 <= tl.sum(count, 0))
             tl.store(pair_count_ptr + head_index.to(tl.int64) * pair_rows + row_tile, tl.where(together, union, -1))
             count = tl.where(together, -1, count)
