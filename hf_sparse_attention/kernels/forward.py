@@ -24,7 +24,8 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
         discriminant = tl.maximum(slope_sum * slope_sum - count * (sums - 1.0), 0.0)
         step = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
     else:
-        step = (sums - 1.0) / (exponent * divisor)
+        # With the second order of a sum of p that is the power 2 e of a line, between the power e and an exponential.
+        step = (sums - 1.0) * (1.0 + (0.5 - 0.25 / exponent) * (sums - 1.0)) / (exponent * divisor)
         # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the
         # way of a key to the threshold.
         step = tl.where(alpha > 2.0, tl.where(tl.abs(sums - 1.0) < 1e-6, step, 0.0), step)
@@ -116,6 +117,9 @@ def _forward_kernel(
     parts = tl.zeros((BLOCK_M, 4), tl.float32)
     signs = tl.zeros((BLOCK_M, 4), tl.int32)
     ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
+    # An alpha that learns has a gradient in float32: its tau is as exact.
+    PRECISE: tl.constexpr = HALF and SAVE and ALPHA_KIND == 2
+    slope_parts = tl.zeros((BLOCK_M, 4), tl.float32)
     acc_slope = tl.zeros((BLOCK_M, 8), tl.float32)
     seen_start, seen_end = seen_by_all(start, end, keys)
     pieces = count * (TILE // BLOCK_N)
@@ -134,6 +138,8 @@ def _forward_kernel(
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
         parts += lane_sums(p)
         rounded = u.to(q.dtype)
+        if PRECISE:
+            slope_parts += lane_sums(u)
         if ALPHA_KIND == 15:
             # A sign is one instruction, a comparison and a sum of its ones are three.
             signs += lane_sums((x - tau[:, None]).to(tl.int32, bitcast=True) >> 31)
@@ -158,6 +164,8 @@ def _forward_kernel(
             )  # fmt: skip
             sums += tl.sum(p, 1)
             rounded = u.to(q.dtype)
+            if PRECISE:
+                slope_parts += lane_sums(u)
             if ALPHA_KIND == 15:
                 support += tl.sum((u > 0).to(tl.int32), 1)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
@@ -174,8 +182,11 @@ def _forward_kernel(
         # The columns are the same.
         slope_sum = tl.max(acc_slope, 1)
     empty = tau >= 1e30
-    correction = last_step(sums, slope_sum, support.to(tl.float32), exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
-    acc -= (correction * exponent)[:, None] * acc_mean
+    steepness = tl.sum(slope_parts, 1) if PRECISE else slope_sum
+    correction = last_step(sums, steepness, support.to(tl.float32), exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
+    # Weights lose their share in u of what the sum of p is too much: then it is 1.
+    share = tl.where(correction == 0.0, 0.0, (sums - 1.0) / tl.where(slope_sum > 0, slope_sum, 1.0))
+    acc -= share[:, None] * acc_mean
     tau = tl.where(empty, float("inf"), tau + correction)
     tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
     o_offsets = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
