@@ -23,9 +23,11 @@ LENGTHS = (63, 111, 129, 333, 1000, 2049) if CUDA else (63, 111, 200, 330)
 
 @pytest.fixture
 def short_lists(monkeypatch):
-    """Lists of one tile are taken apart too, two tiles at a time."""
+    """Lists of one tile are taken apart too, two tiles at a time, and no queries are walked in pairs."""
     monkeypatch.setattr(gather, "FEWEST", 1)
     monkeypatch.setattr(gather, "SEGMENT", 2)
+    with configured(threshold_rows=TILE):
+        yield
 
 
 @pytest.fixture
@@ -53,14 +55,14 @@ def strays_of(strays, head, row_tile, rows, queries):
     return list(zip((first + (codes >> 21)).tolist(), (codes & 0x1FFFFF).tolist(), strict=True)), scores
 
 
-@pytest.mark.parametrize("limit", [15, 60])
-def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, short_lists, collected, poisoned):  # noqa: F811
+@pytest.mark.parametrize("limit, inner", [(15, 64), (60, 64), (60, 32)])
+def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, inner, short_lists, collected, poisoned):  # noqa: F811
     queries, heads = 330, 2
     query, key, value = (randn(1, count, queries, 32, seed=seed) for seed, count in enumerate((heads, 1, 1)))
     # One tile of keys that most queries want, so that lists keep tiles and lose tiles.
     query = 3 * query + 1.0
     key[:, :, 128:160] += 0.7
-    with configured(stray_limit=limit, stray_room=16):
+    with configured(stray_limit=limit, stray_room=16, inner=inner):
         entmax_attention(query.requires_grad_(), key, value, alpha=1.5)
     [(call, bound, before, lists, strays)] = collected
     x = 0.5 * (call.query.detach().double() @ call.key.double().transpose(-1, -2)) * 32**-0.5
@@ -81,9 +83,10 @@ def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, short_
             assert all(
                 (x[0, head, pair[0], pair[1]] - bound[0, head, pair[0]]).abs() < 1e-6 for pair in set(pairs) ^ expected
             )
-            # By tile, word, query and bit, as the words of a tile hold its columns.
-            bits = [key % 4 // 2 * 16 + key % TILE // 8 * 2 + key % 2 for _, key in pairs]
-            order = [(key // TILE, key % 8 // 4, query, bit) for (query, key), bit in zip(pairs, bits, strict=True)]
+            # By tile, word, query and bit: a word has the columns of 8 that stand at the same places, of one piece.
+            words = [key % TILE // inner * (inner // 32) + key % 8 // (256 // inner) for _, key in pairs]
+            bits = [(key % 8 // 2, key % inner // 8, key % 2) for _, key in pairs]
+            order = [(pair[1] // TILE, word, pair[0], bit) for pair, word, bit in zip(pairs, words, bits, strict=True)]
             assert order == sorted(order), "the order hangs on nothing but the pairs"
             exact = torch.tensor([x[0, head, query, key] for query, key in pairs], dtype=torch.float64)
             assert torch.allclose(scores.double().cpu(), exact, atol=1e-5)
@@ -109,7 +112,8 @@ SEEDS = (
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_calls(seed, short_lists, poisoned):  # noqa: F811
-    with configured(stray_limit=(64, 20)[seed % 2], stray_room=(24, 5)[seed % 3 > 0]):
+    rows = TILE * (1 + seed % 2)
+    with configured(stray_limit=(64, 20)[seed % 3 > 0], stray_room=(24, 5)[seed % 4 > 1], threshold_rows=rows):
         check(random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES, budget=1 << (40 if CUDA else 17)))
 
 
@@ -132,10 +136,23 @@ def test_many_random_calls(seed, poisoned):  # noqa: F811
         check(random_case(seed, device=DEVICE, lengths=lengths, dtypes=DTYPES, budget=1 << 27))
 
 
+def test_queries_that_share_their_tiles_are_walked_in_pairs_and_have_none(monkeypatch, collected, poisoned):  # noqa: F811
+    monkeypatch.setattr(gather, "FEWEST", 1)
+    query, key, value, gradient = (randn(1, heads, 384, 16, seed=heads) for heads in (2, 1, 1, 2))
+    query[:, :, :128] *= 0.1
+    query[:, :, 128:] *= 5
+    with configured(stray_limit=60):
+        check_against_reference(entmax_attention, query, key, value, gradient, alpha=1.5, causal=False)
+    lists, strays = collected[0][-2:]
+    together = lists.pair_counts.repeat_interleave(2, -1) >= 0
+    assert together[..., :2].all() and not together[..., 2:].any() and torch.equal(together, lists.counts < 0)
+    assert (strays.counts[together] == 0).all() and (strays.counts[~together] > 0).all()
+
+
 @pytest.mark.parametrize("alpha", [1.333, 1.5, 2.0, 3.0])
 def test_strays_at_every_alpha(alpha, short_lists, collected, poisoned):  # noqa: F811
     query, key, value, gradient = (randn(1, heads, 200, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2))
-    with configured(stray_limit=64):
+    with configured(stray_limit=255):
         check_against_reference(entmax_attention, 3 * query, key, value, gradient, alpha=alpha)
     assert (collected[0][-1].counts[..., ::2] > 0).any()
 

@@ -1,4 +1,4 @@
-"""Calls of few keys, forward and backward in one kernel each: beside the reference and beside the kernels of lists."""
+"""Calls of few keys, forward in one kernel, backward in two: beside the reference and beside the kernels of lists."""
 
 import functools
 
@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton")
 
 from bounds import check_against_reference, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
-from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, poisoned, randn, same_products  # noqa: E402, F401
+from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, compiled_kernels, poisoned, randn, same_products  # noqa: E402, F401
 
 from hf_sparse_attention.kernels import compiling, entmax_attention, operators, short  # noqa: E402
 from hf_sparse_attention.kernels.configurations import configured  # noqa: E402
@@ -172,8 +172,9 @@ def test_compiles_for_any_length(taken):
 
 
 def test_every_kernel_can_be_noted_down_and_every_launch_is_planned(monkeypatch):
-    kernels = [value for name, value in vars(short).items() if name.endswith("_kernel")]
-    assert len(kernels) == 2 and all(isinstance(value, compiling.Kernel) for value in kernels)
+    rooms = (short.output, short.gradients)
+    kernels = [value for room in rooms for name, value in vars(room).items() if name.endswith("_kernel")]
+    assert len(kernels) == 3 and all(isinstance(value, compiling.Kernel) for value in kernels)
     plans = []
     monkeypatch.setattr(operators, "compile_together", lambda variant, device, plan: plans.append(plan))
     entmax_attention(*[randn(1, 1, 70, 16).requires_grad_() for _ in range(3)])
@@ -181,7 +182,15 @@ def test_every_kernel_can_be_noted_down_and_every_launch_is_planned(monkeypatch)
     token = compiling._planned.set(launches)
     plans[0]()
     compiling._planned.reset(token)
-    assert [function.__name__ for function, *_ in launches] == ["_short_forward_kernel", "_short_backward_kernel"]
+    assert [function.__name__.split("_kernel")[0] for function, *_ in launches] == [
+        "_short_forward", "_short_query_gradient", "_short_key_gradient"
+    ]  # fmt: skip
+
+
+def test_kernels_of_a_call_are_compiled_together_and_once(tmp_path):
+    assert compiled_kernels("short", tmp_path) == [
+        "_short_forward_kernel", "_short_key_gradient_kernel", "_short_query_gradient_kernel"
+    ]  # fmt: skip
 
 
 def test_refused_configurations():

@@ -316,7 +316,7 @@ def _add_queries(
         mask_ptrs = mask_base + rows.to(tl.int64)[None, :] * stride_mn + columns.to(tl.int64)[:, None] * stride_mk
         inside = column_mask[:, None] & row_mask[None, :]
     # As for the queries: the factor last where that is one instruction with tau.
-    LATE: tl.constexpr = q.dtype != tl.float32 and ALPHA_KIND >= 15 and not HAS_SLOPES
+    LATE: tl.constexpr = q.dtype != tl.float32 and (ALPHA_KIND >= 15 or ALPHA_KIND == 1) and not HAS_SLOPES
     x = masked_scores(
         x, 1.0 if LATE else factor, slope, columns[:, None], start[None, :], end[None, :], mask_ptrs, inside,
         MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
@@ -463,7 +463,6 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     # tau and delta of every query side by side, as the key gradient reads them.
     pairs = torch.empty((batch, heads, call.query_tiles * TILE, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
-    stray_pointers, room = stray_arguments(strays)
     moved, moved_pointers = 0, (None,) * 5
     if strays is not None:
         transposed = transpose(call, strays)
@@ -472,6 +471,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             transposed.starts, transposed.ends, transposed.totals, transposed.codes, transposed.weights
         )  # fmt: skip
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
         _query_gradient_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),

@@ -44,14 +44,13 @@ class Configuration:
     query_gradient: Launch
     query_gradient_pairs: Launch
     key_gradient: Launch
-    # Tiles of TILE queries with at most so many pairs above the bound are taken apart; 0: every listed tile is walked.
+    # Tiles with at most so many (query, key) pairs above the bound, up to 255, are taken apart; 0: all are walked.
     stray_limit: int = 0
     # Pairs per query that are kept for a backward, a power of two. Without one they lie where the output will.
     stray_room: int = 16
     # Depth of the pipeline of gathered rows.
     stray_stages: int = 1
     collect: Launch = Launch(4, 2, 128)
-    collect_pairs: Launch = Launch(8, 2, 128)
     # Programs of TILE queries that run on a multiprocessor.
     collect_programs: int = 4
     # Columns of a listed tile taken at once, a divisor of TILE.
@@ -65,8 +64,14 @@ class Configuration:
     short_rows: int = TILE
     short_columns: int = 32
     short_forward: Launch = Launch(4, 1)
-    short_backward: Launch = Launch(4, 1)
+    short_query_gradient: Launch = Launch(4, 1)
+    short_key_gradient: Launch = Launch(4, 1)
     measured: str = ""
+
+    @property
+    def stray_rows(self):
+        """In how many of its queries a tile that is taken apart is alive at most: most have one or two pairs each."""
+        return max(self.stray_limit * 3 // 4, 1)
 
 
 @cache
@@ -87,13 +92,13 @@ def _default(element_size, block_dim):
         query_gradient_pairs=Launch(8, stages),
         key_gradient=Launch(warps, 1),
         collect=Launch(warps, stages),
-        collect_pairs=Launch(8, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
         # Where registers hold the scores and spill little else.
         short_keys=256 if block_dim * element_size <= (64 if element_size == 4 else 256) else 128 * (block_dim == 64),
-        short_rows=32 if block_dim <= 32 else TILE,
-        short_forward=Launch(2 if block_dim <= 32 else 4, 1),
-        short_backward=Launch(2 if block_dim <= 32 else 4, 1),
+        short_rows=16 if block_dim <= 32 else TILE,
+        short_forward=Launch(1 if block_dim <= 32 else 4, 1),
+        short_query_gradient=Launch(1 if block_dim <= 32 else 4, 1),
+        short_key_gradient=Launch(1 if block_dim <= 32 else 4, 1),
     )
 
 
@@ -181,8 +186,8 @@ def _checked(configuration):
         raise ValueError(f"threshold_rows and threshold_columns are {TILE} or {2 * TILE}")
     if configuration.inner not in (16, 32, TILE):
         raise ValueError(f"inner is {configuration.inner}, not 16, 32 or {TILE}")
-    if configuration.stray_limit < 0:
-        raise ValueError(f"stray_limit is {configuration.stray_limit}; 0 turns strays off")
+    if not 0 <= configuration.stray_limit <= 255:
+        raise ValueError(f"stray_limit is {configuration.stray_limit}, not 0 to 255; 0 turns strays off")
     if configuration.stray_limit and configuration.inner < 32:
         raise ValueError(f"inner is {configuration.inner}; strays (stray_limit > 0) need 32 or {TILE}")
     if configuration.short_keys < 0:

@@ -208,8 +208,8 @@ def attend(call, point, lists, save, strays=None):
     # In float32 whatever the input: the backward subtracts its product from another.
     mean = torch.empty_like(out, dtype=torch.float32) if save else None
     tau = torch.empty_like(point)
-    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.forward if rows == TILE else config.forward_pairs
         _forward_kernel[(counts.numel(),)](
             query, key, value, call.descriptor(key), call.descriptor(value),

@@ -34,11 +34,10 @@ def _ones(words):
 
 
 @triton.jit
-def _number_column(numbers, word, BLOCK_N: tl.constexpr):
-    """Number of a bit in a word of `_marks` -> the column it stands for."""
+def _number_column(numbers, BLOCK_N: tl.constexpr):
+    """Number of a bit in a word of `_marks` -> the column it stands for, counted from that of the word's first bit."""
     BITS: tl.constexpr = BLOCK_N // 4
-    within = numbers % BITS
-    return within // 2 * 8 + (word * (32 // BITS) + numbers // BITS) * 2 + within % 2
+    return numbers % BITS // 2 * 8 + numbers // BITS * 2 + numbers % 2
 
 
 @triton.jit
@@ -58,18 +57,18 @@ def _marks(x, limit):
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "units", "total", "list_queries", "key_tiles", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _collect_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, rows_ptr, bound_ptr, map_ptr, scratch_ptr, candidate_ptr, code_ptr, score_ptr,
-    stray_count_ptr, stray_map_ptr,
+    list_ptr, count_ptr, rows_ptr, queue_ptr, queued_ptr, bound_ptr, map_ptr, scratch_ptr, candidate_ptr,
+    code_ptr, score_ptr, stray_count_ptr, stray_map_ptr,
     excess, scaling,
     stride_sb, stride_sh, stride_sn,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, units, total, list_queries, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, key_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -77,7 +76,6 @@ def _collect_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -88,170 +86,160 @@ def _collect_kernel(
     LIMIT: tl.constexpr,
     ROW_LIMIT: tl.constexpr,
     SEGMENT: tl.constexpr,
-    FEWEST: tl.constexpr,
     SCAN: tl.constexpr,
 ):  # fmt: skip
-    GROUPS: tl.constexpr = BLOCK_M // TILE
     PIECES: tl.constexpr = TILE // BLOCK_N
     WORDS: tl.constexpr = TILE // 32
     COLUMNS: tl.constexpr = SEGMENT * WORDS
-    local = tl.arange(0, BLOCK_M)
+    local = tl.arange(0, TILE)
     dims = tl.arange(0, BLOCK_D)
-    group = tl.arange(0, GROUPS)
     scan = tl.arange(0, SCAN)
     segment = tl.arange(0, SEGMENT)
     columns = tl.arange(0, COLUMNS)
     piece_words = tl.arange(0, BLOCK_N // 32)
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * COLUMNS * BLOCK_M
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * COLUMNS * TILE
     # Of a candidate its tile and, in the upper half, its place in the list.
     candidate_list = candidate_ptr + tl.program_id(0).to(tl.int64) * key_tiles
-    for work in range(tl.program_id(0), total, tl.num_programs(0)):
-        head_index = work // units
-        row_tile = units - 1 - work % units
-        first_tile = row_tile * GROUPS
-        count_place = count_ptr + work - work % units + row_tile
-        listed = tl.load(count_place)
-        list_row = (head_index.to(tl.int64) * units + row_tile) * key_tiles
-        lists = list_ptr + list_row
-        alive_rows = rows_ptr + list_row
+    for item in range(tl.program_id(0), tl.load(queued_ptr + 1), tl.num_programs(0)):
+        work = tl.load(queue_ptr + item)
+        head_index = work // query_tiles
+        row_tile = work % query_tiles
+        list_row = work.to(tl.int64)
+        listed = tl.load(count_ptr + list_row)
+        lists = list_ptr + list_row * key_tiles
+        alive_rows = rows_ptr + list_row * key_tiles
         # A tile with many rows has more pairs than rows; of one with few most pairs are one to a row.
         candidates = 0
-        if listed >= FEWEST:
+        for base in range(0, listed, SCAN):
+            inside = base + scan < listed
+            alive = tl.load(alive_rows + base + scan, mask=inside, other=GONE).to(tl.int32)
+            tiles = tl.load(lists + base + scan, mask=inside, other=0).to(tl.int32)
+            chosen = (alive <= ROW_LIMIT).to(tl.int32)
+            place = candidates + tl.cumsum(chosen, 0) - chosen
+            tl.store(candidate_list + place, (base + scan) * 65536 + tiles, mask=chosen > 0)
+            candidates += tl.sum(chosen, 0)
+        tl.debug_barrier()
+        batch = head_index // heads
+        head = head_index % heads
+        rows = row_tile * TILE + local
+        alpha_head, exponent, factor, slope = entmax_parameters(
+            alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+        )
+        row_mask = rows < queries
+        q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        q_base += row_tile.to(tl.int64) * TILE * stride_qn
+        q_mask = row_mask[:, None] & (dims < head_dim)[None, :]
+        q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=q_mask, other=0.0)
+        k_base = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
+        k_source = k_descriptor if DESCRIPTORS else k_base
+        mask_base = mask_ptr
+        if HAS_MASK:
+            mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+        visible_base = visible_ptr
+        if RANGE_KIND == 2:
+            visible_base += batch.to(tl.int64) * stride_vb
+        start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
+        seen_start, seen_end = seen_by_all(start, end, keys)
+        bound = tl.load(bound_ptr + head_index.to(tl.int64) * queries + rows, mask=row_mask, other=float("inf"))
+        # Without a bias the factor is in the limit.
+        limit = bound if HAS_SLOPES else bound / factor
+        offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
+        offset += row_tile.to(tl.int64) * TILE * stride_sn
+        # The rows as the compiler does not see that they are side by side. It would read four words at once, and
+        # then rearrange all of them for every stray that is written, which are not side by side.
+        opaque = local ^ (listed >> 31)
+        capacity = tl.minimum(queries - row_tile * TILE, TILE) * ROOM
+        strays = 0
+        left = 0
+        for base in range(0, candidates, SEGMENT):
+            # Where the strays have filled their room, the rest stays unseen.
+            stop = tl.where(strays + LIMIT <= capacity, tl.minimum(base + SEGMENT, candidates), base)
+            for index in range(base * PIECES, stop * PIECES):
+                tile = tl.load(candidate_list + index // PIECES) & 65535
+                first = tile * TILE + (index % PIECES) * BLOCK_N
+                k = load_block(
+                    k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
+                    BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
+                )  # fmt: skip
+                x = edge_scores(
+                    q, k, first, rows, queries, keys, start, end, seen_start, seen_end,
+                    factor if HAS_SLOPES else 1.0, slope, mask_base, stride_mn, stride_mk,
+                    BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                    PRECISION=PRECISION, FUSED=False,
+                )  # fmt: skip
+                column = (index - base * PIECES) * (BLOCK_N // 32) + piece_words
+                tl.store(scratch + column[None, :] * TILE + local[:, None], _marks(x, limit))
+            tl.debug_barrier()
+            seen = base + segment < stop
+            codes = tl.load(candidate_list + base + segment, mask=seen, other=0)
+            tiles = codes & 65535
+            written = base * WORDS + columns < stop * WORDS
+            words = tl.load(scratch + columns[:, None] * TILE + local[None, :], mask=written[:, None], other=0)
+            bits = _ones(words)
+            column_total = tl.sum(bits, 1)
+            tile_total = tl.sum(tl.reshape(column_total, (SEGMENT, WORDS)), 1)
+            few = seen & (tile_total <= LIMIT)
+            sizes = tl.where(few, tile_total, 0)
+            few = few & (strays + tl.cumsum(sizes, 0) <= capacity)
+            sizes = tl.where(few, tile_total, 0)
+            tile_start = strays + tl.cumsum(sizes, 0) - sizes
+            taken = tl.reshape(tl.broadcast_to(few.to(tl.int32)[:, None], (SEGMENT, WORDS)), (COLUMNS,))
+            column_sizes = taken * column_total
+            column_start = strays + tl.cumsum(column_sizes, 0) - column_sizes
+            # By tile, then by word, then by row, then by bit.
+            place = tl.trans(column_start[:, None] + tl.cumsum(bits, 1) - bits)
+            words = tl.load(scratch + columns[None, :] * TILE + opaque[:, None], mask=written[None, :], other=0)
+            bits = _ones(words) * taken[None, :]
+            key_base = tl.reshape(tl.broadcast_to(tiles[:, None], (SEGMENT, WORDS)), (COLUMNS,)) * TILE
+            # A piece of BLOCK_N columns has words of their own, 4 columns apart.
+            word = columns % WORDS
+            key_base += word // (BLOCK_N // 32) * BLOCK_N + word % (BLOCK_N // 32) * (1024 // BLOCK_N // 4)
+            code_base = key_base[None, :] + (local << ROW_BIT)[:, None]
+            for turn in range(0, tl.max(tl.max(bits, 1), 0)):
+                lowest = words & -words
+                words = words ^ lowest
+                # The exponent of a power of two is the number of its bit; unsigned, a division is a shift.
+                number = lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.uint32, bitcast=True)
+                number = (number >> 23) - 127
+                column = _number_column(number, BLOCK_N=BLOCK_N).to(tl.int32)
+                pointers = code_ptr + offset + stray_places(stride_sn, place + turn, ROOM=ROOM)
+                tl.store(pointers, code_base + column, mask=turn < bits)
+            tl.store(alive_rows + codes // 65536, tl.full((SEGMENT,), GONE, tl.uint8), mask=few)
+            if SAVE:
+                cells = (head_index.to(tl.int64) * key_tiles + tiles) * query_tiles + row_tile
+                tl.store(map_ptr + cells, tl.zeros((SEGMENT,), tl.uint8), mask=few)
+                tl.store(stray_map_ptr + cells, tile_start * 256 + sizes, mask=few & (sizes > 0))
+            strays += tl.sum(sizes, 0)
+            left += tl.sum(few.to(tl.int32), 0)
+            # All have read the scratch before it is written anew.
+            tl.debug_barrier()
+        if left > 0:
+            kept = 0
             for base in range(0, listed, SCAN):
                 inside = base + scan < listed
                 alive = tl.load(alive_rows + base + scan, mask=inside, other=GONE).to(tl.int32)
-                tiles = tl.load(lists + base + scan, mask=inside, other=0).to(tl.int32)
-                chosen = (alive <= ROW_LIMIT).to(tl.int32)
-                place = candidates + tl.cumsum(chosen, 0) - chosen
-                tl.store(candidate_list + place, (base + scan) * 65536 + tiles, mask=chosen > 0)
-                candidates += tl.sum(chosen, 0)
-        if listed >= 0:
-            tl.store(stray_count_ptr + head_index.to(tl.int64) * list_queries + first_tile, 0)
-        if candidates >= FEWEST:
-            tl.debug_barrier()
-            batch = head_index // heads
-            head = head_index % heads
-            rows = row_tile * BLOCK_M + local
-            alpha_head, exponent, factor, slope = entmax_parameters(
-                alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
-            )
-            row_mask = rows < queries
-            q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-            q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
-            q_mask = row_mask[:, None] & (dims < head_dim)[None, :]
-            q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=q_mask, other=0.0)
-            k_base = k_ptr + batch.to(tl.int64) * stride_kb + (head // GROUP).to(tl.int64) * stride_kg
-            k_source = k_descriptor if DESCRIPTORS else k_base
-            mask_base = mask_ptr
-            if HAS_MASK:
-                mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
-            visible_base = visible_ptr
-            if RANGE_KIND == 2:
-                visible_base += batch.to(tl.int64) * stride_vb
-            start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND)
-            seen_start, seen_end = seen_by_all(start, end, keys)
-            bound = tl.load(bound_ptr + head_index.to(tl.int64) * queries + rows, mask=row_mask, other=float("inf"))
-            # Without a bias the factor is in the limit.
-            limit = bound if HAS_SLOPES else bound / factor
-            offset = batch.to(tl.int64) * stride_sb + head.to(tl.int64) * stride_sh
-            offset += row_tile.to(tl.int64) * BLOCK_M * stride_sn
-            capacity = tl.minimum(queries - row_tile * BLOCK_M, BLOCK_M) * ROOM
-            strays = 0
-            left = 0
-            for base in range(0, candidates, SEGMENT):
-                # Where the strays have filled their room, the rest stays unseen.
-                stop = tl.where(strays + LIMIT <= capacity, tl.minimum(base + SEGMENT, candidates), base)
-                for index in range(base * PIECES, stop * PIECES):
-                    tile = tl.load(candidate_list + index // PIECES) & 65535
-                    first = tile * TILE + (index % PIECES) * BLOCK_N
-                    k = load_block(
-                        k_source, batch, head // GROUP, first, stride_kn, dims, keys, head_dim,
-                        BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
-                    )  # fmt: skip
-                    x = edge_scores(
-                        q, k, first, rows, queries, keys, start, end, seen_start, seen_end,
-                        factor if HAS_SLOPES else 1.0, slope, mask_base, stride_mn, stride_mk,
-                        BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                        PRECISION=PRECISION, FUSED=False,
-                    )  # fmt: skip
-                    column = (index - base * PIECES) * (BLOCK_N // 32) + piece_words
-                    tl.store(scratch + column[None, :] * BLOCK_M + local[:, None], _marks(x, limit))
+                tiles = tl.load(lists + base + scan, mask=inside, other=0)
+                # All have read the list before it is written anew, from its start.
                 tl.debug_barrier()
-                seen = base + segment < stop
-                codes = tl.load(candidate_list + base + segment, mask=seen, other=0)
-                tiles = codes & 65535
-                words = tl.load(
-                    scratch + columns[:, None] * BLOCK_M + local[None, :],
-                    mask=(base * WORDS + columns < stop * WORDS)[:, None],
-                    other=0,
-                )
-                bits = _ones(words)
-                column_total = tl.sum(bits, 1)
-                tile_total = tl.sum(tl.reshape(column_total, (SEGMENT, WORDS)), 1)
-                few = seen & (tile_total <= LIMIT)
-                sizes = tl.where(few, tile_total, 0)
-                few = few & (strays + tl.cumsum(sizes, 0) <= capacity)
-                sizes = tl.where(few, tile_total, 0)
-                tile_start = strays + tl.cumsum(sizes, 0) - sizes
-                taken = tl.reshape(tl.broadcast_to(few.to(tl.int32)[:, None], (SEGMENT, WORDS)), (COLUMNS,))
-                column_sizes = taken * column_total
-                column_start = strays + tl.cumsum(column_sizes, 0) - column_sizes
-                # By tile, then by word, then by row, then by bit.
-                place = column_start[:, None] + tl.cumsum(bits, 1) - bits
-                bits = bits * taken[:, None]
-                key_base = tl.reshape(tl.broadcast_to(tiles[:, None], (SEGMENT, WORDS)), (COLUMNS,)) * TILE
-                word = columns % WORDS
-                key_base += word // (BLOCK_N // 32) * BLOCK_N
-                code_base = key_base[:, None] + (local << ROW_BIT)[None, :]
-                for turn in range(0, tl.max(tl.max(bits, 1), 0)):
-                    lowest = words & -words
-                    words = words ^ lowest
-                    # The exponent of a power of two is the number of its bit.
-                    number = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
-                    column = _number_column(number, (word % (BLOCK_N // 32))[:, None], BLOCK_N=BLOCK_N)
-                    pointers = code_ptr + stray_places(offset, stride_sn, place + turn, ROOM=ROOM)
-                    tl.store(pointers, code_base + column, mask=turn < bits)
-                tl.store(alive_rows + codes // 65536, tl.full((SEGMENT,), GONE, tl.uint8), mask=few)
-                if SAVE:
-                    map_rows = (head_index.to(tl.int64) * key_tiles + tiles) * list_queries + first_tile
-                    known = first_tile + group < list_queries
-                    tl.store(
-                        map_ptr + map_rows[:, None] + group[None, :],
-                        tl.zeros((SEGMENT, GROUPS), tl.uint8),
-                        mask=few[:, None] & known[None, :],
-                    )
-                    tl.store(stray_map_ptr + map_rows, tile_start * 256 + sizes, mask=few & (sizes > 0))
-                strays += tl.sum(sizes, 0)
-                left += tl.sum(few.to(tl.int32), 0)
-                # All have read the scratch before it is written anew.
-                tl.debug_barrier()
-            if left > 0:
-                kept = 0
-                for base in range(0, listed, SCAN):
-                    inside = base + scan < listed
-                    alive = tl.load(alive_rows + base + scan, mask=inside, other=GONE).to(tl.int32)
-                    tiles = tl.load(lists + base + scan, mask=inside, other=0)
-                    # All have read the list before it is written anew, from its start.
-                    tl.debug_barrier()
-                    keep = (alive != GONE).to(tl.int32)
-                    tl.store(lists + kept + tl.cumsum(keep, 0) - keep, tiles, mask=keep > 0)
-                    kept += tl.sum(keep, 0)
-                tl.store(count_place, kept)
-                tl.store(stray_count_ptr + head_index.to(tl.int64) * list_queries + first_tile, strays)
+                keep = (alive != GONE).to(tl.int32)
+                tl.store(lists + kept + tl.cumsum(keep, 0) - keep, tiles, mask=keep > 0)
+                kept += tl.sum(keep, 0)
+            tl.store(count_ptr + list_row, kept)
+            tl.store(stray_count_ptr + list_row, strays)
 
-            # The scores, kept so that all passes see the same. Strays are rows here: sums along rows stay in a thread.
-            for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
-                entries, places, held, own, chosen = stray_codes(
-                    code_ptr, offset, stride_sn, index, strays, ROOM=ROOM, BLOCK_N=BLOCK_N
-                )
-                k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
-                x = masked_scores(
-                    tl.dot(k, tl.trans(q), input_precision=PRECISION), factor, slope, chosen[:, None],
-                    start[None, :], end[None, :], mask_ptr, True,
-                    MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
-                )  # fmt: skip
-                scores = tl.sum(tl.where(own[:, None] == local[None, :], x, 0.0), 1)
-                tl.store(score_ptr + places, scores, mask=held)
+        # The scores, kept so that all passes see the same. Strays are rows here: sums along rows stay in a thread.
+        for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=1):
+            entries, places, held, own, chosen = stray_codes(
+                code_ptr, offset, stride_sn, index, strays, ROOM=ROOM, BLOCK_N=BLOCK_N
+            )
+            k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
+            x = masked_scores(
+                tl.dot(k, tl.trans(q), input_precision=PRECISION), factor, slope, chosen[:, None],
+                start[None, :], end[None, :], mask_ptr, True,
+                MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
+            )  # fmt: skip
+            scores = tl.sum(tl.where(own[:, None] == local[None, :], x, 0.0), 1)
+            tl.store(score_ptr + offset + places, scores, mask=held)
         # The next row tile writes the candidates anew.
         tl.debug_barrier()
 
@@ -259,6 +247,12 @@ def _collect_kernel(
 def collects(config, group, queries, key_tiles):
     """Whether a call has strays: a list can be long enough, a query of the group and a key of a tile fit a code."""
     return config.stray_limit > 0 and key_tiles >= FEWEST and group * queries * TILE < 2**31
+
+
+def sparse_limits(call):
+    """In how many rows a tile that may be taken apart is alive at most, and how many of them are worth it."""
+    on = collects(call.configuration, call.group, call.query.shape[2], call.key_tiles)
+    return call.configuration.stray_rows if on else 0, FEWEST
 
 
 def collect(call, bound, lists, save):
@@ -282,37 +276,32 @@ def collect(call, bound, lists, save):
         room = 1 << ((row_bytes // 8).bit_length() - 1)
         out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
         pool = out.view(torch.int32)[..., : 2 * room]
-    counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
-    strays = Strays(pool, counts, tile_map, out)
-    for rows, tiles, tile_counts in lists.walks():
-        launch = config.collect if rows == TILE else config.collect_pairs
-        total = tile_counts.numel()
-        programs = min(total, config.collect_programs * TILE // rows * processors(device.index))
-        scratch = torch.empty((programs, SEGMENT * TILE // 32, rows), dtype=torch.int32, device=device)
-        candidates = torch.empty((programs, call.key_tiles), dtype=torch.int32, device=device)
-        limit = min(config.stray_limit * rows // TILE, 255)
-        _collect_kernel[(programs,)](
-            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
-            tiles, tile_counts, lists.alive_rows(rows), bound, lists.tile_map, scratch, candidates,
-            strays.codes, strays.scores, counts, tile_map,
-            call.excess, call.scaling,
-            *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],
-            *call.visible_strides, *call.mask_strides,
-            heads, queries, key.shape[2], tile_counts.shape[2], total, call.query_tiles, call.key_tiles, head_dim,
-            **call.constants,
-            DESCRIPTORS=call.descriptors,
-            BLOCK_M=rows,
-            BLOCK_N=config.inner,
-            TILE=TILE,
-            SAVE=save,
-            ROOM=room,
-            LIMIT=limit,
-            ROW_LIMIT=max(limit * 3 // 4, 1),
-            SEGMENT=SEGMENT,
-            FEWEST=FEWEST,
-            SCAN=SCAN,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
-            **launch.limit(),
-        )  # fmt: skip
+    # Rows that are walked in pairs share dense tiles: they are not in the queue.
+    sparse = lists.sparse
+    strays = Strays(pool, sparse.strays, tile_map, out)
+    programs = min(lists.counts.numel(), config.collect_programs * processors(device.index))
+    scratch = torch.empty((programs, SEGMENT * TILE // 32, TILE), dtype=torch.int32, device=device)
+    candidates = torch.empty((programs, call.key_tiles), dtype=torch.int32, device=device)
+    _collect_kernel[(programs,)](
+        query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
+        lists.tiles, lists.counts, sparse.rows, sparse.queue, sparse.queued, bound, lists.tile_map, scratch,
+        candidates, strays.codes, strays.scores, strays.counts, tile_map,
+        call.excess, call.scaling,
+        *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],
+        *call.visible_strides, *call.mask_strides,
+        heads, queries, key.shape[2], call.query_tiles, call.key_tiles, head_dim,
+        **call.constants,
+        DESCRIPTORS=call.descriptors,
+        BLOCK_N=config.inner,
+        TILE=TILE,
+        SAVE=save,
+        ROOM=room,
+        LIMIT=config.stray_limit,
+        ROW_LIMIT=config.stray_rows,
+        SEGMENT=SEGMENT,
+        SCAN=SCAN,
+        num_warps=config.collect.warps,
+        num_stages=config.collect.stages,
+        **config.collect.limit(),
+    )  # fmt: skip
     return strays

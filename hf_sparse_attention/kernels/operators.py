@@ -12,7 +12,7 @@ from .backward import gradients
 from .compiling import compile_together, like
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
-from .gather import collect, collects
+from .gather import collect, collects, sparse_limits
 from .refine import refined_threshold
 from .short import attend_short, is_short, short_gradients
 from .strays import Strays
@@ -181,7 +181,7 @@ def _forward(
             *call.constants.values(),
         )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
-        bound, lists = threshold_bound(call, save, strayed)
+        bound, lists = threshold_bound(call, save, *sparse_limits(call))
         strays = collect(call, bound, lists, save)
         point = refined_threshold(call, bound, lists, save, strays)
         out, tau, mean = attend(call, point, lists, save, strays)
@@ -223,8 +223,7 @@ def _without_memory(call):
 def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
     call = _without_memory(call)
-    strayed = collects(call.configuration, call.group, call.query.shape[2], call.key_tiles)
-    bound, lists = threshold_bound(call, save, strayed)
+    bound, lists = threshold_bound(call, save, *sparse_limits(call))
     strays = collect(call, bound, lists, save)
     out, tau, mean = attend(call, refined_threshold(call, bound, lists, save, strays), lists, save, strays)
     if save:

@@ -336,8 +336,8 @@ def refined_threshold(call, bound, lists, save, strays=None):
     curved = kind < ENTMAX15 or (kind == ENTMAX15 and (exact or save))
     slots = 8 if exact or kind != ENTMAX15 else 2
     state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
-    stray_pointers, room = stray_arguments(strays)
     for rows, tiles, counts in lists.walks():
+        stray_pointers, room = stray_arguments(strays, rows)
         launch = config.refine if rows == TILE else config.refine_pairs
         _refine_kernel[(counts.numel(),)](
             query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .compiling import Kernel
+from .configurations import TILE
 from .tiles import weights, weights_and_curvature
 
 # The bit of a code from which on it says the row; below is the key.
@@ -19,10 +20,10 @@ ROW_BIT = tl.constexpr(21)
 
 @dataclass(frozen=True)
 class Strays:
-    """(query, key) pairs that can hold weight outside the listed tiles, per TILE queries or pair, by tile, then row.
+    """(query, key) pairs that can hold weight outside the listed tiles, per TILE queries, by tile.
 
     pool (B, H, N, 2 * room) int32: codes and, as float32, scores, their x. The rows of a tile of queries are one array
-    that is filled from its start; counts (B, H, N/TILE) int32 says how far, a pair's at its first tile. tile_map
+    that is filled from its start; counts (B, H, N/TILE) int32 says how far: 0 where two are walked together. tile_map
     (B, H, K/TILE, N/TILE) int32, where a backward follows: 256 times the place of the first stray of a tile of keys
     plus their number. out: the output, where its memory is the pool.
     """
@@ -39,7 +40,7 @@ class Strays:
 
     @property
     def codes(self):
-        """(B, H, N, room) int32: the key and, from bit ROW_BIT on, the row within the tile or pair of tiles."""
+        """(B, H, N, room) int32: the key and, from bit ROW_BIT on, the row within the tile."""
         return self.pool[..., : self.room]
 
     @property
@@ -64,17 +65,19 @@ class Transposed:
     weights: torch.Tensor
 
 
-def stray_arguments(strays):
-    """Pointers, strides and room as the kernels take them; a room of 0 says that there are none."""
-    if strays is None:
+def stray_arguments(strays, rows):
+    """Pointers, strides and room as the kernels take them; a room of 0 says that so many rows together have none."""
+    if strays is None or rows > TILE:
         return (None, None, None, 0, 0, 0), 0
     return (strays.codes, strays.scores, strays.counts, *strays.codes.stride()[:3]), strays.room
 
 
 @triton.jit
-def stray_places(offset, stride, entries, ROOM: tl.constexpr):
-    """Where the strays of a block of rows are, counted from the first element of the codes or scores."""
-    return offset + (entries // ROOM).to(tl.int64) * stride + entries % ROOM
+def stray_places(stride, entries, ROOM: tl.constexpr):
+    """Where the strays of a block of rows are, counted from the block's first element of the codes or scores."""
+    # Unsigned, a division is a shift.
+    entries = entries.to(tl.uint32)
+    return ((entries // ROOM) * stride + entries % ROOM).to(tl.int32)
 
 
 @triton.jit
@@ -82,8 +85,8 @@ def stray_codes(code_ptr, offset, stride, index, count, ROOM: tl.constexpr, BLOC
     """The index-th BLOCK_N strays: where they are, whether they exist, their rows and keys."""
     entries = index * BLOCK_N + tl.arange(0, BLOCK_N)
     held = entries < count
-    places = stray_places(offset, stride, entries, ROOM=ROOM)
-    codes = tl.load(code_ptr + places, mask=held, other=0)
+    places = stray_places(stride, entries, ROOM=ROOM)
+    codes = tl.load(code_ptr + offset + places, mask=held, other=0)
     own = codes >> ROW_BIT
     return entries, places, held, own, codes ^ (own << ROW_BIT)
 
@@ -102,7 +105,7 @@ def stray_weights(
     tau: the rows' thresholds; they also stand at point_ptr, POINTS apart. CURVED: p, u, w and the rest.
     """
     entries, places, held, own, keys = stray_codes(code_ptr, offset, stride, index, count, ROOM=ROOM, BLOCK_N=BLOCK_N)
-    scores = tl.load(score_ptr + places, mask=held, other=float("-inf"))
+    scores = tl.load(score_ptr + offset + places, mask=held, other=float("-inf"))
     # A row's number in signs times that of a stray's row is 7 where they are equal: as it is a product like that of a
     # tile, the compiler spreads it over the threads like a tile. A comparison would be spread otherwise and spill.
     bit = tl.arange(0, 16)

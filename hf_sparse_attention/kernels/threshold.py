@@ -21,13 +21,27 @@ STEPS = 5
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """What may be taken apart: tiles in which few queries are alive, that is, have a key above their bound.
+
+    rows (B, H, N/TILE, K/TILE) uint8: how many are in each listed tile. queue: numbers of the rows of the lists in
+    which there are enough such tiles, in any order; queued[1] says how many. strays (B, H, N/TILE) int32: zeros.
+    """
+
+    rows: torch.Tensor
+    queue: torch.Tensor
+    queued: torch.Tensor
+    strays: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Lists:
     """Tiles that can hold weight, ascending, per TILE queries; a pair of such rows is walked together or row by row.
 
     tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
     pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
-    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1. rows and pair_rows, uint8 in
-    the shapes of tiles and pairs, where strays are sought: how many queries have a key above their bound in the tile.
+    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1. sparse: where
+    strays are to be sought.
     """
 
     tiles: torch.Tensor
@@ -35,18 +49,13 @@ class Lists:
     pairs: torch.Tensor | None
     pair_counts: torch.Tensor | None
     tile_map: torch.Tensor | None
-    rows: torch.Tensor | None = None
-    pair_rows: torch.Tensor | None = None
+    sparse: "Sparse | None" = None
 
     def walks(self):
         """(rows walked together, their lists, the lengths) of both kinds of rows."""
         yield TILE, self.tiles, self.counts
         if self.pairs is not None:
             yield 2 * TILE, self.pairs, self.pair_counts
-
-    def alive_rows(self, rows):
-        """How many queries are alive in each listed tile, of the walk that takes so many rows together."""
-        return self.rows if rows == TILE else self.pair_rows
 
 
 @triton.jit
@@ -155,7 +164,8 @@ def _visit(
 )
 def _threshold_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, reach_ptr,
-    scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr, rows_ptr, pair_rows_ptr,
+    scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr, rows_ptr,
+    queue_ptr, stray_count_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -173,7 +183,8 @@ def _threshold_kernel(
     TILE: tl.constexpr,
     SAVE: tl.constexpr,
     SPLIT: tl.constexpr,
-    COUNTED: tl.constexpr,
+    ROW_LIMIT: tl.constexpr,
+    FEWEST: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -311,6 +322,7 @@ def _threshold_kernel(
         first = low * PIECES
         last = tl.minimum(high * PIECES, list_keys)
         union = 0
+        sparse = tl.zeros((GROUPS,), tl.int32)
         scan = tl.arange(0, SCAN)
         if SPLIT:
             # From where to where TILE rows see every tile whole.
@@ -325,7 +337,7 @@ def _threshold_kernel(
             )
             alive = (maxima > threshold[:, None]).to(tl.int32)
             alive = tl.reshape(alive, (GROUPS, TILE, SCAN))
-            if COUNTED:
+            if ROW_LIMIT > 0:
                 row_count = tl.sum(alive, 1)
                 alive = tl.minimum(row_count, 1)
             else:
@@ -334,8 +346,9 @@ def _threshold_kernel(
             wide_tiles = tl.broadcast_to(tiles[None, :], (GROUPS, SCAN)).to(tl.int16)
             chosen = (alive > 0) & known[:, None]
             tl.store(list_ptr + list_rows[:, None] * list_keys + place, wide_tiles, mask=chosen)
-            if COUNTED:
+            if ROW_LIMIT > 0:
                 tl.store(rows_ptr + list_rows[:, None] * list_keys + place, row_count.to(tl.uint8), mask=chosen)
+                sparse += tl.sum(((row_count > 0) & (row_count <= ROW_LIMIT)).to(tl.int32), 1)
             count += tl.sum(alive, 1)
             if SAVE:
                 flag = tl.full((GROUPS, SCAN), 1, tl.uint8)
@@ -352,24 +365,38 @@ def _threshold_kernel(
             if GROUPS > 1:
                 either = tl.max(alive, 0)
                 pair_place = union + tl.cumsum(either, 0) - either
-                pair_base = (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
-                tl.store(pair_ptr + pair_base + pair_place, tiles.to(tl.int16), mask=either > 0)
-                if COUNTED:
-                    pair_row_count = tl.sum(row_count, 0).to(tl.uint8)
-                    tl.store(pair_rows_ptr + pair_base + pair_place, pair_row_count, mask=either > 0)
+                pair_list = pair_ptr + (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
+                tl.store(pair_list + pair_place, tiles.to(tl.int16), mask=either > 0)
                 union += tl.sum(either, 0)
         if GROUPS > 1:
             # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
             together = (union > 0) & (union * 10 <= tl.sum(count, 0) * 7)
+            if ROW_LIMIT > 0:
+                # Only rows by themselves have strays.
+                together = together & (tl.sum(sparse, 0) * 2 <= tl.sum(count, 0))
             tl.store(pair_count_ptr + head_index.to(tl.int64) * pair_rows + row_tile, tl.where(together, union, -1))
             count = tl.where(together, -1, count)
         tl.store(count_ptr + list_rows, count, mask=known)
+        if ROW_LIMIT > 0:
+            tl.store(stray_count_ptr + list_rows, tl.zeros((GROUPS,), tl.int32), mask=known)
+            queued = (known & (count >= 0) & (sparse >= FEWEST)).to(tl.int32)
+            for member in tl.static_range(GROUPS):
+                if tl.sum(tl.where(group == member, queued, 0), 0) > 0:
+                    # The order hangs on who comes first; nothing that is computed hangs on the order.
+                    tl.store(
+                        queue_ptr + tl.atomic_add(counter_ptr + 1, 1),
+                        head_index * list_queries + row_tile * GROUPS + member,
+                    )
         tl.debug_barrier()
         work = tl.atomic_add(counter_ptr, 1)
 
 
-def threshold_bound(call, save, counted=False):
-    """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`, with rows if counted."""
+def threshold_bound(call, save, row_limit=0, fewest=1):
+    """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`.
+
+    row_limit: in how many rows a tile that may be taken apart is alive at most, 0: none may; lists with fewer than
+    fewest such tiles stay as they are.
+    """
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     keys = key.shape[2]
@@ -379,13 +406,15 @@ def threshold_bound(call, save, counted=False):
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
     counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
-    pairs = pair_counts = tile_map = alive_rows = pair_alive_rows = None
+    pairs = pair_counts = tile_map = sparse = alive_rows = queue = stray_counts = None
     if rows > TILE:
         pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
         pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
-    if counted:
+    counter = torch.zeros((2,), dtype=torch.int32, device=device)
+    if row_limit:
         alive_rows = torch.empty_like(lists, dtype=torch.uint8)
-        pair_alive_rows = None if pairs is None else torch.empty_like(pairs, dtype=torch.uint8)
+        queue, stray_counts = torch.empty_like(counts), torch.empty_like(counts)
+        sparse = Sparse(alive_rows, queue, counter, stray_counts)
     if save:
         shape = (batch, heads, call.key_tiles, call.query_tiles)
         tile_map = torch.zeros(shape, dtype=torch.uint8, device=device)
@@ -394,14 +423,14 @@ def threshold_bound(call, save, counted=False):
     pieces = config.threshold_columns // TILE
     padded_tiles = triton.cdiv(call.key_tiles, pieces) * pieces
     scratch = torch.empty((programs, padded_tiles, rows), dtype=torch.float32, device=device)
-    counter = torch.zeros((1,), dtype=torch.int32, device=device)
     reach = None
     if call.slopes is not None:
         reach = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(-1)
     _threshold_kernel[(programs,)](
         query, key, call.descriptor(key, config.threshold_columns), call.alpha_tensor, call.slopes, call.visible,
         call.mask, reach,
-        scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map, alive_rows, pair_alive_rows,
+        scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map, alive_rows,
+        queue, stray_counts,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         heads, queries, keys, row_tiles, total, call.query_tiles, call.key_tiles, row_tiles, head_dim,
@@ -411,7 +440,8 @@ def threshold_bound(call, save, counted=False):
         TILE=TILE,
         SAVE=save,
         SPLIT=save and call.split,
-        COUNTED=counted,
+        ROW_LIMIT=row_limit,
+        FEWEST=fewest,
         DESCRIPTORS=call.descriptors,
         SCAN=SCAN,
         STEPS=STEPS,
@@ -419,4 +449,4 @@ def threshold_bound(call, save, counted=False):
         num_stages=config.threshold.stages,
         **config.threshold.limit(),
     )  # fmt: skip
-    return tau, Lists(lists, counts, pairs, pair_counts, tile_map, alive_rows, pair_alive_rows)
+    return tau, Lists(lists, counts, pairs, pair_counts, tile_map, sparse)
