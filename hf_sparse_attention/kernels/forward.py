@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE
 from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
-from .tiles import entmax_parameters, load_block, row_ranges, weights
+from .tiles import entmax_parameters, load_block, on_support, row_ranges, weights
 
 
 @triton.jit
@@ -110,14 +110,15 @@ def _forward_kernel(
     acc_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     slope_sum = tl.zeros((BLOCK_M,), tl.float32)
-    support = tl.zeros((BLOCK_M,), tl.int32)
     # The sum of what the second product sees, so that near-equal weights which all round to one side cancel. In half
     # precision it is a product as well: to round and then to add one by one takes a third of the loop.
     HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     parts = tl.zeros((BLOCK_M, 4), tl.float32)
     signs = tl.zeros((BLOCK_M, 4), tl.int32)
+    support_parts = tl.zeros((BLOCK_M, 4), tl.float32)
     ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
     # An alpha that learns has a gradient in float32: its tau is as exact.
+    CLAMPED: tl.constexpr = HALF and ALPHA_KIND != 0
     PRECISE: tl.constexpr = HALF and SAVE and ALPHA_KIND == 2
     slope_parts = tl.zeros((BLOCK_M, 4), tl.float32)
     acc_slope = tl.zeros((BLOCK_M, 8), tl.float32)
@@ -135,12 +136,14 @@ def _forward_kernel(
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
             FUSED=HALF and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
-        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
         parts += lane_sums(p)
         rounded = u.to(q.dtype)
         if PRECISE:
             slope_parts += lane_sums(u)
-        if ALPHA_KIND == 15:
+        if ALPHA_KIND == 15 and HALF:
+            support_parts += lane_sums(on_support(u))
+        elif ALPHA_KIND == 15:
             # A sign is one instruction, a comparison and a sum of its ones are three.
             signs += lane_sums((x - tau[:, None]).to(tl.int32, bitcast=True) >> 31)
         v = load_block(
@@ -154,7 +157,7 @@ def _forward_kernel(
         else:
             slope_sum += tl.sum(u, 1)
     sums = tl.sum(parts, 1)
-    support = tl.sum(signs, 1) + turns(pieces) * BLOCK_N
+    support = tl.sum(support_parts, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
@@ -167,7 +170,7 @@ def _forward_kernel(
             if PRECISE:
                 slope_parts += lane_sums(u)
             if ALPHA_KIND == 15:
-                support += tl.sum((u > 0).to(tl.int32), 1)
+                support += tl.sum(on_support(u), 1)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
@@ -183,7 +186,7 @@ def _forward_kernel(
         slope_sum = tl.max(acc_slope, 1)
     empty = tau >= 1e30
     steepness = tl.sum(slope_parts, 1) if PRECISE else slope_sum
-    correction = last_step(sums, steepness, support.to(tl.float32), exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
+    correction = last_step(sums, steepness, support, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
     # Weights lose their share in u of what the sum of p is too much: then it is 1.
     share = tl.where(correction == 0.0, 0.0, (sums - 1.0) / tl.where(slope_sum > 0, slope_sum, 1.0))
     acc -= share[:, None] * acc_mean
