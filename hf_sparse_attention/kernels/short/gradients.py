@@ -114,8 +114,10 @@ def _short_query_gradient_kernel(
         products += u * gradient
     slope_sum = tl.sum(u_sums, 1)
     delta = tl.sum(products, 1) / tl.where(slope_sum > 0, slope_sum, 1.0)
-    tl.store(pair_ptr + tau_rows * 2, tau, mask=row_mask)
-    tl.store(pair_ptr + tau_rows * 2 + 1, delta, mask=row_mask)
+    # Whole blocks, so that the key gradient needs no mask: past the end a finite number above every score.
+    pair_rows = (head_index.to(tl.int64) * row_blocks * BLOCK_M + rows) * 2
+    tl.store(pair_ptr + pair_rows, tau)
+    tl.store(pair_ptr + pair_rows + 1, delta)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
@@ -207,15 +209,15 @@ def _short_key_gradient_kernel(
             mask_base += batch.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
-        pair_base = pair_ptr + (batch * heads + head).to(tl.int64) * queries * 2
+        pair_base = pair_ptr + (batch * heads + head).to(tl.int64) * row_blocks * BLOCK_M * 2
         for block in range(first_block, row_blocks):
             dk, dv = _add_queries(
                 dk, dv, k, v, block * BLOCK_M, q_base, g_base, batch, head, stride_qn, stride_gn, dims, pieces,
                 columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                factor, slope, exponent, mask_base, stride_mn, stride_mk,
+                factor, slope, exponent, mask_base, stride_mn, stride_mk, True,
                 ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
                 TWO_WALKS=TWO_WALKS, DESCRIPTORS=False, BLOCK_N=BLOCK_M, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                PRECISION=PRECISION, MASKED=True,
+                PRECISION=PRECISION,
             )  # fmt: skip
     offsets = batch.to(tl.int64) * stride_db + group.to(tl.int64) * stride_dg
     offsets = offsets + columns[:, None] * stride_dn + dims[None, :]
@@ -233,11 +235,11 @@ def short_gradients(call, grad_out, tau, alpha_gradient):
     dquery = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
     dkey = torch.empty((batch, keys, groups, head_dim), dtype=key.dtype, device=device).transpose(1, 2)
     dvalue = torch.empty((batch, keys, groups, head_dim), dtype=value.dtype, device=device).transpose(1, 2)
-    # tau and delta of every query side by side, as the key gradient reads them.
-    pairs = torch.empty((*tau.shape, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
     rows, columns = config.short_rows, config.short_columns
     row_blocks, key_tiles = (queries + rows - 1) // rows, (keys + columns - 1) // columns
+    # tau and delta of every query side by side, as the key gradient reads them.
+    pairs = torch.empty((batch, heads, row_blocks * rows, 2), dtype=torch.float32, device=device)
     launch = config.short_query_gradient
     _short_query_gradient_kernel[(batch * heads * row_blocks,)](
         query, key, value, grad_out, call.alpha_tensor, call.slopes, call.visible, call.mask, tau,
