@@ -96,7 +96,7 @@ def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
     second half holds |q_d| 2^-24 and |k_d| with a sign: (1) drawn for each query and each key, as rounding falls;
     (2) drawn for each query, as what is cut off always falls to one side, which shifts all scores of a query.
     """
-    dim = query.shape[-1]
+    sizes = {"query": query.shape[-1], "key": key.shape[-1], "value": value.shape[-1], "alpha": None}
     generator = torch.Generator().manual_seed(0)
 
     def longer(tensor, size, drawn):
@@ -112,8 +112,8 @@ def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
         keys, values = (longer(tensor, 1.0, both) for tensor in (key, value))
         own = {**arguments, "scaling": _scaling(query, arguments)}
         result = run(reference.attention, queries, keys, values, gradients, **own)
-        kept = {name: tensor if name == "alpha" else tensor[..., :dim] for name, tensor in result.gradients.items()}
-        results.append(Results(result.out[..., :dim], result.tau, kept))
+        kept = {name: tensor[..., : sizes[name]] for name, tensor in result.gradients.items()}
+        results.append(Results(result.out[..., : sizes["value"]], result.tau, kept))
     return results
 
 

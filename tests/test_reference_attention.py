@@ -313,6 +313,13 @@ def test_the_reference_passes_its_own_bounds_and_a_worse_one_does_not():
     with pytest.raises(AssertionError, match="out: error"):
         check_against_reference(worse, query, key, value, direction, alpha=1.5)
 
+    def coarse(query, key, value, **arguments):
+        # Off by 2^-19, as if a score had lost the last four bits of float32.
+        return reference.attention(query * (1 + 2.0**-19), key, value, **arguments)
+
+    with pytest.raises(AssertionError, match="tau: error"):
+        check_against_reference(coarse, query.float(), key.float(), value.float(), direction.float(), alpha=1.5)
+
 
 def test_autocast_computes_in_float32():
     query, key, value = inputs(dtype=torch.float32)

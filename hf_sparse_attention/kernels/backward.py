@@ -62,6 +62,7 @@ def _query_gradient_kernel(
     ROOM: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
+    CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
     head_index = program // query_tiles
     row_tile = query_tiles - 1 - program % query_tiles
@@ -140,7 +141,7 @@ def _query_gradient_kernel(
                 BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
             )  # fmt: skip
             gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
             slope_sum += tl.sum(u, 1)
             delta += tl.sum(u * gradient, 1)
         if ROOM > 0:
@@ -190,7 +191,7 @@ def _query_gradient_kernel(
             BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
         )  # fmt: skip
         gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
         if ALPHA_GRADIENT:
             p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
             gain += tl.sum(gradient * p, 1)
@@ -299,7 +300,8 @@ def _add_queries(
         x = tl.where(seen, x, float("-inf"))
     if LATE:
         x *= factor
-    p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND)
+    CLAMPED: tl.constexpr = q.dtype != tl.float32 and ALPHA_KIND != 0
+    p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = u * (gradient - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)

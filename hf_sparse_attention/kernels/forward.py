@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE
 from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
-from .tiles import entmax_parameters, load_block, row_ranges, weights
+from .tiles import entmax_parameters, load_block, on_support, row_ranges, weights
 
 
 @triton.jit
@@ -24,7 +24,8 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
         discriminant = tl.maximum(slope_sum * slope_sum - count * (sums - 1.0), 0.0)
         step = (sums - 1.0) / (divisor + tl.sqrt(discriminant))
     else:
-        step = (sums - 1.0) / (exponent * divisor)
+        # With the second order of a sum of p that is the power 2 e of a line, between the power e and an exponential.
+        step = (sums - 1.0) * (1.0 + (0.5 - 0.25 / exponent) * (sums - 1.0)) / (exponent * divisor)
         # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the
         # way of a key to the threshold.
         step = tl.where(alpha > 2.0, tl.where(tl.abs(sums - 1.0) < 1e-6, step, 0.0), step)
@@ -109,13 +110,17 @@ def _forward_kernel(
     acc_mean = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     sums = tl.zeros((BLOCK_M,), tl.float32)
     slope_sum = tl.zeros((BLOCK_M,), tl.float32)
-    support = tl.zeros((BLOCK_M,), tl.int32)
     # The sum of what the second product sees, so that near-equal weights which all round to one side cancel. In half
     # precision it is a product as well: to round and then to add one by one takes a third of the loop.
     HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     parts = tl.zeros((BLOCK_M, 4), tl.float32)
     signs = tl.zeros((BLOCK_M, 4), tl.int32)
+    support_parts = tl.zeros((BLOCK_M, 4), tl.float32)
     ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
+    # An alpha that learns has a gradient in float32: its tau is as exact.
+    CLAMPED: tl.constexpr = HALF and ALPHA_KIND != 0
+    PRECISE: tl.constexpr = HALF and SAVE and ALPHA_KIND == 2
+    slope_parts = tl.zeros((BLOCK_M, 4), tl.float32)
     acc_slope = tl.zeros((BLOCK_M, 8), tl.float32)
     seen_start, seen_end = seen_by_all(start, end, keys)
     pieces = count * (TILE // BLOCK_N)
@@ -131,10 +136,14 @@ def _forward_kernel(
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
             FUSED=HALF and (ALPHA_KIND >= 15 or ALPHA_KIND == 1),
         )  # fmt: skip
-        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
         parts += lane_sums(p)
         rounded = u.to(q.dtype)
-        if ALPHA_KIND == 15:
+        if PRECISE:
+            slope_parts += lane_sums(u)
+        if ALPHA_KIND == 15 and HALF:
+            support_parts += lane_sums(on_support(u))
+        elif ALPHA_KIND == 15:
             # A sign is one instruction, a comparison and a sum of its ones are three.
             signs += lane_sums((x - tau[:, None]).to(tl.int32, bitcast=True) >> 31)
         v = load_block(
@@ -148,7 +157,7 @@ def _forward_kernel(
         else:
             slope_sum += tl.sum(u, 1)
     sums = tl.sum(parts, 1)
-    support = tl.sum(signs, 1) + turns(pieces) * BLOCK_N
+    support = tl.sum(support_parts, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
@@ -158,8 +167,10 @@ def _forward_kernel(
             )  # fmt: skip
             sums += tl.sum(p, 1)
             rounded = u.to(q.dtype)
+            if PRECISE:
+                slope_parts += lane_sums(u)
             if ALPHA_KIND == 15:
-                support += tl.sum((u > 0).to(tl.int32), 1)
+                support += tl.sum(on_support(u), 1)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
             acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
@@ -174,8 +185,11 @@ def _forward_kernel(
         # The columns are the same.
         slope_sum = tl.max(acc_slope, 1)
     empty = tau >= 1e30
-    correction = last_step(sums, slope_sum, support.to(tl.float32), exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
-    acc -= (correction * exponent)[:, None] * acc_mean
+    steepness = tl.sum(slope_parts, 1) if PRECISE else slope_sum
+    correction = last_step(sums, steepness, support, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
+    # Weights lose their share in u of what the sum of p is too much: then it is 1.
+    share = tl.where(correction == 0.0, 0.0, (sums - 1.0) / tl.where(slope_sum > 0, slope_sum, 1.0))
+    acc -= share[:, None] * acc_mean
     tau = tl.where(empty, float("inf"), tau + correction)
     tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
     o_offsets = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh

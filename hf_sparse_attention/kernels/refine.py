@@ -154,6 +154,7 @@ def _refine_kernel(
     TOLERANCE: tl.constexpr,
     ROOM: tl.constexpr,
 ):  # fmt: skip
+    CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
     head_index = program // query_tiles
     row_tile = query_tiles - 1 - program % query_tiles
@@ -234,10 +235,10 @@ def _refine_kernel(
                 HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
             )  # fmt: skip
             if CURVED:
-                p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
                 curvature_parts += lane_sums(w)
             else:
-                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
             parts += lane_sums(p)
             slope_parts += lane_sums(u)
         for position in range(whole_last - whole_first, pieces):
@@ -257,10 +258,10 @@ def _refine_kernel(
                 HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
             )  # fmt: skip
             if CURVED:
-                p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p, u, w = weights_and_curvature(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
                 curvature_parts += lane_sums(w)
             else:
-                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p, u = weights(x, point[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
             parts += lane_sums(p)
             slope_parts += lane_sums(u)
         if ROOM > 0:

@@ -308,6 +308,9 @@ def _threshold_kernel(
                 tau += tl.where(empty, 0.0, tl.maximum(step, 0.0))
         # Rounding of the steps must not lift the bound above tau.
         tau -= tl.where(empty, 0.0, 1e-6 * tl.abs(tau) + 1e-6)
+        if q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0:
+            # No weight exceeds 1, which the passes that follow take for granted.
+            tau = tl.where(empty, tau, tl.maximum(tau, greatest - 1.0))
 
         tau_rows = head_index.to(tl.int64) * queries + rows
         tl.store(tau_ptr + tau_rows, tl.where(empty, float("inf"), tau), mask=rows < queries)

@@ -87,10 +87,10 @@ def logarithm(x, ALPHA_KIND: tl.constexpr):
 
 @triton.jit
 def on_support(u):
-    """1 where u > 0, else 0: one instruction where a comparison and a choice are two and more."""
+    """1 where u > 0, else 0, for u > 2^-100: one instruction, as multiplications can clamp their result to 0..1."""
     if HAS_PTX:
         return tl.inline_asm_elementwise(
-            "set.gt.f32.f32 $0, $1, 0f00000000;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+            "mul.sat.f32 $0, $1, 0f71800000;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         return tl.where(u > 0, 1.0, 0.0)
@@ -109,9 +109,22 @@ def power(excess, exponent, ALPHA_KIND: tl.constexpr):
 
 
 @triton.jit
-def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr):
+def above(x, tau, CLAMPED: tl.constexpr):
+    """[x - tau]_+, CLAMPED also to 1: as tau >= max x - 1 that is rounding only, and a fused multiply-add does it."""
+    if not CLAMPED:
+        return tl.maximum(x - tau, 0.0)
+    elif HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "cvt.sat.f32.f32 $0, $1;", "=f,f", [x - tau], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.minimum(tl.maximum(x - tau, 0.0), 1.0)
+
+
+@triton.jit
+def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr, CLAMPED: tl.constexpr = False):
     """p = [x - tau]_+ ^ exponent and u = p^(2 - alpha) = [x - tau]_+ ^ (exponent - 1) on the support, else 0."""
-    excess = tl.maximum(x - tau, 0.0)
+    excess = above(x, tau, CLAMPED=CLAMPED)
     if ALPHA_KIND == 15:
         p = excess * excess
         u = excess
@@ -125,16 +138,16 @@ def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr):
 
 
 @triton.jit
-def weights_and_curvature(x, tau, exponent, ALPHA_KIND: tl.constexpr):
+def weights_and_curvature(x, tau, exponent, ALPHA_KIND: tl.constexpr, CLAMPED: tl.constexpr = False):
     """p and u as `weights` gives them and w = [x - tau]_+ ^ (exponent - 2) on the support, else 0."""
     if ALPHA_KIND == 15:
-        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
         w = on_support(u)
     elif ALPHA_KIND == 20:
-        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
         w = tl.zeros_like(u)
     else:
-        excess = tl.maximum(x - tau, 0.0)
+        excess = above(x, tau, CLAMPED=CLAMPED)
         # This exponent may be negative or 0.
         w = power(excess, exponent - 2, ALPHA_KIND=2 if ALPHA_KIND == 1 else ALPHA_KIND)
         u = w * excess
