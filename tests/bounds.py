@@ -95,6 +95,8 @@ def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
     at the last digit of the largest. The terms q_d k_d (1 +- 2^-24) are those of vectors twice as long, of which the
     second half holds |q_d| 2^-24 and |k_d| with a sign: (1) drawn for each query and each key, as rounding falls;
     (2) drawn for each query, as what is cut off always falls to one side, which shifts all scores of a query.
+    On a GPU float32 products are three tf32 products, which keep 22 bits of either factor: there every entry of a
+    float32 tensor is changed by 2^-22 of its size as well, up or down.
     """
     sizes = {"query": query.shape[-1], "key": key.shape[-1], "value": value.shape[-1], "alpha": None}
     generator = torch.Generator().manual_seed(0)
@@ -102,9 +104,15 @@ def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
     def longer(tensor, size, drawn):
         if tensor is None:
             return None
+        thrice = tensor.is_cuda and tensor.dtype == torch.float32
         tensor = tensor.double()
-        signs = torch.randint(0, 2, (*tensor.shape[:-1], 1), generator=generator).to(tensor) * 2 - 1 if drawn else 1
+        if thrice:
+            tensor = tensor * (1 + sign(tensor.shape).to(tensor) * 2.0**-22)
+        signs = sign((*tensor.shape[:-1], 1)).to(tensor) if drawn else 1
         return torch.cat([tensor, tensor.abs() * signs * size], -1)
+
+    def sign(shape):
+        return torch.randint(0, 2, shape, generator=generator) * 2 - 1
 
     results = []
     for both in (True, False):
