@@ -19,7 +19,7 @@ import hf_sparse_attention as hsa  # noqa: E402
 from hf_sparse_attention import attention, reference  # noqa: E402
 from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
-from hf_sparse_attention.kernels.configurations import TILE  # noqa: E402
+from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
 from hf_sparse_attention.kernels.decode.launch import listed_pages, run_passes  # noqa: E402
 
@@ -90,6 +90,20 @@ def test_many_random_calls(seed, poisoned):  # noqa: F811
     lengths = (1, 111, 4097, 20000) if seed % 3 else (65536, 131072, 200000)
     case = random_case(seed, device=DEVICE, lengths=lengths, few=FEW, dtypes=DTYPES, budget=1 << 23)
     check(case, pages=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("path", ["decode", "short", "long"])
+def test_a_step_beyond_every_key_is_not_taken_for_the_end(path, poisoned):  # noqa: F811
+    """alpha 4: from -0.4995, where the first halving ends, Newton leads to 0.0003 right of the largest score."""
+    key = torch.zeros(1, 1, 16, 16, device=DEVICE)
+    key[0, 0, :, 0] = torch.tensor([24.8542522, 24.6948051, 24.5615394, 22.4494193] + [0.0] * 12)
+    query, value = torch.zeros_like(key[:, :, :1]), torch.randn_like(key)
+    query[..., 0] = 1 / 3
+    arguments = {"alpha": 4.0, "scaling": 1.0}
+    with decode.decoding(path == "decode"), configured(**({"short_keys": 0} if path == "long" else {})):
+        _, tau = entmax_attention(query, key, value, **arguments)
+    _, exact = reference.attention(query.double(), key.double(), value.double(), **arguments)
+    torch.testing.assert_close(tau.double(), exact, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0])

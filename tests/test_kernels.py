@@ -26,9 +26,9 @@ from hf_sparse_attention.kernels import (  # noqa: E402
     gather,
     operators,
     refine,
-    strays,
     supports,
     threshold,
+    transposition,
 )
 
 CUDA = torch.cuda.is_available()
@@ -204,15 +204,15 @@ def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
     assert compiled_kernels(ranges, tmp_path) == sorted(
         ["_threshold_kernel", "_transpose_kernel", "_key_gradient_kernel"]
         + 2 * ["_refine_kernel", "_forward_kernel", "_query_gradient_kernel"]
-        + (["_starts_kernel", *2 * ["_collect_kernel"]] if ranges == "strays" else [])
+        + (["_collect_kernel"] if ranges == "strays" else [])
     )
 
 
 def test_every_kernel_that_is_planned_can_be_noted_down():
     """One that is not would really be launched by the plan, on tensors without memory."""
-    rooms = (threshold, gather, refine, forward, strays, backward)
+    rooms = (threshold, gather, refine, forward, transposition, backward)
     found = [value for room in rooms for name, value in vars(room).items() if name.endswith("_kernel")]
-    assert len(found) == 8 and all(isinstance(value, compiling.Kernel) for value in found)
+    assert len(found) == 7 and all(isinstance(value, compiling.Kernel) for value in found)
 
 
 def test_operators_are_registered_whole():

@@ -11,7 +11,7 @@ import triton.language as tl
 from .compiling import Kernel
 from .configurations import TILE
 from .edges import edge_scores, seen_by_all, sees, turn_start, turns
-from .strays import add_strays, gather_rows, move_strays, stray_arguments, stray_weights, transpose
+from .strays import add_strays, gather_rows, move_strays, stray_arguments, stray_weights
 from .tiles import (
     entmax_parameters,
     key_scores,
@@ -22,39 +22,7 @@ from .tiles import (
     row_ranges,
     weights,
 )
-
-
-@Kernel
-@triton.jit(do_not_specialize=["query_tiles"])
-def _transpose_kernel(map_ptr, list_ptr, count_ptr, query_tiles, SCAN: tl.constexpr, SPLIT: tl.constexpr):
-    """Map row of one key tile -> the query tiles that use it, ascending; split: cut ones descend from the row's end.
-
-    count_ptr holds per row how many stand at its head and, if split, how many at its end.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    scan = tl.arange(0, SCAN)
-    count = 0
-    cut_count = 0
-    for base in range(0, query_tiles, SCAN):
-        tiles = base + scan
-        flags = tl.load(map_ptr + row * query_tiles + tiles, mask=tiles < query_tiles, other=0).to(tl.int32)
-        # Most of a row is empty where documents are short.
-        if tl.max(flags, 0) > 0:
-            # The forward may have been configured otherwise, and have told whole tiles apart.
-            chosen = (flags == 2 if SPLIT else flags > 0).to(tl.int32)
-            place = count + tl.cumsum(chosen, 0) - chosen
-            tl.store(list_ptr + row * query_tiles + place, tiles.to(tl.int16), mask=chosen > 0)
-            count += tl.sum(chosen, 0)
-            if SPLIT:
-                cut = (flags == 1).to(tl.int32)
-                place = query_tiles - 1 - (cut_count + tl.cumsum(cut, 0) - cut)
-                tl.store(list_ptr + row * query_tiles + place, tiles.to(tl.int16), mask=cut > 0)
-                cut_count += tl.sum(cut, 0)
-    if SPLIT:
-        tl.store(count_ptr + row * 2, count)
-        tl.store(count_ptr + row * 2 + 1, cut_count)
-    else:
-        tl.store(count_ptr + row, count)
+from .transposition import transpose
 
 
 @Kernel
@@ -465,13 +433,11 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     # tau and delta of every query side by side, as the key gradient reads them.
     pairs = torch.empty((batch, heads, call.query_tiles * TILE, 2), dtype=torch.float32, device=device)
     dalpha = torch.empty_like(tau) if alpha_gradient else None
+    by_keys = transpose(call, lists, strays)
     moved, moved_pointers = 0, (None,) * 5
     if strays is not None:
-        transposed = transpose(call, strays)
-        moved = transposed.codes.numel()
-        moved_pointers = (
-            transposed.starts, transposed.ends, transposed.totals, transposed.codes, transposed.weights
-        )  # fmt: skip
+        moved = by_keys.codes.numel()
+        moved_pointers = (by_keys.starts, by_keys.ends, by_keys.totals, by_keys.codes, by_keys.weights)
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
@@ -498,24 +464,12 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             num_stages=launch.stages,
             **launch.limit(),
         )  # fmt: skip
-    query_lists = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
-    counts = torch.empty((batch, heads, call.key_tiles, 1 + call.split), dtype=torch.int32, device=device)
-    _transpose_kernel[(batch * heads * call.key_tiles,)](
-        lists.tile_map,
-        query_lists,
-        counts,
-        call.query_tiles,
-        SCAN=512 if call.split else 128,
-        SPLIT=call.split,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
     query_descriptor, gradient_descriptor = call.descriptor(query), call.descriptor(grad_out)
     launch = config.key_gradient
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
-        query_lists, counts, pairs, dkey, dvalue, *moved_pointers[1:],
+        by_keys.tiles, by_keys.counts, pairs, dkey, dvalue, *moved_pointers[1:],
         call.excess, call.scaling, moved,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *dkey.stride()[:3],
         *call.visible_strides, *call.mask_strides,

@@ -93,9 +93,9 @@ def _default(element_size, block_dim):
         key_gradient=Launch(warps, 1),
         collect=Launch(warps, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
-        # Where registers hold the scores and spill little else.
+        # Where registers hold the scores without a spill.
         short_keys=256 if block_dim * element_size <= (64 if element_size == 4 else 256) else 128 * (block_dim == 64),
-        short_rows=16 if block_dim <= 32 else TILE,
+        short_rows=16 if block_dim <= 32 or element_size == 4 else TILE,
         short_forward=Launch(1 if block_dim <= 32 else 4, 1),
         short_query_gradient=Launch(1 if block_dim <= 32 else 4, 1),
         short_key_gradient=Launch(1 if block_dim <= 32 else 4, 1),

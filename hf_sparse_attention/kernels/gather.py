@@ -11,7 +11,7 @@ import triton.language as tl
 from .compiling import Kernel
 from .configurations import TILE, processors
 from .edges import edge_scores, seen_by_all
-from .strays import ROW_BIT, Strays, gather_rows, stray_codes, stray_places
+from .strays import APART, ROW_BIT, Strays, gather_rows, stray_codes, stray_places
 from .tiles import entmax_parameters, load_block, masked_scores, row_ranges
 
 # Candidates sorted out at once, and the fewest in a list that are worth it; list entries looked at at once.
@@ -60,7 +60,7 @@ def _marks(x, limit):
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _collect_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, rows_ptr, queue_ptr, queued_ptr, bound_ptr, map_ptr, scratch_ptr, candidate_ptr,
+    list_ptr, count_ptr, rows_ptr, queue_ptr, queued_ptr, bound_ptr, map_ptr, scratch_ptr,
     code_ptr, score_ptr, stray_count_ptr, stray_map_ptr,
     excess, scaling,
     stride_sb, stride_sh, stride_sn,
@@ -98,8 +98,9 @@ def _collect_kernel(
     columns = tl.arange(0, COLUMNS)
     piece_words = tl.arange(0, BLOCK_N // 32)
     scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * COLUMNS * TILE
-    # Of a candidate its tile and, in the upper half, its place in the list.
-    candidate_list = candidate_ptr + tl.program_id(0).to(tl.int64) * key_tiles
+    # Of a candidate its tile and, in the upper half, its place in the list; behind the words of all programs.
+    candidate_list = scratch_ptr + tl.num_programs(0).to(tl.int64) * COLUMNS * TILE
+    candidate_list += tl.program_id(0).to(tl.int64) * key_tiles
     for item in range(tl.program_id(0), tl.load(queued_ptr + 1), tl.num_programs(0)):
         work = tl.load(queue_ptr + item)
         head_index = work // query_tiles
@@ -207,8 +208,8 @@ def _collect_kernel(
             tl.store(alive_rows + codes // 65536, tl.full((SEGMENT,), GONE, tl.uint8), mask=few)
             if SAVE:
                 cells = (head_index.to(tl.int64) * key_tiles + tiles) * query_tiles + row_tile
-                tl.store(map_ptr + cells, tl.zeros((SEGMENT,), tl.uint8), mask=few)
-                tl.store(stray_map_ptr + cells, tile_start * 256 + sizes, mask=few & (sizes > 0))
+                tl.store(map_ptr + cells, tl.full((SEGMENT,), APART, tl.uint8), mask=few)
+                tl.store(stray_map_ptr + cells, tile_start * 256 + sizes, mask=few)
             strays += tl.sum(sizes, 0)
             left += tl.sum(few.to(tl.int32), 0)
             # All have read the scratch before it is written anew.
@@ -266,7 +267,7 @@ def collect(call, bound, lists, save):
     if save:
         room = config.stray_room
         pool = torch.empty((batch, heads, queries, 2 * room), dtype=torch.int32, device=device)
-        tile_map = torch.zeros((batch, heads, call.key_tiles, call.query_tiles), dtype=torch.int32, device=device)
+        tile_map = torch.empty((batch, heads, call.key_tiles, call.query_tiles), dtype=torch.int32, device=device)
     else:
         # Nothing outlives the call, so the strays of a row lie where its output will.
         row_bytes = head_dim * query.element_size()
@@ -280,12 +281,11 @@ def collect(call, bound, lists, save):
     sparse = lists.sparse
     strays = Strays(pool, sparse.strays, tile_map, out)
     programs = min(lists.counts.numel(), config.collect_programs * processors(device.index))
-    scratch = torch.empty((programs, SEGMENT * TILE // 32, TILE), dtype=torch.int32, device=device)
-    candidates = torch.empty((programs, call.key_tiles), dtype=torch.int32, device=device)
+    scratch = torch.empty(programs * (SEGMENT * TILE // 32 * TILE + call.key_tiles), dtype=torch.int32, device=device)
     _collect_kernel[(programs,)](
         query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
         lists.tiles, lists.counts, sparse.rows, sparse.queue, sparse.queued, bound, lists.tile_map, scratch,
-        candidates, strays.codes, strays.scores, strays.counts, tile_map,
+        strays.codes, strays.scores, strays.counts, tile_map,
         call.excess, call.scaling,
         *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],
         *call.visible_strides, *call.mask_strides,

@@ -119,7 +119,8 @@ def refine(
             step = tl.where(inside, newton, 0.5 * (low + high)) - tau
             settled = (below & (sums <= 1.0 + 2e-7)) | (high - low <= 1.2e-7 * tl.abs(tau))
             step = tl.where(settled, 0.0, step)
-            left = exponent * slope_sum * tl.abs(step)
+            # Right of every key there is no slope, but a way to go.
+            left = tl.where(positive, exponent * slope_sum, 1.0) * tl.abs(step)
     return low, high, step, left
 
 

@@ -5,15 +5,17 @@ them as such. Enters: what `gather` collected. Leaves: weights of a block, rows 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
 import triton.language as tl
 
-from .compiling import Kernel
 from .configurations import TILE
 from .tiles import weights, weights_and_curvature
 
+# What the map of the lists says of a tile whose pairs are strays.
+APART = tl.constexpr(4)
 # The bit of a code from which on it says the row; below is the key.
 ROW_BIT = tl.constexpr(21)
 
@@ -25,7 +27,7 @@ class Strays:
     pool (B, H, N, 2 * room) int32: codes and, as float32, scores, their x. The rows of a tile of queries are one array
     that is filled from its start; counts (B, H, N/TILE) int32 says how far: 0 where two are walked together. tile_map
     (B, H, K/TILE, N/TILE) int32, where a backward follows: 256 times the place of the first stray of a tile of keys
-    plus their number. out: the output, where its memory is the pool.
+    plus their number, where the lists' map says APART. out: the output, where its memory is the pool.
     """
 
     pool: torch.Tensor
@@ -38,31 +40,15 @@ class Strays:
         """Strays per query that there is room for."""
         return self.pool.shape[-1] // 2
 
-    @property
+    @cached_property
     def codes(self):
         """(B, H, N, room) int32: the key and, from bit ROW_BIT on, the row within the tile."""
         return self.pool[..., : self.room]
 
-    @property
+    @cached_property
     def scores(self):
         """(B, H, N, room) float32, with the strides of the codes."""
         return self.pool[..., self.room : 2 * self.room].view(torch.float32)
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """The strays by tile of keys (B, G, K/TILE), with their p and ds, for the key and value gradient.
-
-    starts (B, H, K/TILE, N/TILE) int32: where those of a tile go, less their place of origin, counted from the start
-    of their tile of keys; ends and totals of those (B * G * K/TILE). codes (B * H * N * room) int32: TILE times the
-    query within the group of heads plus the key within the tile; weights (2, B * H * N * room): p and ds.
-    """
-
-    starts: torch.Tensor
-    ends: torch.Tensor
-    totals: torch.Tensor
-    codes: torch.Tensor
-    weights: torch.Tensor
 
 
 def stray_arguments(strays, rows):
@@ -191,42 +177,3 @@ def add_strays(
         dv = tl.dot(tl.where(own, p[None, :], 0.0).to(do.dtype), do, dv, input_precision=PRECISION)
         dk = tl.dot(tl.where(own, ds[None, :], 0.0).to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
-
-
-@Kernel
-@triton.jit(do_not_specialize=["heads", "query_tiles", "key_tiles"])
-def _starts_kernel(
-    map_ptr, start_ptr, total_ptr, heads, query_tiles, key_tiles, GROUP: tl.constexpr, SCAN: tl.constexpr
-):
-    """Strays of one tile of keys -> where those of each tile of queries begin, less the place they come from."""
-    program = tl.program_id(0)
-    key_tile = program % key_tiles
-    first_head = program // key_tiles * GROUP
-    scan = tl.arange(0, SCAN)
-    total = 0
-    for member in range(0, GROUP):
-        row = ((first_head + member).to(tl.int64) * key_tiles + key_tile) * query_tiles
-        for base in range(0, query_tiles, SCAN):
-            tiles = base + scan
-            cells = tl.load(map_ptr + row + tiles, mask=tiles < query_tiles, other=0)
-            sizes = cells & 255
-            begin = total + tl.cumsum(sizes, 0) - sizes
-            tl.store(start_ptr + row + tiles, begin - (cells >> 8), mask=tiles < query_tiles)
-            total += tl.sum(sizes, 0)
-    tl.store(total_ptr + program, total)
-
-
-def transpose(call, strays):
-    """Room for the strays by tile of keys, and where each goes: the query gradient puts them there."""
-    batch, heads, key_tiles, query_tiles = strays.tile_map.shape
-    device = strays.codes.device
-    starts = torch.empty_like(strays.tile_map)
-    totals = torch.empty(batch * heads // call.group * key_tiles, dtype=torch.int32, device=device)
-    _starts_kernel[(totals.numel(),)](
-        strays.tile_map, starts, totals, heads, query_tiles, key_tiles,
-        GROUP=call.group, SCAN=128, num_warps=1, enable_fp_fusion=True,
-    )  # fmt: skip
-    size = strays.pool.numel() // 2
-    codes = torch.empty(size, dtype=torch.int32, device=device)
-    pairs = torch.empty((2, size), dtype=call.query.dtype, device=device)
-    return Transposed(starts, totals.cumsum(0), totals, codes, pairs)

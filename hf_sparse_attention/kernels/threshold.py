@@ -40,8 +40,8 @@ class Lists:
 
     tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
     pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
-    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1. sparse: where
-    strays are to be sought.
+    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1, APART where strays took its
+    place. sparse: where strays are to be sought.
     """
 
     tiles: torch.Tensor
@@ -376,8 +376,8 @@ def _threshold_kernel(
             # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
             together = (union > 0) & (union * 10 <= tl.sum(count, 0) * 7)
             if ROW_LIMIT > 0:
-                # Only rows by themselves have strays.
-                together = together & (tl.sum(sparse, 0) * 2 <= tl.sum(count, 0))
+                # Only rows by themselves have strays: from a third of the tiles on these win more than pairs do.
+                together = together & (tl.sum(sparse, 0) * 3 <= tl.sum(count, 0))
             tl.store(pair_count_ptr + head_index.to(tl.int64) * pair_rows + row_tile, tl.where(together, union, -1))
             count = tl.where(together, -1, count)
         tl.store(count_ptr + list_rows, count, mask=known)

@@ -120,10 +120,9 @@ def _short_query_gradient_kernel(
     tl.store(pair_ptr + pair_rows + 1, delta)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha.
+    # Sums over the keys of (g - delta) p and (g - delta) p log p, for the gradient of alpha.
     gain = tl.zeros((BLOCK_M,), tl.float32)
     gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
-    entropy = tl.zeros((BLOCK_M,), tl.float32)
     for tile in range(first_tile, end_tile):
         x, gradient, k = _scores_and_gradients(
             q, do, k_base, v_base, tile * BLOCK_N, stride_kn, stride_wn, rows, dims, queries, keys, head_dim,
@@ -131,12 +130,11 @@ def _short_query_gradient_kernel(
             BLOCK_N=BLOCK_N, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, PRECISION=PRECISION,
         )  # fmt: skip
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+        gradient -= delta[:, None]
         if ALPHA_GRADIENT:
-            p_log = p * tl.log(tl.where(p > 0, p, 1.0))
             gain += tl.sum(gradient * p, 1)
-            gain_entropy += tl.sum(gradient * p_log, 1)
-            entropy += tl.sum(p_log, 1)
-        ds = u * (gradient - delta[:, None])
+            gain_entropy += tl.sum(gradient * p * tl.log(tl.where(p > 0, p, 1.0)), 1)
+        ds = u * gradient
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     d_base = dq_ptr + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
     tl.store(
@@ -146,7 +144,7 @@ def _short_query_gradient_kernel(
     )
     if ALPHA_GRADIENT:
         inverse = 1.0 / (alpha_head - 1.0)
-        dalpha = (gain - delta) * inverse * inverse - (gain_entropy - delta * entropy) * inverse
+        dalpha = gain * inverse * inverse - gain_entropy * inverse
         tl.store(dalpha_ptr + tau_rows, tl.where(hidden, 0.0, dalpha), mask=row_mask)
 
 

@@ -55,7 +55,8 @@ def threshold_step(
             bracketed = tl.where(inside, newton, 0.5 * (lower + upper)) - tau
             settled = (below & (sums <= 1.0 + 2e-7)) | (upper - lower <= 1.2e-7 * tl.abs(tau))
             step = tl.where(alpha > 2.0, tl.where(settled, 0.0, bracketed), step)
-            left = tl.where(alpha > 2.0, exponent * slope_sum * tl.abs(step), left)
+            # Right of every key there is no slope, but a way to go.
+            left = tl.where(alpha > 2.0, tl.where(positive, exponent * slope_sum, 1.0) * tl.abs(step), left)
     left = tl.where(tl.abs(step) <= resolution, 0.0, left)
     return tau + step, lower, upper, left
 
