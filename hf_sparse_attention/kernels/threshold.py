@@ -193,6 +193,7 @@ def _threshold_kernel(
     STEPS: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = BLOCK_M // TILE
+    CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     PIECES: tl.constexpr = BLOCK_N // TILE
     local_rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -295,7 +296,7 @@ def _threshold_kernel(
         convex = alpha_head <= 2.0
         if convex:
             for _ in range(STEPS):
-                p, u = weights(slots, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p, u = weights(slots, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
                 total_weight = tl.sum(p, 1)
                 slope_sum = tl.sum(u, 1)
                 if ALPHA_KIND == 15:
@@ -308,7 +309,7 @@ def _threshold_kernel(
                 tau += tl.where(empty, 0.0, tl.maximum(step, 0.0))
         # Rounding of the steps must not lift the bound above tau.
         tau -= tl.where(empty, 0.0, 1e-6 * tl.abs(tau) + 1e-6)
-        if q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0:
+        if CLAMPED:
             # No weight exceeds 1, which the passes that follow take for granted.
             tau = tl.where(empty, tau, tl.maximum(tau, greatest - 1.0))
 
