@@ -1,6 +1,7 @@
 """Compiles every kernel that a call would launch, for a card that is not here -> registers, stack, shared memory.
 Run in a process of its own, as Triton must not be interpreted: `python tests/compile_without_gpu.py`."""
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -13,8 +14,10 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -31,6 +34,9 @@ def _compile(function, arguments, keywords):
         wide = [["tt.divisibility", 16]]
         if parameter.is_constexpr or value is None:
             signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            shape = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype][1:]}[{shape}]>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(index,)] = TYPES[value.dtype], wide
         elif isinstance(value, float):
@@ -43,6 +49,16 @@ def _compile(function, arguments, keywords):
                 attributes[(index,)] = wide
     options = {name: keywords[name] for name in OPTIONS if name in keywords}
     return triton.compile(ASTSource(function, signature, constants, attributes), target=TARGET, options=options)
+
+
+def serialized(compiled):
+    """Whether ptxas says that products wait for each other one by one."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(compiled.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file, "-o", Path(folder) / "kernel.cubin"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "C7515" in run.stdout + run.stderr
 
 
 def _resources(compiled):
@@ -58,13 +74,13 @@ def _resources(compiled):
     }  # fmt: skip
 
 
-def launches(call):
+def launches(call, look=_resources):
     """[(kernel, warps, resources)] of what `call()` would launch, on CPU tensors."""
     found = []
 
     def capture(function, grid):
         def launch(*arguments, **keywords):
-            resources = _resources(_compile(function, arguments, keywords))
+            resources = look(_compile(function, arguments, keywords))
             found.append((function.fn.__name__, keywords.get("num_warps", 4), resources))
 
         return launch
@@ -97,10 +113,27 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
     return launches(call)
 
 
+def training(limit=0, length=1024):
+    """The launches of a causal training call in bfloat16 with the configuration of an H200."""
+    from hf_sparse_attention.kernels import configurations, gather, operators, threshold
+
+    gather.processors = threshold.processors = lambda index: 132
+    row = configurations.MEASURED[(9, 2, 128)]
+    operators.configuration = lambda *arguments: dataclasses.replace(row, stray_limit=limit)
+    query, key = (torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
+    call = operators.describe(query, key, key, 1.5, None, 128**-0.5, True, None, None, None)
+    look = lambda compiled: _resources(compiled) | {"serialized": int(serialized(compiled))}  # noqa: E731
+    return launches(lambda: operators._launch_all(call, True), look)
+
+
 def main(words):
-    """Words such as bfloat16:128:32:8:1:1.5:0:0:0 -> a line per kernel."""
+    """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16 for a stray_limit of 16 -> a line per kernel."""
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for word in words:
+        if word.startswith("training"):
+            for kernel, warps, resources in training(*(int(limit) for limit in word.split(":")[1:])):
+                print(word, kernel, warps, *(f"{key}={value}" for key, value in resources.items()), flush=True)
+            continue
         name, *numbers = word.split(":")
         numbers = [float(number) if "." in number else int(number) for number in numbers]
         for kernel, warps, resources in decoding(name, *numbers):
