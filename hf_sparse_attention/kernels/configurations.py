@@ -46,6 +46,8 @@ class Configuration:
     key_gradient: Launch
     # Tiles with at most so many (query, key) pairs above the bound, up to 255, are taken apart; 0: all are walked.
     stray_limit: int = 0
+    # Whether calls without a backward have strays too: they win less there.
+    stray_forward: bool = True
     # Pairs per query that are kept for a backward, a power of two. Without one they lie where the output will.
     stray_room: int = 16
     # Depth of the pipeline of gathered rows.
@@ -111,9 +113,11 @@ _HOPPER = Configuration(
     refine_pairs=Launch(8, 2, 128),
     forward=Launch(4, 3),
     forward_pairs=Launch(8, 3),
-    query_gradient=Launch(4, 3),
+    query_gradient=Launch(4, 2),
     query_gradient_pairs=Launch(8, 3),
     key_gradient=Launch(4, 2),
+    stray_limit=16,
+    stray_forward=False,
     measured="NVIDIA H200",
 )
 

@@ -245,14 +245,15 @@ def _collect_kernel(
         tl.debug_barrier()
 
 
-def collects(config, group, queries, key_tiles):
+def collects(config, group, queries, key_tiles, save):
     """Whether a call has strays: a list can be long enough, a query of the group and a key of a tile fit a code."""
-    return config.stray_limit > 0 and key_tiles >= FEWEST and group * queries * TILE < 2**31
+    wanted = config.stray_limit > 0 and (save or config.stray_forward)
+    return wanted and key_tiles >= FEWEST and group * queries * TILE < 2**31
 
 
-def sparse_limits(call):
+def sparse_limits(call, save):
     """In how many rows a tile that may be taken apart is alive at most, and how many of them are worth it."""
-    on = collects(call.configuration, call.group, call.query.shape[2], call.key_tiles)
+    on = collects(call.configuration, call.group, call.query.shape[2], call.key_tiles, save)
     return call.configuration.stray_rows if on else 0, FEWEST
 
 
@@ -261,7 +262,7 @@ def collect(call, bound, lists, save):
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     device = query.device
-    if not collects(config, call.group, queries, call.key_tiles):
+    if not collects(config, call.group, queries, call.key_tiles, save):
         return None
     tile_map = out = None
     if save:

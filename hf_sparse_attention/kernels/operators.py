@@ -175,13 +175,13 @@ def _forward(
     if is_short(call.configuration, query.shape[2], key.shape[2]):
         return _forward_short(call, save)
     with torch.cuda.device_of(query):
-        strayed = collects(call.configuration, call.group, query.shape[2], call.key_tiles)
+        strayed = collects(call.configuration, call.group, query.shape[2], call.key_tiles, save)
         variant = (
             query.device, query.dtype, save, call.descriptors, id(call.configuration), strayed,
             *call.constants.values(),
         )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
-        bound, lists = threshold_bound(call, save, *sparse_limits(call))
+        bound, lists = threshold_bound(call, save, *sparse_limits(call, save))
         strays = collect(call, bound, lists, save)
         point = refined_threshold(call, bound, lists, save, strays)
         out, tau, mean = attend(call, point, lists, save, strays)
@@ -223,7 +223,7 @@ def _without_memory(call):
 def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
     call = _without_memory(call)
-    bound, lists = threshold_bound(call, save, *sparse_limits(call))
+    bound, lists = threshold_bound(call, save, *sparse_limits(call, save))
     strays = collect(call, bound, lists, save)
     out, tau, mean = attend(call, refined_threshold(call, bound, lists, save, strays), lists, save, strays)
     if save:
@@ -243,7 +243,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
         pairs = (queries + 2 * TILE - 1) // (2 * TILE)
         shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
     shapes.append((batch, heads, key_tiles, query_tiles))
-    if collects(config, heads // key.shape[1], queries, key_tiles):
+    if collects(config, heads // key.shape[1], queries, key_tiles, True):
         room = config.stray_room
         shapes += [
             (batch, heads, queries, 2 * room),
