@@ -100,6 +100,18 @@ def find_level_of(scores, alpha):
     return find_level(scores * curve.factor, curve).squeeze(-1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_past_the_level_does_not_end_the_search(dtype):
+    """Many keys just within reach of the largest make Halley's step lead to where only that one counts, from where the
+    next leads back, exact for one key: it must not pass for the end, nor go to and fro."""
+    scaled = torch.tensor([[1.0] + [0.85] * 19 + [0.001] * 43], dtype=dtype)
+    for alpha in (1.5, 1.3):
+        curve = Curve.of(alpha, dtype)
+        for keys in (scaled, scaled.repeat(1, 40)[:, :-1], scaled.flip(-1)):
+            weights, _ = curve.weights(keys.clone(), find_level(keys.clone(), curve))
+            torch.testing.assert_close(weights.sum(-1), keys.new_ones(1), atol=1e-6, rtol=0)
+
+
 def test_closed_forms():
     difference = torch.tensor([0.0, 0.3, 0.9, 1.5, 5.0], dtype=torch.float64)
     scores = torch.stack((difference, torch.zeros_like(difference)), -1)

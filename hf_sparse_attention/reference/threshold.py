@@ -89,12 +89,13 @@ class Curve:
             return margin, margin.sign(), margin
         return margin * margin, margin, margin
 
-    def step(self, scaled: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step towards f = sum(p)^(alpha-1) - 1 = 0 from level (..., 1), and an estimate of what it leaves to go.
+    def step(self, scaled: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Towards f = sum(p)^(alpha-1) - 1 = 0 from level (..., 1): a step, Newton's, and what the first leaves to go.
 
         f + 1 is the 1/(alpha-1)-norm of the margins: convex for alpha <= 2, and a line where all margins are equal.
         With s, u, v the sums of p, of its slopes and of their slopes p^(3-2 alpha): f' = -s^(alpha-2) u and
         f''/-f' = (1/(alpha-1) - 1) (v/u - u/s). Halley's step where v is finite, alpha <= 1.5, and Newton's elsewhere.
+        What is left is an estimate for the keys that count at level: true of a step to the right, which none joins.
         """
         if self.kind == "square":
             margin = torch.relu_(scaled - (level - 1))
@@ -108,11 +109,12 @@ class Curve:
             s, u = weight.sum(-1, keepdim=True), slope.sum(-1, keepdim=True)
             newton = s / u * -torch.expm1(-self.excess * torch.log(s))
             if not self.smooth:
-                return newton, 1e3 * (newton / self.excess).square_()
+                return newton, newton, 1e3 * (newton / self.excess).square_()
             v = slope.div_(margin).sum(-1, keepdim=True)
             share = (0.5 / self.excess - 0.5) * newton * (v / u - u / s)
         step = newton / (1 - share).clamp_(min=0.5)
-        return step, (share * step / self.excess).abs_()
+        left = torch.where(step < 0, step, share * step)
+        return step, newton, (left / self.excess).abs_()
 
     def alpha_slopes(self, scaled, level, weight, slope) -> torch.Tensor:
         """dp/dalpha with the threshold's own movement left out: g_j in dp_j/dalpha = g_j - u_j/sum(u) * sum_k g_k.
@@ -181,20 +183,19 @@ def _iterate(scaled, sample, lowest, highest, curve: Curve) -> torch.Tensor | No
     level = lowest
     if sample is not scaled:
         for _ in range(SAMPLE_STEPS):
-            level = _bounded(level, curve.step(sample, level)[0], highest)
+            level = torch.minimum(level + curve.step(sample, level)[0], highest)
     tolerance, rounding = TOLERANCE[scaled.dtype], 4 * torch.finfo(scaled.dtype).eps
     # Asking a GPU whether it is done is a wait, so it is not asked every time.
     interval = 1 if scaled.device.type == "cpu" else 3
     for count in range(1, MAXIMUM_STEPS + 1):
-        step, error = curve.step(scaled, level)
-        level = _bounded(level, step, highest)
+        step, newton, error = curve.step(scaled, level)
+        # Halley's step may pass the level, Newton's does not: it is taken where the other would come to where it was.
+        highest = torch.where(step < 0, torch.minimum(level, highest), highest)
+        passes = (step > 0) & (level + step >= highest)
+        level = torch.where(passes, torch.minimum(level + newton, highest), level + step)
         if count % interval == 0 and not bool(((error > tolerance) & (step.abs() > rounding * level.abs())).any()):
             return level
     return None
-
-
-def _bounded(level: torch.Tensor, step: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
-    return torch.minimum(level + step, highest)
 
 
 def _group_maxima(scaled: torch.Tensor) -> torch.Tensor:
