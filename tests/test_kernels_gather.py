@@ -114,7 +114,7 @@ SEEDS = (
 def test_random_calls(seed, short_lists, poisoned):  # noqa: F811
     case = random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES, budget=1 << (40 if CUDA else 17))
     # Pairs of rows as wide as these have no room in a multiprocessor's shared memory.
-    wide = case.query.dtype == torch.float32 and case.query.shape[-1] > 64
+    wide = case.query.element_size() * case.query.shape[-1] > 256
     rows = TILE if wide else TILE * (1 + seed % 2)
     with configured(stray_limit=(64, 20)[seed % 3 > 0], stray_room=(24, 5)[seed % 4 > 1], threshold_rows=rows):
         check(case)
