@@ -21,6 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 LENGTHS = (63, 111, 129, 333, 1000, 2049) if CUDA else (63, 111, 200, 330)
 
 
+@pytest.fixture(autouse=True)
+def strays_in_every_call():
+    with configured(stray_forward=True):
+        yield
+
+
 @pytest.fixture
 def short_lists(monkeypatch):
     """Lists of one tile are taken apart too, two tiles at a time, and no queries are walked in pairs."""
