@@ -267,6 +267,16 @@ def test_refusals_name_the_reason():
         torch.func.vmap(lambda *tensors: entmax_attention(*tensors)[0])(query[None], key[None], value[None])
 
 
+def test_under_autocast_inputs_of_several_dtypes_are_computed():
+    """Rotary positions leave float32 queries and keys beside half precision values: no reason for the reference."""
+    query, key, value = (randn(1, heads, 70, 16, seed=heads) for heads in (4, 2, 2))
+    mixed = query.float(), key.float(), value
+    assert "differ in dtype" in supports(*mixed)
+    with torch.autocast(DEVICE, HALF):
+        assert supports(*mixed) is None
+        assert torch.equal(entmax_attention(*mixed)[0], entmax_attention(query, key, value)[0])
+
+
 @pytest.mark.gpu
 def test_cuda_graph_replays_on_new_inputs():
     query, key, value = (randn(1, heads, 1000, 64, seed=heads).requires_grad_() for heads in (4, 2, 2))

@@ -394,3 +394,13 @@ def test_prefill_in_chunks(sparse):
     mask[0, :5] = 0
     whole = sparse.generate(ids, attention_mask=mask, **how)
     assert torch.equal(whole, sparse.generate(ids, attention_mask=mask, prefill_chunk_size=6, **how))
+
+
+def test_releases_that_drop_what_is_registered_for_their_own_configs(monkeypatch):
+    """Transformers 5.17 is one: our maps would be asked of the dense class."""
+    mapping = AutoModelForCausalLM._model_mapping
+    monkeypatch.setattr(type(mapping), "register", lambda *arguments, **keywords: None)
+    monkeypatch.delitem(mapping._extra_content, LlamaConfig)
+    entry = models.registration.DenseEntry(hsa.FAMILIES["llama"], "ForCausalLM")
+    models.registration._register_dense(AutoModelForCausalLM, LlamaConfig, entry)
+    assert mapping[LlamaConfig] is entry

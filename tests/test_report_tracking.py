@@ -5,6 +5,7 @@ import sqlite3
 import struct
 
 import accelerate
+import families
 import pytest
 import torch
 from report_cases import TEXT, sparse_folder
@@ -119,3 +120,17 @@ def kept_by_wandb(folder):
             found.append((history.step.num, values))
             record = b""
     return found
+
+
+def test_a_look_at_a_compiled_model_compiles_nothing():
+    model = families.sparse_model(families.dense_model("llama"), "asentmax")
+    ids, graphs = families.tokens(2, 12), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    expected = attention_statistics(model, {"input_ids": ids})
+    assert attention_statistics(compiled, {"input_ids": ids}) == expected
+    assert not graphs
