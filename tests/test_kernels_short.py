@@ -94,7 +94,7 @@ def test_rows_that_see_nothing_are_zero(poisoned):  # noqa: F811
     # Of the second sequence nobody sees anything.
     ends = torch.stack([torch.arange(70) * (torch.arange(70) % 3 > 0), torch.zeros(70, dtype=torch.long)])
     visible = torch.stack([torch.zeros_like(ends), ends], -1).to(DEVICE, torch.int32)
-    for alpha in (1.5, 2.0, 1.2, 3.0):
+    for alpha in (1.5, 1.2, 3.0):
         results = run(entmax_attention, query, key, value, torch.ones_like(query), visible=visible, alpha=alpha)
         hidden = (visible[..., 1] == 0)[:, None].expand(2, 2, 70)
         assert (results.out[hidden] == 0).all() and (results.gradients["query"][hidden] == 0).all()
@@ -131,7 +131,7 @@ def test_thresholds_are_exact_whatever_the_scores(poisoned):  # noqa: F811
 
 
 def test_two_runs_give_the_same_bits(poisoned):  # noqa: F811
-    case = random_case(3, device=DEVICE, lengths=(120,) if CUDA else (40,), dtypes=(HALF,), mask="packed")
+    case = random_case(6, device=DEVICE, lengths=(120,) if CUDA else (40,), dtypes=(HALF,), mask="packed")
     attend = functools.partial(run, entmax_attention, case.query, case.key, case.value, case.gradient)
     first, second = attend(**case.arguments), attend(**case.arguments)
     assert torch.equal(first.out, second.out)
