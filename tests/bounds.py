@@ -95,16 +95,17 @@ def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
     at the last digit of the largest. The terms q_d k_d (1 +- 2^-24) are those of vectors twice as long, of which the
     second half holds |q_d| 2^-24 and |k_d| with a sign: (1) drawn for each query and each key, as rounding falls;
     (2) drawn for each query, as what is cut off always falls to one side, which shifts all scores of a query.
-    On a GPU float32 products are three tf32 products, which keep 22 bits of either factor: there every entry of a
-    float32 tensor is changed by 2^-22 of its size as well, up or down.
+    On a GPU float32 products up to head_dim 128 are three tf32 products, which keep 22 bits of either factor: there
+    every entry of a float32 tensor is changed by 2^-22 of its size as well, up or down.
     """
-    sizes = {"query": query.shape[-1], "key": key.shape[-1], "value": value.shape[-1], "alpha": None}
+    dim = query.shape[-1]
+    sizes = {"query": dim, "key": key.shape[-1], "value": value.shape[-1], "alpha": None}
     generator = torch.Generator().manual_seed(0)
 
     def longer(tensor, size, drawn):
         if tensor is None:
             return None
-        thrice = tensor.is_cuda and tensor.dtype == torch.float32
+        thrice = tensor.is_cuda and tensor.dtype == torch.float32 and dim <= 128
         tensor = tensor.double()
         if thrice:
             tensor = tensor * (1 + sign(tensor.shape).to(tensor) * 2.0**-22)

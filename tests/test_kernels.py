@@ -64,7 +64,7 @@ def same_products(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def tile_lists():
-    """Calls of few keys take the kernels of tile lists too; those of `short.py` have tests of their own."""
+    """Calls of few keys take the kernels of tile lists too; those of `short/` have tests of their own."""
     with configurations.configured(short_keys=0):
         yield
 

@@ -197,7 +197,8 @@ def test_without_a_backward_the_output_holds_the_strays(head_dim, short_lists, c
     assert torch.equal(strays.counts[..., ::2], kept.counts[..., ::2]) and (kept.counts[..., ::2] > 0).any()
     # Where a backward follows the last steps of the refinement are others.
     torch.testing.assert_close(tau, kept_tau, atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(out, kept_out, atol=2e-3, rtol=1e-2)
+    # One rounding of the output.
+    torch.testing.assert_close(out, kept_out, atol=1e-3, rtol=1e-2 if HALF is torch.bfloat16 else 2e-3)
     assert (out.double() - plain.double()).norm() < 4 * torch.finfo(HALF).eps * plain.double().norm()
 
 

@@ -60,7 +60,7 @@ class Configuration:
     # Whether the key gradient walks tiles seen whole without a mask even where only the diagonal cuts tiles; with
     # visible ranges it always does.
     split: bool = False
-    # Calls of at most so many keys, and as many queries, are computed by `short.py`; 0: none are.
+    # Calls of at most so many keys, and as many queries, are computed by `short/`; 0: none are.
     short_keys: int = 256
     # Queries a program of it takes at once, and keys of a block of its scores.
     short_rows: int = TILE
