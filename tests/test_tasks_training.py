@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
-from hf_sparse_attention.train import TrainTaskArguments, task_loop, train_task
+from hf_sparse_attention.train import TrainTaskArguments, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
+from hf_sparse_attention.train.task_batches import made_ahead
 from hf_sparse_attention.train.task_model import answer_loss, new_model
 from hf_sparse_attention.train.task_step import TaskStep
 
@@ -54,7 +56,7 @@ def learned(request, tmp_path_factory):
 
 def test_a_small_model_learns_to_copy(learned):
     output, summary = learned
-    (run,), (test,) = summary["runs"], summary["test"]
+    (run,), (test,) = summary["runs"], summary["tests"][summary["best"]]
     assert run["failed"] is None and summary["best"] == run["name"]
     assert test["length"] == 6 and test["samples"] == 300 and test["exact_match"] > 0.9
     assert run["validation"][0]["exact_match"] > 0.9
@@ -73,7 +75,7 @@ def test_what_was_trained_is_what_is_saved(learned):
     assert sparse["position"] == "nape" and sparse["train_length"] == 15
     assert (sparse["map"], sparse["alpha"]) in (("entmax", 1.0), ("asentmax", 1.5))
     test = score(model, make_task("copy", {"symbols": 6}).fixed_blocks(6, 300), batch_tokens=1000)
-    assert test == {key: summary["test"][0][key] for key in test}
+    assert test == {key: summary["tests"][summary["best"]][0][key] for key in test}
 
 
 def test_decoding_and_one_pass_find_the_same_samples(learned):
@@ -263,7 +265,84 @@ def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
     alone = train_task(
         options(tmp_path / "out", steps=20, learning_rates=[1e30], warmup_steps=0, clip=0.0, resume="auto")
     )
-    assert alone["best"] is None and alone["test"] is None
+    assert alone["best"] is None and alone["tests"] == {}
+
+
+def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path):
+    """Bit for bit; one run diverges, and the others go on."""
+    grid = {"learning_rates": [1e-2, 3e-3, 1e30], "seeds": [1, 2], "clip": 0.0, "log_every": 5}
+    changes = {"steps": 20, "checkpoint_every": 10, "test_lengths": [6], "tested": "all", **grid}
+    one = train_task(options(tmp_path / "one", **changes))
+    for together, workers in ((4, 0), (9, 1)):
+        output = tmp_path / str(together)
+        several = train_task(options(output, **changes, together=together, data_workers=workers))
+        assert several["best"] == one["best"]
+        assert set(several["tests"]) == set(one["tests"]) == {run["name"] for run in one["runs"] if not run["failed"]}
+        assert len(one["tests"]) == 4
+        for ours, other in zip(one["runs"], several["runs"], strict=True):
+            timed = {"seconds", "spans"}
+            assert {**ours, **{key: other[key] for key in timed}} == other
+            assert lines(tmp_path / "one" / ours["name"]) == lines(output / ours["name"])
+            if not ours["failed"]:
+                found = [weights(place / ours["name"] / "checkpoint.pt") for place in (tmp_path / "one", output)]
+                assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+def test_side_by_side_means_a_step_of_each_in_turn(tmp_path, monkeypatch):
+    call, order = TaskStep.__call__, []
+
+    def noted(self, batch, rate):
+        order.append(id(self.model))
+        call(self, batch, rate)
+
+    monkeypatch.setattr(TaskStep, "__call__", noted)
+    train_task(options(tmp_path / "out", steps=6, seeds=[0, 1, 2], together=2))
+    assert order[:12] == order[:2] * 6 and order[0] != order[1] and len(set(order[12:])) == 1
+
+
+def test_several_that_were_interrupted_go_on_exactly(tmp_path, monkeypatch):
+    changes = {"steps": 30, "checkpoint_every": 10, "log_every": 7, "seeds": [1, 2, 3], "together": 2}
+    whole = train_task(options(tmp_path / "whole", **changes))
+    call, calls = TaskStep.__call__, []
+
+    def interrupted(self, batch, rate):
+        calls.append(rate)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        call(self, batch, rate)
+
+    monkeypatch.setattr(TaskStep, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(options(tmp_path / "cut", **changes))
+    again = train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    # 15 and 14 steps of the two, the one that was cut, what was left after their checkpoints at 10, and the third run.
+    assert len(calls) == 30 + 20 + 20 + 30
+    assert [len(run["spans"]) for run in again["runs"]] == [2, 2, 1]
+    for run in whole["runs"]:
+        one, two = (weights(tmp_path / kind / run["name"] / "checkpoint.pt") for kind in ("whole", "cut"))
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+        assert lines(tmp_path / "whole" / run["name"]) == lines(tmp_path / "cut" / run["name"])
+
+
+# On a machine of one core PyTorch warns of the second.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("name", ["copy", "mqmtar"])
+def test_batches_that_others_make_are_the_same_ones_in_order(name, workers):
+    task = make_task(name)
+    make = partial(task.training_batch, seed=5, batch=7)
+    # Neither a whole number of what travels together, nor from the beginning.
+    made = list(made_ahead(make, range(11, 48), workers=workers))
+    assert len(made) == 37
+    for number, samples in zip(range(11, 48), made, strict=True):
+        for one, other in zip(astuple(samples), astuple(make(number)), strict=True):
+            assert one.dtype == other.dtype == np.int64 and (one == other).all()
+
+
+def test_a_worker_that_cannot_make_a_batch_says_why():
+    task = make_task("copy", {"symbols": 2})
+    with pytest.raises(ValueError, match="too few different samples"):
+        list(made_ahead(partial(task.training_batch, lengths=(1, 1)), range(2), workers=1))
 
 
 def test_the_best_is_chosen_by_validation():
@@ -275,9 +354,9 @@ def test_the_best_is_chosen_by_validation():
         return {"name": name, "failed": failed, "validation": rows}
 
     runs = [run("a", (0.5, 0.9, 1.0)), run("b", (0.5, 0.95, 3.0)), run("c", (0.4, 1.0, 0.1)), run("d", failed="nan")]
-    assert task_loop._best(runs) == "b"
-    assert task_loop._best([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))]) == "b"
-    assert task_loop._best([run("d", failed="nan")]) is None
+    assert task_run.best_of(runs)["name"] == "b"
+    assert task_run.best_of([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))])["name"] == "b"
+    assert task_run.best_of([run("d", failed="nan")]) is None
 
 
 def test_low_precision_and_the_command_line(tmp_path, capsys):
@@ -328,6 +407,9 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"learning_rates": []}, "learning_rates is"),
         ({"learning_rates": [0.0]}, "all above 0"),
         ({"seeds": []}, "seeds is"),
+        ({"together": 0}, "together is 0"),
+        ({"data_workers": -1}, "data_workers is -1"),
+        ({"tested": "none"}, "tested is 'none'"),
         ({"precision": "float16"}, "precision is 'float16'"),
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"cuda_graph": True}, "cuda_graph needs a CUDA device"),
@@ -354,8 +436,8 @@ def test_what_else_is_in_output_is_respected(tmp_path):
 def test_every_option_is_an_option_of_the_run():
     """Each is either part of what a run is, or named among those that are not."""
     known = set(asdict(options("unused")))
-    assert known > task_loop.FREE
-    assert set(task_loop._identity(options("unused"))) == known - task_loop.FREE
+    assert known > task_run.FREE
+    assert set(task_run.identity_of(options("unused"))) == known - task_run.FREE
 
 
 @pytest.mark.slow
