@@ -19,7 +19,7 @@ from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
-from hf_sparse_attention.train import TrainTaskArguments, task_run, train_task
+from hf_sparse_attention.train import TrainTaskArguments, task_record, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_batches import made_ahead
@@ -356,9 +356,9 @@ def test_the_best_is_chosen_by_validation():
         return {"name": name, "failed": failed, "validation": rows}
 
     runs = [run("a", (0.5, 0.9, 1.0)), run("b", (0.5, 0.95, 3.0)), run("c", (0.4, 1.0, 0.1)), run("d", failed="nan")]
-    assert task_run.best_of(runs)["name"] == "b"
-    assert task_run.best_of([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))])["name"] == "b"
-    assert task_run.best_of([run("d", failed="nan")]) is None
+    assert task_record.best_of(runs)["name"] == "b"
+    assert task_record.best_of([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))])["name"] == "b"
+    assert task_record.best_of([run("d", failed="nan")]) is None
 
 
 def test_low_precision_and_the_command_line(tmp_path, capsys):
@@ -438,8 +438,8 @@ def test_what_else_is_in_output_is_respected(tmp_path):
 def test_every_option_is_an_option_of_the_run():
     """Each is either part of what a run is, or named among those that are not."""
     known = set(asdict(options("unused")))
-    assert known > task_run.FREE
-    assert set(task_run.identity_of(options("unused"))) == known - task_run.FREE
+    assert known > task_record.FREE
+    assert set(task_record.identity_of(options("unused"))) == known - task_record.FREE
 
 
 @pytest.mark.slow

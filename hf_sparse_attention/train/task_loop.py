@@ -26,7 +26,8 @@ from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
-from .task_run import best_of, identity_of, read_record, train_run
+from .task_record import best_of, identity_of, read_record, share
+from .task_run import train_run
 from .task_step import working_precision
 
 
@@ -159,10 +160,3 @@ def _shown(summary: dict, table) -> str:
         rows = [[name, *map(share, lines)] for name, lines in summary["tests"].items()]
         text += f"\n\n{table(['test', *(f'{length:,}' for length in lengths)], rows)}"
     return text
-
-
-def share(line: dict | None) -> str:
-    """Exact match in %, with its standard error."""
-    if line is None or "missing" in line:
-        return tables.MISSING
-    return f"{100 * line['exact_match']:.1f} ±{100 * line['standard_error']:.1f}"
