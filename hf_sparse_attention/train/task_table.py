@@ -26,7 +26,9 @@ class TableArguments:
     output_dir: str = field(default="table", metadata={"help": "folder for table.md and table.png"})
     published: str | None = field(
         default=None,
-        metadata={"help": "YAML file of numbers to stand beside the runs', exact match in % by task, name and length"},
+        metadata={
+            "help": "YAML file of numbers to stand beside the runs': percent of exact matches by task, name and length"
+        },
     )
     figure: bool = field(default=True, metadata={"help": "draw table.png (needs matplotlib)"})
 
