@@ -1,13 +1,19 @@
 """Runs of train-task as a table and a picture."""
 
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from hf_sparse_attention import cli
+from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.tasks import pictures
+from hf_sparse_attention.tasks.synthetic import SYNTHETIC
 from hf_sparse_attention.train import TableArguments, TrainTaskArguments, table_of_runs, train_task
+from hf_sparse_attention.train.task_arguments import check_task_arguments
 from hf_sparse_attention.train.task_record import identity_of
 from hf_sparse_attention.train.task_table import covered
 
@@ -174,3 +180,59 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text("{}")
     with pytest.raises(OSError, match="run.json is damaged"):
         made(tmp_path, runs=[str(tmp_path / "a")])
+
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "reproduction" / "run.sh"
+
+
+def commands(tmp_path, *words, **environment):
+    """The commands that run.sh calls, in which `ssmax` cannot be trained, and its exit code."""
+    fake = tmp_path / "hf-sparse-attention"
+    fake.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*"\ncase "$*" in *ssmax*) exit 3 ;; esac\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+    ended = subprocess.run(["sh", str(SCRIPT), *words], capture_output=True, text=True, env=environment)
+    return [line.split() for line in ended.stdout.splitlines()], ended.returncode
+
+
+@pytest.mark.parametrize("task", SYNTHETIC)
+def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
+    found, code = commands(tmp_path, task, "maps", "rope", "ablations")
+    assert code == 1 and {words[0] for words in found[:-1]} == {"0"} and len(found) == 10
+    outputs = []
+    for words in found[:-1]:
+        assert words[1] == "train-task"
+        arguments = parse_arguments(TrainTaskArguments, words[2:], program="")
+        check_task_arguments(arguments)
+        assert arguments.task == task and len(arguments.learning_rates) == 4 and arguments.resume == "auto"
+        # The paper's own rate is among them.
+        plain = parse_arguments(TrainTaskArguments, [*words[2:4], "--output", ""], program="")
+        assert plain.learning_rates[0] == pytest.approx(arguments.learning_rates[1])
+        assert arguments.warmup_steps == (0 if "no-warmup" in arguments.output else arguments.steps // 20)
+        outputs.append((arguments.output, arguments.map, arguments.position, arguments.scale_start))
+    assert outputs[1:3] + outputs[5:8] == [
+        (f"runs/{task}/ssmax", "ssmax", "nape", "neutral"),
+        (f"runs/{task}/entmax", "entmax", "nape", "neutral"),
+        (f"runs/{task}/softmax-rope", "softmax", "rope", "neutral"),
+        (f"runs/{task}/asentmax-rope", "asentmax", "rope", "neutral"),
+        (f"runs/{task}/asentmax-normal", "asentmax", "nape", "normal"),
+    ]
+    assert found[-1][:3] == ["table", "--runs", f"runs/{task}"]
+
+
+def test_rows_go_on_several_cards_and_one_that_fails_stops_no_other(tmp_path):
+    found, code = commands(
+        tmp_path, "sort", "softmax", "ssmax", "entmax", "asentmax", CARDS="1 3", STEPS="400", SEEDS="0 1",
+        OPTIONS="--checkpoint_every 0", OUT="elsewhere",
+    )  # fmt: skip
+    maps = {words[words.index("--map") + 1]: words[0] for words in found[:-1]}
+    assert code == 1 and maps == {"softmax": "1", "entmax": "1", "ssmax": "3", "asentmax": "3"}
+    assert "--steps 400 --warmup_steps 20" in " ".join(found[0]) and "--seeds 0 1 --tested" in " ".join(found[0])
+    assert found[-1][:3] == ["table", "--runs", "elsewhere/sort"]
+    assert commands(tmp_path, "sort", "softmax")[1] == 0 and commands(tmp_path, "nothing") == ([], 2)
+
+
+def test_the_published_numbers_are_read(tmp_path):
+    record(tmp_path / "runs", 1e-3, 0, 0.5, test={4096: 0.5})
+    _, (best, _) = made(tmp_path, published=str(SCRIPT.parent / "published.yaml"))
+    assert {row[0]: row[-1] for row in best}["asentmax, paper"] == "86.6"
