@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attention import attention, cli
+from hf_sparse_attention import cli, softmax
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.config import POSITIONS
+from hf_sparse_attention.maps import alibi_slopes
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
@@ -519,13 +520,48 @@ def test_softmax_in_parts_of_the_queries_is_the_same(monkeypatch, position):
             sizes.append(0 if mask is None else mask.numel())
             return plain(query, key, value, **keywords)
 
-        monkeypatch.setattr(attention, "_MASK_ENTRIES", 1000)
+        monkeypatch.setattr(softmax, "_MASK_ENTRIES", 1000)
         monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
         parts = [model(**values).logits for values in inputs]
     assert 0 < max(sizes) <= 1000
     for one, other, values in zip(whole, parts, inputs, strict=True):
         kept = padding.bool() if values.get("attention_mask") is padding else torch.ones_like(padding).bool()
         torch.testing.assert_close(one[kept], other[kept], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (8, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_softmax_of_the_near_keys_alone_is_the_same(monkeypatch, heads, key_heads, dtype):
+    """Heads with slopes leave out keys whose weight is 0, and none whose weight is not; gradients too."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = alibi_slopes(heads).to(dtype) * 8
+    for queries, keys, size in ((300, 300, 1.0), (257, 311, 0.1), (300, 300, 30.0)):
+        query = torch.randn(2, heads, queries, 8, generator=generator, dtype=dtype) * size
+        key, value = torch.randn(2, 2, key_heads, keys, 8, generator=generator, dtype=dtype)
+        # A single key that is large enough to be seen from afar.
+        key[0, -1, 40] *= 20
+        found, read = [], []
+        plain = F.scaled_dot_product_attention
+
+        def counted(query, key, value, plain=plain, read=read, **keywords):
+            read.append(query.shape[1] * query.shape[2] * key.shape[2])
+            return plain(query, key, value, **keywords)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+        for near_from in (10**9, 100):
+            monkeypatch.setattr(softmax, "_NEAR_FROM", near_from)
+            inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+            arguments = {"scaling": 0.3, "causal": True, "visible": None, "slopes": slopes, "mask": None}
+            output = softmax.softmax_attention(*inputs, **arguments)
+            output.square().sum().backward()
+            found.append([output, *(tensor.grad for tensor in inputs)])
+            read.append(None)
+        monkeypatch.undo()
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-12 if dtype == torch.float64 else 1e-4, rtol=1e-4)
+        whole, near = sum(read[: read.index(None)]), sum(read[read.index(None) + 1 : -1])
+        if dtype == torch.float32 and size < 1:
+            assert near < whole
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):
