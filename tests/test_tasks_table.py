@@ -198,7 +198,7 @@ def commands(tmp_path, *words, **environment):
 @pytest.mark.parametrize("task", SYNTHETIC)
 def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
     found, code = commands(tmp_path, task, "maps", "rope", "ablations")
-    assert code == 1 and {words[0] for words in found[:-1]} == {"0"} and len(found) == 10
+    assert code == 1 and {words[0] for words in found[:-1]} == {"0"} and len(found) == 11
     outputs = []
     for words in found[:-1]:
         assert words[1] == "train-task"
