@@ -100,6 +100,14 @@ def test_failures_and_unfinished_runs_are_listed(tmp_path):
     assert remarks["entmax", "1e+30"] == "loss inf" and remarks["asentmax", "0.001"] == ""
 
 
+def test_a_run_that_was_cut_off_and_repeated_counts_once(tmp_path):
+    for order in ("ab", "ba"):
+        record(tmp_path / order / order[0], 1e-3, 0, 0.0, finished=False)
+        record(tmp_path / order / order[1], 1e-3, 0, 0.5, test={64: 0.5})
+        text, (best, every) = made(tmp_path / order)
+        assert len(every) == 3 and best[2][-1] == "**50.0 ±1.2**" and "Runs: 1; failed: 0; not finished: 0" in text
+
+
 def test_what_differs_is_part_of_the_name(tmp_path):
     record(tmp_path / "a", 1e-3, 0, 0.5)
     record(tmp_path / "b", 1e-3, 0, 0.5, map="softmax")

@@ -97,9 +97,15 @@ def _read(folders: list[str]) -> list[dict]:
         for file in files:
             run = {**read_record(file.parent), "folder": file.parent, "tests": _tests(file.parent)}
             same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
-            other = found.setdefault(same, run)["folder"]
-            if other.resolve() != file.parent.resolve():
-                raise ValueError(f"{other} and {file.parent} are the same run, trained twice: leave one of them out")
+            other = found.setdefault(same, run)
+            if other["folder"].resolve() == file.parent.resolve():
+                continue
+            if run["finished"] and other["finished"]:
+                raise ValueError(
+                    f"{other['folder']} and {file.parent} are the same run, trained twice: leave one of them out"
+                )
+            # One that was cut off says nothing that the whole one does not.
+            found[same] = run if run["finished"] else other
     return list(found.values())
 
 
