@@ -27,6 +27,10 @@ from hf_sparse_attention.train.task_batches import made_ahead
 from hf_sparse_attention.train.task_model import answer_loss, new_model
 from hf_sparse_attention.train.task_step import TaskStep
 
+# Processes that make batches are forked, as PyTorch does by default on Linux; from Python 3.12 on it warns where the
+# process has threads. Those processes compute with NumPy alone.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
 TINY = {
     "task": "copy", "task_settings": ["symbols=6"], "lengths": [4, 6], "layers": 2, "hidden_size": 32, "heads": 4,
     "ffn_size": 64, "batch_size": 32, "learning_rates": [1e-2], "warmup_steps": 20, "device": "cpu", "log_every": 10,
