@@ -71,7 +71,9 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
         best = _best_table(groups, lengths, published.get(task, {}))
         blocks += [f"## {task}", _settings(groups), tables.markdown(*best), _time(groups)]
         blocks += [tables.markdown(*_every_run(groups, lengths))]
-        shown += [task, tables.plain(*best), ""]
+        header, rows = best
+        # Bold is Markdown's.
+        shown += [task, tables.plain(header, [[cell.strip("*") for cell in row] for row in rows]), ""]
     if len(by_task) > 1:
         blocks += ["## All tasks", _time([group for groups in by_task.values() for group in groups])]
     found = {task: [{"label": group.label, **group.best} for group in groups if group.best] for task, groups in
