@@ -44,11 +44,11 @@ row() {
     *-rope) what="--map ${1%-rope} --position rope" ;;
     *) what="--map $1" ;;
     esac
-    # Several words on purpose.
+    # All runs wait while one writes its checkpoint. Several words on purpose.
     # shellcheck disable=SC2086
     hf-sparse-attention train-task --config "$here/$task.yaml" --steps "$steps" --warmup_steps $((steps / 20)) $what \
         --learning_rates ${RATES:-$rates} --seeds ${SEEDS:-0} --tested "${TESTED:-$tested}" --precision bfloat16 --compile \
-        --cuda_graph --together "${TOGETHER:-4}" --output "${OUT:-runs}/$task/$1" ${OPTIONS:-}
+        --cuda_graph --together "${TOGETHER:-4}" --checkpoint_every $((steps / 4)) --output "${OUT:-runs}/$task/$1" ${OPTIONS:-}
 }
 
 # A background process a card, which takes every so-manieth row.
