@@ -2,8 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, astuple
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,8 @@ from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
 from hf_sparse_attention.train import TrainTaskArguments, task_record, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
-from hf_sparse_attention.train.task_batches import made_ahead
 from hf_sparse_attention.train.task_model import answer_loss, new_model
 from hf_sparse_attention.train.task_step import TaskStep
-
-# Processes that make batches are forked, as PyTorch does by default on Linux; from Python 3.12 on it warns where the
-# process has threads. Those processes compute with NumPy alone.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 TINY = {
     "task": "copy", "task_settings": ["symbols=6"], "lengths": [4, 6], "layers": 2, "hidden_size": 32, "heads": 4,
@@ -282,9 +276,9 @@ def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path):
     grid = {"learning_rates": [1e-2, 3e-3, 1e30], "seeds": [1, 2], "clip": 0.0, "log_every": 5}
     changes = {"steps": 20, "checkpoint_every": 10, "test_lengths": [6], "tested": "all", **grid}
     one = train_task(options(tmp_path / "one", **changes))
-    for together, workers in ((4, 0), (9, 1)):
+    for together in (4, 9):
         output = tmp_path / str(together)
-        several = train_task(options(output, **changes, together=together, data_workers=workers))
+        several = train_task(options(output, **changes, together=together))
         assert several["best"] == one["best"]
         assert set(several["tests"]) == set(one["tests"]) == {run["name"] for run in one["runs"] if not run["failed"]}
         assert len(one["tests"]) == 4
@@ -331,29 +325,6 @@ def test_several_that_were_interrupted_go_on_exactly(tmp_path, monkeypatch):
         one, two = (weights(tmp_path / kind / run["name"] / "checkpoint.pt") for kind in ("whole", "cut"))
         assert all(torch.equal(value, two[key]) for key, value in one.items())
         assert lines(tmp_path / "whole" / run["name"]) == lines(tmp_path / "cut" / run["name"])
-
-
-# On a machine of one core PyTorch warns of the second.
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("name", ["copy", "mqmtar"])
-def test_batches_that_others_make_are_the_same_ones_in_order(name, workers):
-    task = make_task(name)
-    make = partial(task.training_batch, seed=5, batch=7)
-    # Neither a whole number of what travels together, nor from the beginning.
-    made = list(made_ahead(make, range(11, 48), workers=workers))
-    assert len(made) == 37
-    for number, samples in zip(range(11, 48), made, strict=True):
-        for one, other in zip(astuple(samples), astuple(make(number)), strict=True):
-            assert one.dtype == other.dtype == np.int64 and (one == other).all()
-
-
-def test_a_worker_that_cannot_make_a_batch_says_why():
-    def broken(number):
-        raise ValueError(f"number {number} cannot be")
-
-    with pytest.raises(ValueError, match="number 3 cannot be"):
-        list(made_ahead(broken, range(3, 5), workers=1))
 
 
 def test_the_best_is_chosen_by_validation():
@@ -419,7 +390,6 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"learning_rates": [0.0]}, "all above 0"),
         ({"seeds": []}, "seeds is"),
         ({"together": 0}, "together is 0"),
-        ({"data_workers": -1}, "data_workers is -1"),
         ({"tested": "none"}, "tested is 'none'"),
         ({"precision": "float16"}, "precision is 'float16'"),
         ({"device": "abacus"}, "device is 'abacus'"),

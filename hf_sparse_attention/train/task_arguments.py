@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from ..config import POSITIONS, SPECIFICATIONS
 from ..tasks.samples import SyntheticTask
 from ..tasks.synthetic import SYNTHETIC, make_task
@@ -74,10 +72,6 @@ class TrainTaskArguments:
             "runs side by side on the device, a step of each in turn; with cuda_graph their kernels overlap"
         ),
     )
-    data_workers: int | None = field(
-        default=None,
-        metadata=_help("processes of each run that make its batches ahead (default: 1 for a CUDA device, else 0)"),
-    )
     device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
     log_every: int = field(default=100, metadata=_help("steps between lines of metrics.jsonl; the loss is read then"))
     validate_every: int = field(
@@ -135,10 +129,6 @@ class TrainTaskArguments:
         longest = self.training_lengths()[1]
         return sorted(set(self.validation_lengths)) or [longest, 2 * longest, 4 * longest]
 
-    def workers_on(self, device: torch.device) -> int:
-        """Processes that make a run's batches."""
-        return int(device.type == "cuda") if self.data_workers is None else self.data_workers
-
 
 def check_task_arguments(arguments: TrainTaskArguments) -> None:
     """Raises ValueError for a number out of its range or a name that is not among the choices."""
@@ -164,8 +154,6 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
-    if arguments.data_workers is not None and arguments.data_workers < 0:
-        raise ValueError(f"data_workers is {arguments.data_workers}; it must be at least 0")
     if not arguments.learning_rates or min(arguments.learning_rates) <= 0:
         raise ValueError(f"learning_rates is {arguments.learning_rates}; give at least one, all above 0")
     if not arguments.seeds or min(arguments.seeds) < 0:

@@ -13,7 +13,7 @@ from .task_arguments import TrainTaskArguments
 # Options that may differ between the runs of a folder, and when one goes on: they change what is looked at or how
 # fast it goes, not what is trained.
 FREE = {
-    "output", "learning_rates", "seeds", "device", "compile", "cuda_graph", "together", "data_workers", "log_every",
+    "output", "learning_rates", "seeds", "device", "compile", "cuda_graph", "together", "log_every",
     "validate_every", "validation_lengths", "validation_samples", "test_lengths", "test_samples", "tested",
     "batch_tokens", "checkpoint_every", "resume", "overwrite",
 }  # fmt: skip

@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Generator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from .recipe import rate_at
 from .task_arguments import TrainTaskArguments
-from .task_batches import made_ahead
 from .task_model import new_model
 from .task_record import identity_of, read_record
 from .task_step import TaskStep, working_precision
@@ -67,11 +65,10 @@ def train_run(
     earlier = sum(end - begin for begin, end in spans)
     write_json(folder / "run.json", {**record, "finished": False})
     _keep_metrics(folder / "metrics.jsonl", start)
-    make = partial(task.training_batch, seed=seed, batch=arguments.batch_size, lengths=lengths)
-    batches = made_ahead(make, range(start, arguments.steps), workers=arguments.workers_on(device))
     begun, failed, window_begun, window, done = time.time(), None, time.perf_counter(), 0, start
     model.train()
-    for done, batch in enumerate(batches, start + 1):
+    for done in range(start + 1, arguments.steps + 1):
+        batch = task.training_batch(done - 1, seed=seed, batch=arguments.batch_size, lengths=lengths)
         share = rate_at(
             done - 1, steps=arguments.steps, schedule=arguments.schedule, warmup=arguments.warmup_steps,
             final=arguments.final_share,
