@@ -31,7 +31,8 @@ def softmax_attention(query, key, value, *, scaling, causal, visible, slopes, ma
         is_causal = True if causal and query.shape[2] > 1 else False  # noqa: SIM210
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, **grouped)
     from_last = visible is None and causal
-    if slopes is not None and from_last and mask is None and query.shape[2] > _NEAR_FROM and not _is_fixed(query):
+    is_long = _NEAR_FROM < query.shape[2] <= key.shape[2]
+    if slopes is not None and from_last and mask is None and is_long and not _is_fixed(query):
         return _with_slopes(query, key, value, scaling=scaling, slopes=slopes)
     if visible is None:
         visible = visible_range(query.shape[2], key.shape[2], causal=causal, device=query.device)
@@ -110,11 +111,13 @@ def _near(query, key, value, *, scaling, slopes):
     reach = _reach(query, key, scaling, slopes)
     # A query reads reach + step keys: with these steps at most twice those that are needed, but for short reaches.
     step = max(1, min(max(256, reach), _MASK_ENTRIES // (2 * len(slopes) * (reach + 1)), queries))
+    # SDPA copies masks whose width is no multiple of 16.
+    step = step // 64 * 64 or step
     visible = visible_range(queries, keys, device=query.device)
     pieces = []
     for first in range(0, queries, step):
         own = keys - queries + first
-        begin, end = max(0, own - reach), min(keys, own + step)
+        begin, end = max(0, own - reach) // 64 * 64, min(keys, own + step)
         pieces.append(
             _masked_softmax(
                 query[:, :, first : first + step],
