@@ -21,7 +21,7 @@ from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
-from hf_sparse_attention.kernels.decode.launch import listed_pages, run_passes  # noqa: E402
+from hf_sparse_attention.kernels.decode.launch import bounds_of_pages, run_passes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -61,6 +61,18 @@ def bounds_of(key, length=None):
     radius = torch.full(lower.shape[:3], torch.nan, device=key.device)
     page_kernels.update_bounds(key, lower, upper, radius, None, 0, length)
     return lower, upper, radius
+
+
+def spied_pages(monkeypatch):
+    """What comes to hold the pages that each call reads of its first row tile: those bounded above its bound of tau."""
+    read = []
+
+    def spy(call, pages, maxima, bound, *arguments):
+        bounds_of_pages(call, pages, maxima, bound, *arguments)
+        read.append((maxima[0] > bound[0][:, None]).any(0).nonzero().flatten().tolist())
+
+    monkeypatch.setitem(run_passes.__globals__, "bounds_of_pages", spy)
+    return read
 
 
 @torch.no_grad()
@@ -123,13 +135,7 @@ def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # n
     key = (codes.repeat_interleave(TILE, 2) + randn(1, 1, 12 * TILE, 16, seed=5) * 0.1)[:, :, :-10]
     query, value = (codes[:, :, 3:4] / 2).repeat(1, 2, 1, 1), randn(*key.shape, seed=6)
     expected, expected_tau = entmax_attention(query, key, value)
-    pages, counts = bounds_of(key), []
-
-    def spy(*arguments):
-        counts.append(listed_pages(*arguments))
-        return counts[-1]
-
-    monkeypatch.setitem(run_passes.__globals__, "listed_pages", spy)
+    pages, read = bounds_of(key), spied_pages(monkeypatch)
     broken_key, broken_value = key.clone(), value.clone()
     for page in range(11):
         if page != 3:
@@ -137,7 +143,7 @@ def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # n
             broken_value[:, :, page * TILE : (page + 1) * TILE] = torch.nan
     found, tau = entmax_attention(query, broken_key, broken_value, pages=pages)
     # The page aimed at, and the last one, which is not whole; seeds may be read elsewhere, but weigh nothing.
-    assert counts[0][0][0, : counts[0][1][0]].tolist() == [3, 11]
+    assert read == [[3, 11]]
     assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
 
 
@@ -222,17 +228,10 @@ def test_keys_that_are_no_numbers_are_not_hidden():
     lower, upper, radius = bounds_of(key)
     assert radius[0, 0, 1].isnan() and not radius[0, 0, 0].isnan()
     assert lower[0, 0, 1, 3].isnan() and upper[0, 0, 1, 3].isnan() and not lower[0, 0, 0].isnan().any()
-    call_maxima = {}
-
-    def spy(call, pages, maxima, *arguments):
-        result = listed_pages(call, pages, maxima, *arguments)
-        call_maxima["listed"] = result[0][0, : result[1][0]].tolist()
-        return result
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run_passes.__globals__, "listed_pages", spy)
+        read = spied_pages(patch)
         entmax_attention(query, key, value, pages=(lower, upper, radius))
-    assert 1 in call_maxima["listed"]
+    assert 1 in read[0]
 
 
 @pytest.mark.parametrize("static", [False, True])

@@ -2,13 +2,15 @@
 
 No grid depends on the data and nothing waits for the device, so a CUDA graph can hold them."""
 
+from functools import cache
+
 import torch
 import triton
 
 from ..configurations import TILE, processors
-from ..tiles import ENTMAX15
+from ..tiles import ENTMAX15, HAS_PTX
 from . import output, scores, threshold
-from .pages import listed_pages
+from .pages import REST, bounds_of_pages
 
 # Rows of one program at most.
 MOST_ROWS = 64
@@ -20,13 +22,21 @@ def row_block(rows, precision):
     """Rows of one program: a power of two from 16, what a tensor core multiplies at least."""
     # Products without a tensor core hold their operands in registers.
     most = 16 if precision == "ieee" else MOST_ROWS
-    return min(most, max(16, 1 << (rows - 1).bit_length()))
+    return min(most, max(16, triton.next_power_of_2(rows)))
 
 
 def split_count(group_tiles, device_index):
     """How many programs share the keys of one key head, at most: a power of two, the same for every length."""
     wanted = PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles
     return min(MOST_SPLITS, 1 << max(wanted, 1).bit_length() - 1)
+
+
+@cache
+def overlapping(device_index):
+    """What a launch says so that its programs are placed while the kernel before still runs: Hopper and later."""
+    if not HAS_PTX or torch.cuda.get_device_capability(device_index) < (9, 0):
+        return {}
+    return {"launch_pdl": True}
 
 
 def division(call):
@@ -52,30 +62,35 @@ def division(call):
 def pages_read(call, pages):
     """How many of the pages a call reads, (row tiles of all key heads,)."""
     group_tiles, block, _, sizes = division(call)
-    maxima = torch.empty((group_tiles, sizes[-1], sizes[3]), dtype=torch.float32, device=call.query.device)
+    tiles, _, _, rows = sizes[3:]
+    maxima = torch.empty((group_tiles, rows, tiles), dtype=torch.float32, device=call.query.device)
+    bound = torch.full((group_tiles, rows), torch.inf, device=call.query.device)
     launch = launch_of(call.query.element_size(), call.block_dim, block)
-    return listed_pages(call, pages, maxima, sizes, block, launch)[1]
+    bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlapping(call.query.device.index))
+    return (maxima > bound[..., None]).any(1).sum(1)
 
 
 def run_passes(call, pages=None):
     """Output (B, H, N, D), laid out (B, N, H, D), and tau (B, H, N), +inf in rows that see no key.
 
-    pages: None, or the bounds of the keys' pages, (lower, upper), as `pages.listed_pages` takes them.
+    pages: None, or the bounds of the keys' pages, as `pages.bounds_of_pages` takes them.
     """
     query, key, value = call.query, call.key, call.value
     batch, heads, queries, head_dim = query.shape
     group, device = call.group, query.device
     group_tiles, block, most, sizes = division(call)
     tiles, splits, row_tiles, rows = sizes[3:]
+    existing = triton.next_power_of_2(rows)
 
     def scratch(*shape, dtype=torch.float32):
         return torch.empty((group_tiles, *shape), dtype=dtype, device=device)
 
     stored, maxima = scratch(tiles, rows, TILE), scratch(rows, tiles)
     slots, lists = scratch(splits, rows, TILE), scratch(rows, tiles, dtype=torch.int32)
-    chosen = scratch(tiles + splits, dtype=torch.int32)
+    # Tiles and keys of every split, the last shares rounded up.
+    tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
     parts, counts = scratch(splits, rows, head_dim), scratch(splits, dtype=torch.int32)
-    origin, level = scratch(rows), scratch(rows)
+    origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
     constants = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA")}
@@ -83,33 +98,41 @@ def run_passes(call, pages=None):
     constants["ALPHA_KIND"] = call.alpha_kind
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
-    page_list = page_count = bound = None
     launch = launch_of(query.element_size(), call.block_dim, block)
-    scores_launch = launch
+    overlap = overlapping(device.index)
+    # A first kernel waits for whatever ran before it.
+    first, idle, votes, scores_launch = {}, None, None, launch
     if pages is not None:
-        page_list, page_count, bound = listed_pages(call, pages, maxima, sizes, block, launch)
+        bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap)
+        first, idle, votes = overlap, pages[3], scratch(splits, dtype=torch.int32)
         # One stage more: the list is read before the keys it names.
         scores_launch = {**launch, "num_stages": launch["num_stages"] + 1}
     scores.scores_kernel[(group_tiles, splits)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, page_list, page_count, bound,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, idle, bound,
         stored, maxima, slots,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         *sizes, head_dim,
         **constants, **wide, **masks,
         HAS_LIST=pages is not None,
+        HAS_IDLE=idle is not None,
         BLOCK_M=block,
+        ROWS=existing,
         TILE=TILE,
         SLACK=scores.SLACK,
-        **scores_launch,
+        LEAST_TILES=scores.LEAST_TILES,
+        STEPS=threshold.STEPS,
+        SCAN=min(threshold.SCAN, output.AT_ONCE // existing),
+        OVERLAP=bool(overlap),
+        **scores_launch, **first,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
-        call.alpha_tensor, call.visible, bound, stored, maxima, slots, lists, origin, level, tau,
+        call.alpha_tensor, call.visible, bound, votes, idle, stored, maxima, slots, lists, origin, level, tau,
         call.excess,
         *call.visible_strides,
         *sizes,
         **constants,
-        HAS_LIST=pages is not None,
+        HAS_IDLE=idle is not None,
         BLOCK_M=block,
         TILE=TILE,
         SPLITS=most,
@@ -117,18 +140,25 @@ def run_passes(call, pages=None):
         LISTED=threshold.LISTED,
         STEPS=threshold.STEPS,
         TOLERANCE=1e-9 if call.alpha_kind == ENTMAX15 else 1e-7,
+        REST=REST,
+        OVERLAP=bool(overlap),
         num_warps=4,
+        **overlap,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](
-        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, chosen, parts, counts,
+        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, tile_lists, key_lists, parts, counts,
         call.excess,
         *value.stride()[:3], *call.visible_strides,
         *sizes, head_dim,
         **constants, **wide,
         BLOCK_M=block,
+        ROWS=existing,
         TILE=TILE,
-        SCAN=output.SCAN,
-        **launch,
+        SCAN=min(output.SCAN, output.AT_ONCE // existing),
+        TILES=max(1, output.AT_ONCE // (existing * TILE)),
+        OVERLAP=bool(overlap),
+        # More stages take registers, of which four programs per processor have just enough.
+        **{**launch, "num_stages": 2}, **overlap,
     )  # fmt: skip
     output.sum_kernel[(group_tiles * rows,)](
         parts, counts, out,
@@ -137,8 +167,10 @@ def run_passes(call, pages=None):
         GROUP=group,
         BLOCK_M=block,
         BLOCK_D=call.block_dim,
-        PARTS=output.PARTS,
+        PARTS=min(most, output.AT_ONCE // call.block_dim),
+        OVERLAP=bool(overlap),
         num_warps=4,
+        **overlap,
     )  # fmt: skip
     return out, tau
 

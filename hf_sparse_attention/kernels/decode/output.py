@@ -1,20 +1,22 @@
-"""Stored scores, tau and values -> output. Only the values of keys with weight are read; the parts of the splits over
-the keys are added in a fixed order."""
+"""Stored scores, tau and values -> output. Only the values of keys with weight are read, many of them at once; the
+parts of the splits over the keys are added in a fixed order."""
 
 import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, row_ranges, weights
-from .rows import locate, tile_range
+from .rows import chained, listed_tiles, locate, tile_range
 
-# Tiles scanned at once, and parts added at once.
-SCAN = 32
-PARTS = 16
+# Scores of one row tile that are looked at together, and numbers of parts that are added at once.
+AT_ONCE = 8192
+# Tiles whose maxima are scanned at once.
+SCAN = 512
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def output_kernel(
-    v_ptr, alpha_ptr, visible_ptr, scores_ptr, maxima_ptr, origin_ptr, level_ptr, list_ptr, parts_ptr, counts_ptr,
+    v_ptr, alpha_ptr, visible_ptr, scores_ptr, maxima_ptr, origin_ptr, level_ptr, list_ptr, key_list_ptr, parts_ptr,
+    counts_ptr,
     excess,
     stride_wb, stride_wg, stride_wn,
     stride_vb, stride_vn,
@@ -24,71 +26,83 @@ def output_kernel(
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
+    TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    chained(OVERLAP)
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
-    batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
-    local = tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_D)
-    columns_of_tile = tl.arange(0, TILE)
+    scratch = group_tile.to(tl.int64) * tiles
+    # The rows that exist, without those that only fill a product up.
+    batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
+    local = tl.arange(0, ROWS)
+    row_scratch = group_tile.to(tl.int64) * rows + local
     _, exponent, _, _ = entmax_parameters(alpha_ptr, excess, alpha_ptr, 1.0, head, HAS_ALPHA, False)
-    exponent = exponent + tl.zeros((BLOCK_M,), tl.float32)
+    exponent = exponent + tl.zeros((ROWS,), tl.float32)
     visible_base = visible_ptr
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
     start, end = row_ranges(visible_base, stride_vn, query, queries, keys, RANGE_KIND=RANGE_KIND)
     low, high = tile_range(start, end, inside, keys, TILE=TILE)
-    scratch = group_tile.to(tl.int64) * tiles
-    row_scratch = group_tile.to(tl.int64) * rows + local
     origin = tl.load(origin_ptr + row_scratch, mask=inside, other=0.0)
     tau = tl.load(level_ptr + row_scratch, mask=inside, other=float("inf"))
-
-    # Every splits-th tile is this program's, as tiles with weight lie in clusters; those with weight are listed.
-    share = (high - low + splits - 1) // splits
-    lists = list_ptr + group_tile.to(tl.int64) * (tiles + splits) + split * share
-    scan = tl.arange(0, SCAN)
-    count = 0
-    for base in range(0, share, SCAN):
-        tile = low + split + (base + scan) * splits
-        mine = (base + scan < share) & (tile < high)
-        maxima = tl.load(
-            maxima_ptr + row_scratch[:, None] * tiles + tile[None, :],
-            mask=inside[:, None] & mine[None, :],
-            other=float("-inf"),
-        )
-        alive = tl.max((maxima - origin[:, None] > tau[:, None]).to(tl.int32), 0)
-        tl.store(lists + count + tl.cumsum(alive, 0) - alive, tile, mask=alive > 0)
-        count += tl.sum(alive, 0)
+    part = group_tile.to(tl.int64) * splits + split
+    lists = list_ptr + group_tile.to(tl.int64) * (tiles + splits) + split * tl.cdiv(high - low, splits)
+    count = listed_tiles(
+        lists, maxima_ptr, row_scratch, inside, origin, tau, low, high, split, splits, tiles, SCAN=SCAN
+    )
     tl.debug_barrier()
 
+    # The keys with weight, of many tiles at once: what follows reads their values together.
+    key_list = key_list_ptr + (group_tile.to(tl.int64) * (tiles + splits) + split * tl.cdiv(high - low, splits)) * TILE
+    entries = tl.arange(0, TILES * TILE)
+    key_count = 0
+    for base in range(0, count, TILES):
+        listed = base + entries // TILE
+        tile = tl.load(lists + listed, mask=listed < count, other=0)
+        place = ((scratch + tile)[None, :] * rows + local[:, None]) * TILE + (entries % TILE)[None, :]
+        x = tl.load(scores_ptr + place, mask=inside[:, None] & (listed < count)[None, :], other=float("-inf"))
+        p, u = weights(x - origin[:, None], tau[:, None], exponent[:, None], ALPHA_KIND=ALPHA_KIND)
+        weighs = (tl.max(p, 0) > 0).to(tl.int32)
+        place = key_count + tl.cumsum(weighs, 0) - weighs
+        tl.store(key_list + place, tile * TILE + entries % TILE, mask=weighs > 0)
+        key_count += tl.sum(weighs, 0)
+    tl.debug_barrier()
+
+    batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
+    local = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    columns_of_tile = tl.arange(0, TILE)
+    row_scratch = group_tile.to(tl.int64) * rows + local
+    _, exponent, _, _ = entmax_parameters(alpha_ptr, excess, alpha_ptr, 1.0, head, HAS_ALPHA, False)
+    exponent = exponent + tl.zeros((BLOCK_M,), tl.float32)
+    origin = tl.load(origin_ptr + row_scratch, mask=inside, other=0.0)
+    tau = tl.load(level_ptr + row_scratch, mask=inside, other=float("inf"))
     v_base = v_ptr + batch.to(tl.int64) * stride_wb + group.to(tl.int64) * stride_wg
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for index in range(0, count):
-        tile = tl.load(lists + index)
-        columns = tile * TILE + columns_of_tile
-        score_rows = ((scratch + tile) * rows + local) * TILE
-        x = tl.load(
-            scores_ptr + score_rows[:, None] + columns_of_tile[None, :], mask=inside[:, None], other=float("-inf")
-        )
+    for base in range(0, key_count, TILE):
+        known = base + columns_of_tile < key_count
+        column = tl.load(key_list + base + columns_of_tile, mask=known, other=0)
+        place = ((scratch + column // TILE)[None, :] * rows + local[:, None]) * TILE + (column % TILE)[None, :]
+        x = tl.load(scores_ptr + place, mask=inside[:, None] & known[None, :], other=float("-inf"))
         p, u = weights(x - origin[:, None], tau[:, None], exponent[:, None], ALPHA_KIND=ALPHA_KIND)
-        # Only keys with weight are read; the rest of the tile costs no traffic.
-        v_mask = ((tl.max(p, 0) > 0) & (columns < keys))[:, None]
+        v_mask = known[:, None]
         if not EVEN_D:
             v_mask = v_mask & (dims < head_dim)[None, :]
-        v = tl.load(v_base + columns.to(tl.int64)[:, None] * stride_wn + dims[None, :], mask=v_mask, other=0.0)
+        v = tl.load(v_base + column.to(tl.int64)[:, None] * stride_wn + dims[None, :], mask=v_mask, other=0.0)
         rounded = p.to(v.dtype)
         acc = tl.dot(rounded, v, acc, input_precision=PRECISION)
         if v.dtype != tl.float32:
             # What rounding took from the weights is added, so the output is rounded once.
             acc = tl.dot((p - rounded.to(tl.float32)).to(v.dtype), v, acc, input_precision=PRECISION)
-    part = group_tile.to(tl.int64) * splits + split
-    tl.store(counts_ptr + part, count)
-    if count > 0:
+    tl.store(counts_ptr + part, key_count)
+    if key_count > 0:
         part_rows = (part * rows + local) * head_dim
         tl.store(
             parts_ptr + part_rows[:, None] + dims[None, :], acc, mask=inside[:, None] & (dims < head_dim)[None, :]
@@ -104,7 +118,9 @@ def sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    chained(OVERLAP)
     row = tl.program_id(0)
     group_tile = row // rows
     key_heads = heads // GROUP

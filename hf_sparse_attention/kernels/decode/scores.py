@@ -1,21 +1,102 @@
 """Queries and keys -> float32 scores of tiles that can hold weight, and the maxima of every tile and class of keys.
 
-The keys are read once, split over programs, all of them or only listed pages.
+The keys are read once, split over programs, all of them or only pages whose bound lets them hold weight.
 """
 
 import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .rows import locate, tile_range
+from .rows import chained, listed_tiles, locate, tile_range
+from .threshold import STEPS, subset_thresholds
 
 # A tile is kept if its maximum comes this near to the running maximum minus 1: rounding of tau loses no key.
 SLACK = 1e-5
+# From so many tiles of a program on, each first takes a lower bound of tau from the newest keys, and from twice as many
+# also from the oldest: that costs the time of a tile, and saves writing the scores of most.
+LEAST_TILES = 16
+
+
+@triton.jit
+def _walk(
+    first, step, count, q, k_base, lists, mask_rows, maxima_rows, scores_rows, local,
+    start, end, low_key, high_key, inside, factor, slope, exponent, alpha, floor,
+    stride_kn, stride_mk, keys, rows, head_dim,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SLACK: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    EVICT: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Every step-th tile from the first, or those listed: the maxima of the classes of keys, a lower bound of tau."""
+    dims = tl.arange(0, BLOCK_D)
+    columns_of_tile = tl.arange(0, TILE)
+    slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
+    running = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    zeros = tl.zeros((BLOCK_M,), tl.float32)
+    begin = 0
+    if not LISTED:
+        # Before them come the newest keys, and where that costs little the oldest.
+        begin = -tl.minimum(count // LEAST_TILES, 2)
+    for index in range(begin, count):
+        if LISTED:
+            tile = tl.load(lists + index)
+            columns = tile * TILE + columns_of_tile
+        else:
+            seed = index < 0
+            tile = first + index * step
+            base = tl.where(index == -1, tl.maximum(high_key - TILE, 0), low_key)
+            columns = tl.where(seed, base, tile * TILE) + columns_of_tile
+        k_mask = (columns < keys)[:, None]
+        if not EVEN_D:
+            k_mask = k_mask & (dims < head_dim)[None, :]
+        k = tl.load(k_base + columns.to(tl.int64)[:, None] * stride_kn + dims[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+        mask_ptrs = mask_rows
+        seen = True
+        if HAS_MASK:
+            mask_ptrs = mask_rows + columns.to(tl.int64)[None, :] * stride_mk
+            seen = inside[:, None] & (columns < keys)[None, :]
+        x = masked_scores(
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), factor[:, None], slope[:, None], columns[None, :],
+            start[:, None], end[:, None], mask_ptrs, seen,
+            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+        )  # fmt: skip
+        greatest = tl.max(x, 1)
+        if not LISTED:
+            if seed:
+                empty = greatest == float("-inf")
+                origin = tl.where(empty, 0.0, greatest)
+                found = subset_thresholds(
+                    x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS
+                )
+                found = tl.where(empty, float("-inf"), origin + found - SLACK * (1.0 + tl.abs(origin)))
+                floor = tl.maximum(floor, found)
+            # They are met again in their own tiles.
+            x = tl.where(seed, float("-inf"), x)
+            greatest = tl.where(seed, float("-inf"), greatest)
+        slots = tl.maximum(slots, x)
+        running = tl.maximum(running, greatest)
+        tl.store(maxima_rows + tile, greatest, mask=inside & (local * 0 + index >= 0))
+        # tau is at least the maximum minus 1: the scores of a tile below that are never asked for.
+        bound = tl.maximum(running - 1.0 - SLACK * (1.0 + tl.abs(running)), floor)
+        kept = inside.to(tl.int32) * tl.max((inside & (greatest > bound)).to(tl.int32), 0)
+        score_rows = scores_rows + (tile.to(tl.int64) * rows + local) * TILE
+        tl.store(score_rows[:, None] + columns_of_tile[None, :], x, mask=(kept > 0)[:, None])
+    return slots, floor
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def scores_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, count_ptr, bound_ptr,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, votes_ptr, idle_ptr, bound_ptr,
     scores_ptr, maxima_ptr, slots_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
@@ -30,23 +111,34 @@ def scores_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LIST: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SLACK: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    STEPS: tl.constexpr,
+    SCAN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    EVICT: tl.constexpr = "",
+    DEAL: tl.constexpr = 0,
 ):  # fmt: skip
+    chained(OVERLAP)
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
     local = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     columns_of_tile = tl.arange(0, TILE)
-    _, _, factor, slope = entmax_parameters(alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES)
+    alpha, exponent, factor, slope = entmax_parameters(
+        alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+    )
     # Vectors also where alpha is one number.
-    factor = factor + tl.zeros((BLOCK_M,), tl.float32)
-    slope = slope + tl.zeros((BLOCK_M,), tl.float32)
+    zeros = tl.zeros((BLOCK_M,), tl.float32)
+    alpha, exponent, factor, slope = alpha + zeros, exponent + zeros, factor + zeros, slope + zeros
     visible_base = visible_ptr
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
@@ -64,46 +156,59 @@ def scores_kernel(
         mask_rows += (head.to(tl.int64) * stride_mh + query.to(tl.int64) * stride_mn)[:, None]
     scratch = group_tile.to(tl.int64) * tiles
     row_scratch = group_tile.to(tl.int64) * rows + local
+    part = group_tile.to(tl.int64) * splits + split
+    maxima_rows = maxima_ptr + row_scratch * tiles
+    scores_rows = scores_ptr + scratch * rows * TILE
+    low_key = tl.min(tl.where(end > start, start, keys), 0)
+    high_key = tl.max(tl.where(end > start, end, 0), 0)
 
-    floor = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    share = tl.cdiv(high - low, splits)
+    plain = True
     if HAS_LIST:
-        # Listed tiles lie in clusters: neighbours go to different splits.
-        first = split
-        last = tl.load(count_ptr + group_tile)
-        step = splits
-        floor = tl.load(bound_ptr + row_scratch, mask=inside, other=float("inf"))
-    else:
-        share = (high - low + splits - 1) // splits
-        first = low + split * share
-        last = tl.minimum(first + share, high)
-        step = 1
-    slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
-    running = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for index in range(first, last, step):
-        tile = tl.load(list_ptr + scratch + index) if HAS_LIST else index
-        columns = tile * TILE + columns_of_tile
-        k_mask = (columns < keys)[:, None]
-        if not EVEN_D:
-            k_mask = k_mask & (dims < head_dim)[None, :]
-        k = tl.load(k_base + columns.to(tl.int64)[:, None] * stride_kn + dims[None, :], mask=k_mask, other=0.0)
-        mask_ptrs = mask_rows
-        seen = True
-        if HAS_MASK:
-            mask_ptrs = mask_rows + columns.to(tl.int64)[None, :] * stride_mk
-            seen = inside[:, None] & (columns < keys)[None, :]
-        x = masked_scores(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), factor[:, None], slope[:, None], columns[None, :],
-            start[:, None], end[:, None], mask_ptrs, seen,
-            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+        plain = False
+        if HAS_IDLE:
+            plain = tl.load(idle_ptr) > 0
+    if plain:
+        if DEAL == 0:
+            first = low + split * share
+            step = 1
+            count = tl.minimum(first + share, high) - first
+        else:
+            first = low + split
+            step = splits
+            count = tl.maximum(high - low - split + splits - 1, 0) // splits
+        slots, floor = _walk(
+            first, step, count, q, k_base, list_ptr, mask_rows, maxima_rows, scores_rows, local,
+            start, end, low_key, high_key, inside, factor, slope, exponent, alpha, zeros - float("inf"),
+            stride_kn, stride_mk, keys, rows, head_dim,
+            ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, LISTED=False,
+            BLOCK_M=BLOCK_M, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, SLACK=SLACK,
+            LEAST_TILES=LEAST_TILES, STEPS=STEPS, EVICT=EVICT,
         )  # fmt: skip
-        slots = tl.maximum(slots, x)
-        greatest = tl.max(x, 1)
-        running = tl.maximum(running, greatest)
-        tl.store(maxima_ptr + row_scratch * tiles + tile, greatest, mask=inside)
-        # tau is at least the maximum minus 1: the scores of a tile below that are never asked for.
-        bound = tl.maximum(running - 1.0 - SLACK * (1.0 + tl.abs(running)), floor)
-        kept = inside.to(tl.int32) * tl.max((inside & (greatest > bound)).to(tl.int32), 0)
-        score_rows = ((scratch + tile) * rows + local) * TILE
-        tl.store(scores_ptr + score_rows[:, None] + columns_of_tile[None, :], x, mask=(kept > 0)[:, None])
-    slot_rows = ((group_tile.to(tl.int64) * splits + split) * rows + local) * TILE
+        # What the threshold must not fall below, as less was not kept; the same for all splits.
+        tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
+    else:
+        floor = tl.load(bound_ptr + row_scratch, mask=inside, other=float("inf"))
+        _, _, _, _, exists = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
+        few_scratch = group_tile.to(tl.int64) * rows + tl.arange(0, ROWS)
+        few_floor = tl.load(bound_ptr + few_scratch, mask=exists, other=float("inf"))
+        lists = list_ptr + group_tile.to(tl.int64) * (tiles + splits) + split * share
+        count = listed_tiles(
+            lists, maxima_ptr, few_scratch, exists, tl.zeros_like(few_floor), few_floor,
+            low, high, split, splits, tiles, SCAN=SCAN,
+        )  # fmt: skip
+        tl.debug_barrier()
+        slots, floor = _walk(
+            0, 1, count, q, k_base, lists, mask_rows, maxima_rows, scores_rows, local,
+            start, end, low_key, high_key, inside, factor, slope, exponent, alpha, floor,
+            stride_kn, stride_mk, keys, rows, head_dim,
+            ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, LISTED=True,
+            BLOCK_M=BLOCK_M, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, SLACK=SLACK,
+            LEAST_TILES=LEAST_TILES, STEPS=STEPS, EVICT=EVICT,
+        )  # fmt: skip
+        if HAS_IDLE:
+            # Positive where more than 9 of 10 pages were read.
+            own = tl.maximum(high - low - split + splits - 1, 0) // splits
+            tl.store(votes_ptr + part, 10 * count - 9 * own)
+    slot_rows = (part * rows + local) * TILE
     tl.store(slots_ptr + slot_rows[:, None] + columns_of_tile[None, :], slots, mask=inside[:, None])

@@ -7,6 +7,7 @@ import triton.language as tl
 from ..forward import last_step
 from ..refine import refine
 from ..tiles import entmax_parameters, row_ranges, weights, weights_and_curvature
+from .rows import chained
 
 STEPS = 5
 # Tiles whose maxima are scanned at once, and listed tiles whose scores are held in registers.
@@ -15,28 +16,42 @@ LISTED = 32
 
 
 @triton.jit
+def _newton(tau, total, slope, exponent, alpha, ALPHA_KIND: tl.constexpr):
+    """A step from the left by the sums of p and u of some keys of a row: for alpha <= 2 never past the row's tau."""
+    if ALPHA_KIND == 15:
+        norm_power = tl.sqrt(total)
+    elif ALPHA_KIND == 20:
+        norm_power = total * 0.0 + 1.0
+    else:
+        norm_power = tl.exp2(tl.log2(tl.maximum(total, 1.0)) * (1.0 - 1.0 / exponent))
+    step = tl.maximum((total - norm_power) / tl.maximum(slope, 1e-30), 0.0)
+    return tau + tl.where(alpha <= 2.0, step, 0.0)
+
+
+@triton.jit
 def subset_threshold(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, STEPS: tl.constexpr):
-    """A lower bound of tau from some keys of the row, (A, B): Newton from the left, for alpha <= 2 never past tau."""
+    """A lower bound of tau from some keys of a row, of any shape, and the greatest of them."""
     tau = greatest - 1.0
-    if alpha <= 2.0:
-        for _ in range(STEPS):
-            p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-            total = tl.sum(tl.sum(p, 1), 0)
-            slope = tl.sum(tl.sum(u, 1), 0)
-            if ALPHA_KIND == 15:
-                norm_power = tl.sqrt(total)
-            elif ALPHA_KIND == 20:
-                norm_power = 1.0
-            else:
-                norm_power = tl.exp2(tl.log2(tl.maximum(total, 1.0)) * (1.0 - 1.0 / exponent))
-            tau += tl.maximum((total - norm_power) / tl.maximum(slope, 1e-30), 0.0)
+    for _ in range(STEPS):
+        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        tau = _newton(tau, tl.sum(p), tl.sum(u), exponent, alpha, ALPHA_KIND=ALPHA_KIND)
     # Rounding of the steps must not lift the bound above tau.
+    return tau - (1e-6 * tl.abs(tau) + 1e-6)
+
+
+@triton.jit
+def subset_thresholds(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, STEPS: tl.constexpr):
+    """The same of many rows (A,) and some keys of each, (A, B)."""
+    tau = greatest - 1.0
+    for _ in range(STEPS):
+        p, u = weights(x, tau[:, None], exponent[:, None], ALPHA_KIND=ALPHA_KIND)
+        tau = _newton(tau, tl.sum(p, 1), tl.sum(u, 1), exponent, alpha, ALPHA_KIND=ALPHA_KIND)
     return tau - (1e-6 * tl.abs(tau) + 1e-6)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def threshold_kernel(
-    alpha_ptr, visible_ptr, bound_ptr, scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr,
+    alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr, scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr,
     excess,
     stride_vb, stride_vn,
     heads, queries, keys, tiles, splits, row_tiles, rows,
@@ -44,7 +59,7 @@ def threshold_kernel(
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
-    HAS_LIST: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -52,8 +67,22 @@ def threshold_kernel(
     LISTED: tl.constexpr,
     STEPS: tl.constexpr,
     TOLERANCE: tl.constexpr,
+    REST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    chained(OVERLAP)
     row = tl.program_id(0)
+    if HAS_IDLE:
+        # Every program of the passes before has asked whether the bounds rest, and none of this one does.
+        if row == 0:
+            idle = tl.load(idle_ptr)
+            votes = 0
+            if idle == 0:
+                scan = tl.arange(0, SCAN)
+                programs = tl.num_programs(0) // rows * splits
+                for base in range(0, programs, SCAN):
+                    votes += tl.sum(tl.load(votes_ptr + base + scan, mask=base + scan < programs, other=0), 0)
+            tl.store(idle_ptr, tl.where(idle > 0, idle - 1, tl.where(votes > 0, REST, 0)))
     group_tile = row // rows
     key_heads = heads // GROUP
     index = group_tile % row_tiles * BLOCK_M + row % rows
@@ -76,17 +105,15 @@ def threshold_kernel(
     slots = tl.load(
         slots_ptr + slot_rows[:, None] * TILE + columns[None, :], mask=(parts < splits)[:, None], other=float("-inf")
     )
-    greatest = tl.max(tl.max(slots, 1), 0)
+    greatest = tl.max(slots)
     empty = greatest == float("-inf")
     # A finite stand-in for infinity keeps the arithmetic of rows that see no key free of NaN.
     origin = tl.where(empty, 0.0, greatest)
     # Counted from the row's maximum, tau lies in [-1, 0): large scores do not cost it digits.
     tau = subset_threshold(slots - origin, 0.0, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
-    floor = float("-inf")
-    if HAS_LIST:
-        # What was not read has a bound, which stands in for its maximum, of at most this.
-        floor = tl.load(bound_ptr + row) - origin
-        tau = tl.maximum(tau, floor)
+    # A tile whose maximum, or the bound that stands in for it, is at most this was not read or not kept.
+    floor = tl.load(bound_ptr + row) - origin
+    tau = tl.maximum(tau, floor)
 
     scan = tl.arange(0, SCAN)
     lists = list_ptr + row.to(tl.int64) * tiles
@@ -118,9 +145,9 @@ def threshold_kernel(
     # The last round only measures, at the settled point, what is still missing.
     while unsettled > 0:
         p, u, w = weights_and_curvature(held, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-        sums = tl.sum(tl.sum(p, 1), 0)
-        slope_sum = tl.sum(tl.sum(u, 1), 0)
-        curvature = tl.sum(tl.sum(w, 1), 0)
+        sums = tl.sum(p)
+        slope_sum = tl.sum(u)
+        curvature = tl.sum(w)
         for base in range(LISTED, count, LISTED):
             tile = tl.load(lists + base + listed, mask=base + listed < count, other=0).to(tl.int64)
             x = tl.load(
@@ -129,9 +156,9 @@ def threshold_kernel(
                 other=float("-inf"),
             )
             p, u, w = weights_and_curvature(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(tl.sum(p, 1), 0)
-            slope_sum += tl.sum(tl.sum(u, 1), 0)
-            curvature += tl.sum(tl.sum(w, 1), 0)
+            sums += tl.sum(p)
+            slope_sum += tl.sum(u)
+            curvature += tl.sum(w)
         lower, upper, step, left = refine(
             tau, lower, upper, sums, slope_sum, curvature, exponent, alpha, iteration,
             ALPHA_KIND=ALPHA_KIND, EXACT=True,
