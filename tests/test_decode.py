@@ -21,6 +21,7 @@ from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
+from hf_sparse_attention.kernels.decode import scores  # noqa: E402
 from hf_sparse_attention.kernels.decode.launch import bounds_of_pages, run_passes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -85,13 +86,15 @@ def check(case, pages):
 
 # Seed 0 has alpha 4 and a key whose score is 4e-7 above tau: float32's rounding decides its weight, for both.
 @pytest.mark.parametrize("seed", range(1, 60) if CUDA else (1, 2, 3, 4, 6))
-@pytest.mark.parametrize("pages", [False, True], ids=["plain", "pages"])
-def test_random_calls(seed, pages, poisoned):  # noqa: F811
+@pytest.mark.parametrize("how", ["plain", "newest keys first", "pages"])
+def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
+    if how == "newest keys first":
+        monkeypatch.setattr(scores, "LEAST_TILES", 1)
     check(
         random_case(
             seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << (20 if CUDA else 14)
         ),
-        pages,
+        how == "pages",
     )
 
 

@@ -18,80 +18,73 @@ LEAST_TILES = 16
 
 
 @triton.jit
-def _walk(
-    first, step, count, q, k_base, lists, mask_rows, maxima_rows, scores_rows, local,
-    start, end, low_key, high_key, inside, factor, slope, exponent, alpha, floor,
-    stride_kn, stride_mk, keys, rows, head_dim,
-    ALPHA_KIND: tl.constexpr,
+def _key_scores(
+    columns, q, k_base, mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, head_dim,
     RANGE_KIND: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    LISTED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    SLACK: tl.constexpr,
-    LEAST_TILES: tl.constexpr,
     EVICT: tl.constexpr,
-    STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Every step-th tile from the first, or those listed: the maxima of the classes of keys, a lower bound of tau."""
+    """x of the rows and a tile of keys, -inf where a row does not see the key."""
     dims = tl.arange(0, BLOCK_D)
+    k_mask = (columns < keys)[:, None]
+    if not EVEN_D:
+        k_mask = k_mask & (dims < head_dim)[None, :]
+    k_rows = k_base + columns.to(tl.int64)[:, None] * stride_kn
+    k = tl.load(k_rows + dims[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+    mask_ptrs = mask_rows
+    seen = True
+    if HAS_MASK:
+        mask_ptrs = mask_rows + columns.to(tl.int64)[None, :] * stride_mk
+        seen = inside[:, None] & (columns < keys)[None, :]
+    return masked_scores(
+        tl.dot(q, tl.trans(k), input_precision=PRECISION), factor[:, None], slope[:, None], columns[None, :],
+        start[:, None], end[:, None], mask_ptrs, seen,
+        MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _walk(
+    first, step, count, lists, q, k_base, maxima_rows, scores_rows, local, floor,
+    mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
+    LISTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SLACK: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """Every step-th tile from the first, or those listed: maxima of tiles and of classes of keys, and what is kept."""
     columns_of_tile = tl.arange(0, TILE)
     slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
     running = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    zeros = tl.zeros((BLOCK_M,), tl.float32)
-    begin = 0
-    if not LISTED:
-        # Before them come the newest keys, and where that costs little the oldest.
-        begin = -tl.minimum(count // LEAST_TILES, 2)
-    for index in range(begin, count):
-        if LISTED:
-            tile = tl.load(lists + index)
-            columns = tile * TILE + columns_of_tile
-        else:
-            seed = index < 0
-            tile = first + index * step
-            base = tl.where(index == -1, tl.maximum(high_key - TILE, 0), low_key)
-            columns = tl.where(seed, base, tile * TILE) + columns_of_tile
-        k_mask = (columns < keys)[:, None]
-        if not EVEN_D:
-            k_mask = k_mask & (dims < head_dim)[None, :]
-        k = tl.load(k_base + columns.to(tl.int64)[:, None] * stride_kn + dims[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
-        mask_ptrs = mask_rows
-        seen = True
-        if HAS_MASK:
-            mask_ptrs = mask_rows + columns.to(tl.int64)[None, :] * stride_mk
-            seen = inside[:, None] & (columns < keys)[None, :]
-        x = masked_scores(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), factor[:, None], slope[:, None], columns[None, :],
-            start[:, None], end[:, None], mask_ptrs, seen,
-            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+    for index in range(0, count):
+        tile = tl.load(lists + index) if LISTED else first + index * step
+        x = _key_scores(
+            tile * TILE + columns_of_tile, q, k_base, mask_rows, start, end, inside, factor, slope,
+            stride_kn, stride_mk, keys, head_dim,
+            RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT=EVICT,
         )  # fmt: skip
-        greatest = tl.max(x, 1)
-        if not LISTED:
-            if seed:
-                empty = greatest == float("-inf")
-                origin = tl.where(empty, 0.0, greatest)
-                found = subset_thresholds(
-                    x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS
-                )
-                found = tl.where(empty, float("-inf"), origin + found - SLACK * (1.0 + tl.abs(origin)))
-                floor = tl.maximum(floor, found)
-            # They are met again in their own tiles.
-            x = tl.where(seed, float("-inf"), x)
-            greatest = tl.where(seed, float("-inf"), greatest)
         slots = tl.maximum(slots, x)
+        greatest = tl.max(x, 1)
         running = tl.maximum(running, greatest)
-        tl.store(maxima_rows + tile, greatest, mask=inside & (local * 0 + index >= 0))
+        tl.store(maxima_rows + tile, greatest, mask=inside)
         # tau is at least the maximum minus 1: the scores of a tile below that are never asked for.
         bound = tl.maximum(running - 1.0 - SLACK * (1.0 + tl.abs(running)), floor)
         kept = inside.to(tl.int32) * tl.max((inside & (greatest > bound)).to(tl.int32), 0)
         score_rows = scores_rows + (tile.to(tl.int64) * rows + local) * TILE
         tl.store(score_rows[:, None] + columns_of_tile[None, :], x, mask=(kept > 0)[:, None])
-    return slots, floor
+    return slots
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
@@ -159,8 +152,6 @@ def scores_kernel(
     part = group_tile.to(tl.int64) * splits + split
     maxima_rows = maxima_ptr + row_scratch * tiles
     scores_rows = scores_ptr + scratch * rows * TILE
-    low_key = tl.min(tl.where(end > start, start, keys), 0)
-    high_key = tl.max(tl.where(end > start, end, 0), 0)
 
     share = tl.cdiv(high - low, splits)
     plain = True
@@ -169,6 +160,26 @@ def scores_kernel(
         if HAS_IDLE:
             plain = tl.load(idle_ptr) > 0
     if plain:
+        floor = zeros - float("inf")
+        low_key = tl.min(tl.where(end > start, start, keys), 0)
+        high_key = tl.max(tl.where(end > start, end, 0), 0)
+        for seed in tl.range(0, tl.minimum(share // LEAST_TILES, 2), num_stages=1):
+            # The newest keys, then the oldest; they are met again in their own tiles.
+            columns = tl.where(seed == 0, tl.maximum(high_key - TILE, 0), low_key) + columns_of_tile
+            x = _key_scores(
+                columns, q, k_base, mask_rows, start, end, inside, factor, slope,
+                stride_kn, stride_mk, keys, head_dim,
+                RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT="",
+            )  # fmt: skip
+            greatest = tl.max(x, 1)
+            empty = greatest == float("-inf")
+            origin = tl.where(empty, 0.0, greatest)
+            found = subset_thresholds(
+                x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS
+            )
+            found = origin + found - SLACK * (1.0 + tl.abs(origin))
+            floor = tl.maximum(floor, tl.where(empty, float("-inf"), found))
         if DEAL == 0:
             first = low + split * share
             step = 1
@@ -177,13 +188,12 @@ def scores_kernel(
             first = low + split
             step = splits
             count = tl.maximum(high - low - split + splits - 1, 0) // splits
-        slots, floor = _walk(
-            first, step, count, q, k_base, list_ptr, mask_rows, maxima_rows, scores_rows, local,
-            start, end, low_key, high_key, inside, factor, slope, exponent, alpha, zeros - float("inf"),
-            stride_kn, stride_mk, keys, rows, head_dim,
-            ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, LISTED=False,
-            BLOCK_M=BLOCK_M, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, SLACK=SLACK,
-            LEAST_TILES=LEAST_TILES, STEPS=STEPS, EVICT=EVICT,
+        slots = _walk(
+            first, step, count, list_ptr, q, k_base, maxima_rows, scores_rows, local, floor,
+            mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
+            LISTED=False, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
+            RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT=EVICT,
         )  # fmt: skip
         # What the threshold must not fall below, as less was not kept; the same for all splits.
         tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
@@ -198,13 +208,12 @@ def scores_kernel(
             low, high, split, splits, tiles, SCAN=SCAN,
         )  # fmt: skip
         tl.debug_barrier()
-        slots, floor = _walk(
-            0, 1, count, q, k_base, lists, mask_rows, maxima_rows, scores_rows, local,
-            start, end, low_key, high_key, inside, factor, slope, exponent, alpha, floor,
-            stride_kn, stride_mk, keys, rows, head_dim,
-            ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK, LISTED=True,
-            BLOCK_M=BLOCK_M, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, SLACK=SLACK,
-            LEAST_TILES=LEAST_TILES, STEPS=STEPS, EVICT=EVICT,
+        slots = _walk(
+            0, 1, count, lists, q, k_base, maxima_rows, scores_rows, local, floor,
+            mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
+            LISTED=True, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
+            RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT=EVICT,
         )  # fmt: skip
         if HAS_IDLE:
             # Positive where more than 9 of 10 pages were read.
