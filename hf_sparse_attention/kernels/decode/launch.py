@@ -89,7 +89,8 @@ def run_passes(call, pages=None):
     slots, lists = scratch(splits, rows, TILE), scratch(rows, tiles, dtype=torch.int32)
     # Tiles and keys of every split, the last shares rounded up.
     tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
-    parts, counts = scratch(splits, rows, head_dim), scratch(splits, dtype=torch.int32)
+    parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
+    counts = scratch(splits, dtype=torch.int32)
     origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
@@ -100,6 +101,10 @@ def run_passes(call, pages=None):
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     launch = launch_of(query.element_size(), call.block_dim, block)
     overlap = overlapping(device.index)
+    # More stages take registers, of which four programs per processor have just enough.
+    output_launch = {**launch, "num_stages": 2}
+    if overlap and query.element_size() == 2 and launch["num_warps"] == 4:
+        output_launch["maxnreg"] = 128
     # A first kernel waits for whatever ran before it.
     first, idle, votes, scores_launch = {}, None, None, launch
     if pages is not None:
@@ -119,6 +124,7 @@ def run_passes(call, pages=None):
         BLOCK_M=block,
         ROWS=existing,
         TILE=TILE,
+        CHUNK_D=scores.CHUNK_D,
         SLACK=scores.SLACK,
         LEAST_TILES=scores.LEAST_TILES,
         STEPS=threshold.STEPS,
@@ -146,7 +152,7 @@ def run_passes(call, pages=None):
         **overlap,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](
-        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, tile_lists, key_lists, parts, counts,
+        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, tile_lists, key_lists, parts, counts, sums,
         call.excess,
         *value.stride()[:3], *call.visible_strides,
         *sizes, head_dim,
@@ -157,11 +163,10 @@ def run_passes(call, pages=None):
         SCAN=min(output.SCAN, output.AT_ONCE // existing),
         TILES=max(1, output.AT_ONCE // (existing * TILE)),
         OVERLAP=bool(overlap),
-        # More stages take registers, of which four programs per processor have just enough.
-        **{**launch, "num_stages": 2}, **overlap,
+        **output_launch, **overlap,
     )  # fmt: skip
     output.sum_kernel[(group_tiles * rows,)](
-        parts, counts, out,
+        parts, counts, sums, out,
         *out.stride()[:3],
         heads, queries, splits, row_tiles, rows, head_dim,
         GROUP=group,

@@ -16,7 +16,7 @@ SCAN = 512
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def output_kernel(
     v_ptr, alpha_ptr, visible_ptr, scores_ptr, maxima_ptr, origin_ptr, level_ptr, list_ptr, key_list_ptr, parts_ptr,
-    counts_ptr,
+    counts_ptr, sums_ptr,
     excess,
     stride_wb, stride_wg, stride_wn,
     stride_vb, stride_vn,
@@ -63,16 +63,19 @@ def output_kernel(
     key_list = key_list_ptr + (group_tile.to(tl.int64) * (tiles + splits) + split * tl.cdiv(high - low, splits)) * TILE
     entries = tl.arange(0, TILES * TILE)
     key_count = 0
+    sums = tl.zeros((ROWS,), tl.float32)
     for base in range(0, count, TILES):
         listed = base + entries // TILE
         tile = tl.load(lists + listed, mask=listed < count, other=0)
         place = ((scratch + tile)[None, :] * rows + local[:, None]) * TILE + (entries % TILE)[None, :]
         x = tl.load(scores_ptr + place, mask=inside[:, None] & (listed < count)[None, :], other=float("-inf"))
         p, u = weights(x - origin[:, None], tau[:, None], exponent[:, None], ALPHA_KIND=ALPHA_KIND)
+        sums += tl.sum(p, 1)
         weighs = (tl.max(p, 0) > 0).to(tl.int32)
         place = key_count + tl.cumsum(weighs, 0) - weighs
         tl.store(key_list + place, tile * TILE + entries % TILE, mask=weighs > 0)
         key_count += tl.sum(weighs, 0)
+    tl.store(sums_ptr + part * rows + local, sums, mask=inside)
     tl.debug_barrier()
 
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
@@ -111,7 +114,7 @@ def output_kernel(
 
 @triton.jit(do_not_specialize=["queries", "splits", "row_tiles", "rows"])
 def sum_kernel(
-    parts_ptr, counts_ptr, out_ptr,
+    parts_ptr, counts_ptr, sums_ptr, out_ptr,
     stride_ob, stride_oh, stride_on,
     heads, queries, splits, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
@@ -132,10 +135,12 @@ def sum_kernel(
     dims = tl.arange(0, BLOCK_D)
     parts = tl.arange(0, PARTS)
     acc = tl.zeros((BLOCK_D,), tl.float32)
+    total = 0.0
     for base in range(0, splits, PARTS):
         split = base + parts
         part = group_tile.to(tl.int64) * splits + split
         filled = tl.load(counts_ptr + part, mask=split < splits, other=0) > 0
+        total += tl.sum(tl.load(sums_ptr + part * rows + row % rows, mask=split < splits, other=0.0), 0)
         acc += tl.sum(
             tl.load(
                 parts_ptr + (part * rows + row % rows)[:, None] * head_dim + dims[None, :],
@@ -144,6 +149,8 @@ def sum_kernel(
             ),
             0,
         )
+    # The weights sum to one but for the last digits of tau and of the power; a row that sees no key has none.
+    acc = acc / tl.where(total > 0, total, 1.0)
     place = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     place += (index // GROUP).to(tl.int64) * stride_on
     tl.store(out_ptr + place + dims, acc.to(out_ptr.dtype.element_ty), mask=dims < head_dim)

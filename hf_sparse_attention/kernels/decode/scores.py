@@ -15,33 +15,46 @@ SLACK = 1e-5
 # From so many tiles of a program on, each first takes a lower bound of tau from the newest keys, and from twice as many
 # also from the oldest: that costs the time of a tile, and saves writing the scores of most.
 LEAST_TILES = 16
+# Channels whose products a tensor core adds up, in float32.
+CHUNK_D = 32
 
 
 @triton.jit
 def _key_scores(
-    columns, q, k_base, mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, head_dim,
+    columns, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, head_dim,
     RANGE_KIND: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     EVICT: tl.constexpr,
 ):  # fmt: skip
     """x of the rows and a tile of keys, -inf where a row does not see the key."""
-    dims = tl.arange(0, BLOCK_D)
-    k_mask = (columns < keys)[:, None]
-    if not EVEN_D:
-        k_mask = k_mask & (dims < head_dim)[None, :]
+    # A tensor core cuts off, always towards zero, what a partial sum has no digits for. float32 is to have all of its
+    # digits: its sums are short ones, which are added as a processor does, rounded.
+    CHUNK: tl.constexpr = min(BLOCK_D, CHUNK_D) if PRECISION == "tf32x3" else BLOCK_D
     k_rows = k_base + columns.to(tl.int64)[:, None] * stride_kn
-    k = tl.load(k_rows + dims[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+    scaled = tl.zeros((q_rows.shape[0], columns.shape[0]), tl.float32)
+    for part in tl.static_range(BLOCK_D // CHUNK):
+        dims = part * CHUNK + tl.arange(0, CHUNK)
+        k_mask = (columns < keys)[:, None]
+        if not EVEN_D:
+            k_mask = k_mask & (dims < head_dim)[None, :]
+        k = tl.load(k_rows + dims[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+        q_part = q
+        if CHUNK < BLOCK_D:
+            q_part = tl.load(q_rows + dims[None, :], mask=inside[:, None] & (dims < head_dim)[None, :], other=0.0)
+        # Scaled first, as a product that is only added to would go on with that sum.
+        scaled += factor[:, None] * tl.dot(q_part, tl.trans(k), input_precision=PRECISION)
     mask_ptrs = mask_rows
     seen = True
     if HAS_MASK:
         mask_ptrs = mask_rows + columns.to(tl.int64)[None, :] * stride_mk
         seen = inside[:, None] & (columns < keys)[None, :]
     return masked_scores(
-        tl.dot(q, tl.trans(k), input_precision=PRECISION), factor[:, None], slope[:, None], columns[None, :],
+        scaled, 1.0, slope[:, None], columns[None, :],
         start[:, None], end[:, None], mask_ptrs, seen,
         MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
     )  # fmt: skip
@@ -49,7 +62,7 @@ def _key_scores(
 
 @triton.jit
 def _walk(
-    first, step, count, lists, q, k_base, maxima_rows, scores_rows, local, floor,
+    first, step, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
     mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
     LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -61,6 +74,7 @@ def _walk(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     EVICT: tl.constexpr,
 ):  # fmt: skip
     """Every step-th tile from the first, or those listed: maxima of tiles and of classes of keys, and what is kept."""
@@ -70,10 +84,10 @@ def _walk(
     for index in range(0, count):
         tile = tl.load(lists + index) if LISTED else first + index * step
         x = _key_scores(
-            tile * TILE + columns_of_tile, q, k_base, mask_rows, start, end, inside, factor, slope,
+            tile * TILE + columns_of_tile, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope,
             stride_kn, stride_mk, keys, head_dim,
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT=EVICT,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
         )  # fmt: skip
         slots = tl.maximum(slots, x)
         greatest = tl.max(x, 1)
@@ -111,6 +125,7 @@ def scores_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     SLACK: tl.constexpr,
     LEAST_TILES: tl.constexpr,
     STEPS: tl.constexpr,
@@ -140,8 +155,8 @@ def scores_kernel(
     low, high = tile_range(start, end, inside, keys, TILE=TILE)
 
     q_base = q_ptr + batch.to(tl.int64) * stride_qb
-    q_rows = head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
-    q = tl.load(q_base + q_rows[:, None] + dims[None, :], mask=inside[:, None] & (dims < head_dim)[None, :], other=0.0)
+    q_rows = (q_base + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn)[:, None]
+    q = tl.load(q_rows + dims[None, :], mask=inside[:, None] & (dims < head_dim)[None, :], other=0.0)
     k_base = k_ptr + batch.to(tl.int64) * stride_kb + group.to(tl.int64) * stride_kg
     mask_rows = mask_ptr
     if HAS_MASK:
@@ -167,10 +182,10 @@ def scores_kernel(
             # The newest keys, then the oldest; they are met again in their own tiles.
             columns = tl.where(seed == 0, tl.maximum(high_key - TILE, 0), low_key) + columns_of_tile
             x = _key_scores(
-                columns, q, k_base, mask_rows, start, end, inside, factor, slope,
+                columns, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope,
                 stride_kn, stride_mk, keys, head_dim,
                 RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT="",
+                BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT="",
             )  # fmt: skip
             greatest = tl.max(x, 1)
             empty = greatest == float("-inf")
@@ -189,11 +204,11 @@ def scores_kernel(
             step = splits
             count = tl.maximum(high - low - split + splits - 1, 0) // splits
         slots = _walk(
-            first, step, count, list_ptr, q, k_base, maxima_rows, scores_rows, local, floor,
+            first, step, count, list_ptr, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
             mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
             LISTED=False, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT=EVICT,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
         )  # fmt: skip
         # What the threshold must not fall below, as less was not kept; the same for all splits.
         tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
@@ -209,11 +224,11 @@ def scores_kernel(
         )  # fmt: skip
         tl.debug_barrier()
         slots = _walk(
-            0, 1, count, lists, q, k_base, maxima_rows, scores_rows, local, floor,
+            0, 1, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
             mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
             LISTED=True, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, EVICT=EVICT,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
         )  # fmt: skip
         if HAS_IDLE:
             # Positive where more than 9 of 10 pages were read.
