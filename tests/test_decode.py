@@ -65,7 +65,7 @@ def bounds_of(key, length=None):
 
 
 def spied_pages(monkeypatch):
-    """What comes to hold the pages that each call reads of its first row tile: those bounded above its bound of tau."""
+    """A list that comes to hold the pages each call reads for its first row tile: those above its bound of tau."""
     read = []
 
     def spy(call, pages, maxima, bound, *arguments):

@@ -152,7 +152,8 @@ def run_passes(call, pages=None):
         **overlap,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](
-        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, tile_lists, key_lists, parts, counts, sums,
+        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, tile_lists, key_lists,
+        parts, counts, sums,
         call.excess,
         *value.stride()[:3], *call.visible_strides,
         *sizes, head_dim,

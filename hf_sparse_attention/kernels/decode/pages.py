@@ -88,7 +88,8 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def _bounds_kernel(
-    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr, maxima_ptr, best_ptr, chosen_ptr,
+    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr,
+    maxima_ptr, best_ptr, chosen_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_lb, stride_lg, stride_ln,
@@ -111,9 +112,9 @@ def _bounds_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     chained(OVERLAP)
-    if HAS_IDLE:
-        if tl.load(idle_ptr) > 0:
-            return
+    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
+    if resting:
+        return
     group_tile = tl.program_id(0)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
     local = tl.arange(0, BLOCK_M)
@@ -213,9 +214,9 @@ def _seed_kernel(
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     chained(OVERLAP)
-    if HAS_IDLE:
-        if tl.load(idle_ptr) > 0:
-            return
+    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
+    if resting:
+        return
     row = tl.program_id(0)
     group_tile = row // rows
     key_heads = heads // GROUP

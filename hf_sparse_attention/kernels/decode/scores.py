@@ -8,12 +8,12 @@ import triton.language as tl
 
 from ..tiles import entmax_parameters, masked_scores, row_ranges
 from .rows import chained, listed_tiles, locate, tile_range
-from .threshold import STEPS, subset_thresholds
+from .threshold import subset_thresholds
 
 # A tile is kept if its maximum comes this near to the running maximum minus 1: rounding of tau loses no key.
 SLACK = 1e-5
-# From so many tiles of a program on, each first takes a lower bound of tau from the newest keys, and from twice as many
-# also from the oldest: that costs the time of a tile, and saves writing the scores of most.
+# From so many tiles of a program on, each first takes a lower bound of tau from the newest keys, from twice as many also
+# from the oldest: that costs the time of a tile, and saves writing the scores of most.
 LEAST_TILES = 16
 # Channels whose products a tensor core adds up, in float32.
 CHUNK_D = 32
@@ -190,9 +190,7 @@ def scores_kernel(
             greatest = tl.max(x, 1)
             empty = greatest == float("-inf")
             origin = tl.where(empty, 0.0, greatest)
-            found = subset_thresholds(
-                x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS
-            )
+            found = subset_thresholds(x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
             found = origin + found - SLACK * (1.0 + tl.abs(origin))
             floor = tl.maximum(floor, tl.where(empty, float("-inf"), found))
         if DEAL == 0:

@@ -49,9 +49,26 @@ def subset_thresholds(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, ST
     return tau - (1e-6 * tl.abs(tau) + 1e-6)
 
 
+@triton.jit
+def _rest(row, programs, votes_ptr, idle_ptr, SCAN: tl.constexpr, REST: tl.constexpr):
+    """Whether the bounds of pages rest from the next call on: the first row counts the votes of the programs.
+
+    Every program of the passes before has asked whether they rest, and none of this one does.
+    """
+    if row == 0:
+        idle = tl.load(idle_ptr)
+        votes = 0
+        if idle == 0:
+            scan = tl.arange(0, SCAN)
+            for base in range(0, programs, SCAN):
+                votes += tl.sum(tl.load(votes_ptr + base + scan, mask=base + scan < programs, other=0), 0)
+        tl.store(idle_ptr, tl.where(idle > 0, idle - 1, tl.where(votes > 0, REST, 0)))
+
+
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def threshold_kernel(
-    alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr, scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr,
+    alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr,
+    scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr,
     excess,
     stride_vb, stride_vn,
     heads, queries, keys, tiles, splits, row_tiles, rows,
@@ -73,16 +90,7 @@ def threshold_kernel(
     chained(OVERLAP)
     row = tl.program_id(0)
     if HAS_IDLE:
-        # Every program of the passes before has asked whether the bounds rest, and none of this one does.
-        if row == 0:
-            idle = tl.load(idle_ptr)
-            votes = 0
-            if idle == 0:
-                scan = tl.arange(0, SCAN)
-                programs = tl.num_programs(0) // rows * splits
-                for base in range(0, programs, SCAN):
-                    votes += tl.sum(tl.load(votes_ptr + base + scan, mask=base + scan < programs, other=0), 0)
-            tl.store(idle_ptr, tl.where(idle > 0, idle - 1, tl.where(votes > 0, REST, 0)))
+        _rest(row, tl.num_programs(0) // rows * splits, votes_ptr, idle_ptr, SCAN=SCAN, REST=REST)
     group_tile = row // rows
     key_heads = heads // GROUP
     index = group_tile % row_tiles * BLOCK_M + row % rows
