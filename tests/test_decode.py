@@ -20,8 +20,8 @@ from hf_sparse_attention import attention, reference  # noqa: E402
 from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
+from hf_sparse_attention.kernels.decode import launch, output, scores  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
-from hf_sparse_attention.kernels.decode import scores  # noqa: E402
 from hf_sparse_attention.kernels.decode.launch import bounds_of_pages, run_passes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -86,10 +86,12 @@ def check(case, pages):
 
 # Seed 0 has alpha 4 and a key whose score is 4e-7 above tau: float32's rounding decides its weight, for both.
 @pytest.mark.parametrize("seed", range(1, 60) if CUDA else (1, 2, 3, 4, 6))
-@pytest.mark.parametrize("how", ["plain", "newest keys first", "pages"])
+@pytest.mark.parametrize("how", ["plain", "in small pieces", "pages"])
 def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
-    if how == "newest keys first":
+    if how == "in small pieces":
+        # As with many tiles: the newest and the oldest keys come first, and whatever is taken at once is not all.
         monkeypatch.setattr(scores, "LEAST_TILES", 1)
+        monkeypatch.setattr(output, "AT_ONCE", 256)
     check(
         random_case(
             seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << (20 if CUDA else 14)
@@ -133,6 +135,28 @@ def test_values_without_weight_are_not_read(alpha, poisoned):  # noqa: F811
     assert torch.equal(found, expected)
 
 
+def test_scores_below_a_bound_from_the_newest_keys_are_not_written(poisoned, monkeypatch):  # noqa: F811
+    kernel, written = scores.scores_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            def run(*arguments, **keywords):
+                kernel[grid](*arguments, **keywords)
+                stored = arguments[list(kernel.arg_names).index("scores_ptr")]
+                written.append((~stored.isnan().all(-1)).float().mean().item())
+
+            return run
+
+    monkeypatch.setattr(scores, "scores_kernel", Spy())
+    query, key, value = randn(1, 1, 1, 16, seed=1), randn(1, 1, 1000, 16, seed=2), randn(1, 1, 1000, 16, seed=3)
+    key[:, :, -20:] = query * 3
+    expected = entmax_attention(query, key, value)
+    monkeypatch.setattr(scores, "LEAST_TILES", 1)
+    found = entmax_attention(query, key, value)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert written[0] > 2 * written[1] > 0
+
+
 def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # noqa: F811
     codes = randn(1, 1, 12, 16, seed=4) * 3
     key = (codes.repeat_interleave(TILE, 2) + randn(1, 1, 12 * TILE, 16, seed=5) * 0.1)[:, :, :-10]
@@ -157,6 +181,9 @@ def test_bounds_that_do_not_help_rest_and_are_tried_again():
     expected = entmax_attention(query, key, value)[0]
     for left in (page_kernels.REST, page_kernels.REST - 1):
         found = entmax_attention(query, key, value, pages=(lower, upper, radius, idle))[0]
+        if left < page_kernels.REST:
+            # While they rest nothing is different.
+            assert torch.equal(found, expected)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
         assert idle.item() == left
         # While they rest they are not read: wrong ones change nothing.
@@ -342,6 +369,24 @@ def test_a_cuda_graph_replays_as_the_cache_fills(pages):
         query.copy_(randn(2, 8, 1, 64, seed=length))
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_launches_that_overlap_see_what_was_written_before_them(monkeypatch):
+    """Calls of many shapes one after the other, none waited for, beside calls whose kernels do not overlap."""
+
+    def run():
+        results = []
+        for seed in range(60):
+            case = random_case(seed, device=DEVICE, lengths=(1, 333, 5000, 40000), few=FEW, dtypes=(HALF,))
+            pages = bounds_of(case.key) if seed % 2 else None
+            results += [entmax_attention(case.query, case.key, case.value, pages=pages, **case.arguments)]
+        return results
+
+    first, again = run(), run()
+    monkeypatch.setattr(launch, "overlapping", lambda device: {})
+    for expected, *found in zip(run(), first, again, strict=True):
+        assert all(torch.equal(one, other) for result in found for one, other in zip(result, expected, strict=True))
 
 
 @pytest.fixture

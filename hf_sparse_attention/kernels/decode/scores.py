@@ -12,8 +12,8 @@ from .threshold import subset_thresholds
 
 # A tile is kept if its maximum comes this near to the running maximum minus 1: rounding of tau loses no key.
 SLACK = 1e-5
-# From so many tiles of a program on, each first takes a lower bound of tau from the newest keys, from twice as many also
-# from the oldest: that costs the time of a tile, and saves writing the scores of most.
+# From so many tiles of a program on, it first takes a lower bound of tau from the newest keys, and from twice as many
+# from the oldest too: that costs the time of a tile, and saves writing the scores of most.
 LEAST_TILES = 16
 # Channels whose products a tensor core adds up, in float32.
 CHUNK_D = 32
