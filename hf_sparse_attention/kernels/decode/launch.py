@@ -90,7 +90,7 @@ def run_passes(call, pages=None):
     # Tiles and keys of every split, the last shares rounded up.
     tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
     parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
-    counts = scratch(splits, dtype=torch.int32)
+    counts, arrived = scratch(splits, dtype=torch.int32), scratch(dtype=torch.int32)
     origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
@@ -133,7 +133,7 @@ def run_passes(call, pages=None):
         **scores_launch, **first,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
-        call.alpha_tensor, call.visible, bound, votes, idle, stored, maxima, slots, lists, origin, level, tau,
+        call.alpha_tensor, call.visible, bound, votes, idle, stored, maxima, slots, lists, origin, level, tau, arrived,
         call.excess,
         *call.visible_strides,
         *sizes,
@@ -153,9 +153,9 @@ def run_passes(call, pages=None):
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](
         value, call.alpha_tensor, call.visible, stored, maxima, origin, level, tile_lists, key_lists,
-        parts, counts, sums,
+        parts, counts, sums, arrived, out,
         call.excess,
-        *value.stride()[:3], *call.visible_strides,
+        *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
         *sizes, head_dim,
         **constants, **wide,
         BLOCK_M=block,
@@ -163,9 +163,13 @@ def run_passes(call, pages=None):
         TILE=TILE,
         SCAN=min(output.SCAN, output.AT_ONCE // existing),
         TILES=max(1, output.AT_ONCE // (existing * TILE)),
+        PARTS=max(1, output.AT_ONCE // (existing * call.block_dim)),
+        FOLD=output.FOLD,
         OVERLAP=bool(overlap),
         **output_launch, **overlap,
     )  # fmt: skip
+    if output.FOLD:
+        return out, tau
     output.sum_kernel[(group_tiles * rows,)](
         parts, counts, sums, out,
         *out.stride()[:3],

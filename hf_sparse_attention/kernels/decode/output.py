@@ -11,15 +11,17 @@ from .rows import chained, listed_tiles, locate, tile_range
 AT_ONCE = 8192
 # Tiles whose maxima are scanned at once.
 SCAN = 512
+FOLD = False
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def output_kernel(
     v_ptr, alpha_ptr, visible_ptr, scores_ptr, maxima_ptr, origin_ptr, level_ptr, list_ptr, key_list_ptr, parts_ptr,
-    counts_ptr, sums_ptr,
+    counts_ptr, sums_ptr, arrived_ptr, out_ptr,
     excess,
     stride_wb, stride_wg, stride_wn,
     stride_vb, stride_vn,
+    stride_ob, stride_oh, stride_on,
     heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
@@ -33,6 +35,8 @@ def output_kernel(
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    FOLD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     chained(OVERLAP)
@@ -110,6 +114,55 @@ def output_kernel(
         tl.store(
             parts_ptr + part_rows[:, None] + dims[None, :], acc, mask=inside[:, None] & (dims < head_dim)[None, :]
         )
+    if FOLD:
+        # What the threads of this program wrote is seen by whoever sees that it has arrived.
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + group_tile, 1) == splits - 1:
+            _add_parts(
+                parts_ptr, counts_ptr, sums_ptr, out_ptr, group_tile, stride_ob, stride_oh, stride_on,
+                heads, queries, splits, row_tiles, rows, head_dim,
+                GROUP=GROUP, ROWS=ROWS, BLOCK_D=BLOCK_D, PARTS=PARTS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, counts_ptr, sums_ptr, out_ptr, group_tile, stride_ob, stride_oh, stride_on,
+    heads, queries, splits, row_tiles, rows, head_dim,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
+    local = tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    parts = tl.arange(0, PARTS)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for base in range(0, splits, PARTS):
+        split = base + parts
+        part = group_tile.to(tl.int64) * splits + split
+        filled = tl.load(counts_ptr + part, mask=split < splits, other=0, cache_modifier=".cg") > 0
+        part_rows = part[:, None] * rows + local[None, :]
+        known = filled[:, None] & inside[None, :]
+        total += tl.sum(tl.load(sums_ptr + part_rows, mask=known, other=0.0, cache_modifier=".cg"), 0)
+        acc += tl.sum(
+            tl.load(
+                parts_ptr + part_rows[:, :, None] * head_dim + dims[None, None, :],
+                mask=known[:, :, None] & (dims < head_dim)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            ),
+            0,
+        )
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    place = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + query.to(tl.int64) * stride_on
+    tl.store(
+        out_ptr + place[:, None] + dims[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (dims < head_dim)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["queries", "splits", "row_tiles", "rows"])

@@ -68,7 +68,7 @@ def _rest(row, programs, votes_ptr, idle_ptr, SCAN: tl.constexpr, REST: tl.const
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def threshold_kernel(
     alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr,
-    scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr,
+    scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr, arrived_ptr,
     excess,
     stride_vb, stride_vn,
     heads, queries, keys, tiles, splits, row_tiles, rows,
@@ -92,6 +92,9 @@ def threshold_kernel(
     if HAS_IDLE:
         _rest(row, tl.num_programs(0) // rows * splits, votes_ptr, idle_ptr, SCAN=SCAN, REST=REST)
     group_tile = row // rows
+    # Nobody has arrived in the pass that follows.
+    if row % rows == 0:
+        tl.store(arrived_ptr + group_tile, 0)
     key_heads = heads // GROUP
     index = group_tile % row_tiles * BLOCK_M + row % rows
     if index >= queries * GROUP:
