@@ -20,7 +20,7 @@ from hf_sparse_attention import attention, reference  # noqa: E402
 from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
-from hf_sparse_attention.kernels.decode import launch, output, scores  # noqa: E402
+from hf_sparse_attention.kernels.decode import launch, output, scores, threshold  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
 from hf_sparse_attention.kernels.decode.launch import bounds_of_pages, run_passes  # noqa: E402
 
@@ -92,6 +92,7 @@ def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
         # As with many tiles: the newest and the oldest keys come first, and whatever is taken at once is not all.
         monkeypatch.setattr(scores, "LEAST_TILES", 1)
         monkeypatch.setattr(output, "AT_ONCE", 256)
+        monkeypatch.setattr(threshold, "SEARCHED", 0)
     check(
         random_case(
             seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << (20 if CUDA else 14)

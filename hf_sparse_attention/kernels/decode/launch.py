@@ -1,4 +1,4 @@
-"""The passes of decoding in order, with their scratch: scores, tau, output, sum of the parts of the splits.
+"""The passes of decoding in order, with their scratch: scores, tau and the output of few keys, the output of many.
 
 No grid depends on the data and nothing waits for the device, so a CUDA graph can hold them."""
 
@@ -77,7 +77,7 @@ def run_passes(call, pages=None):
     """
     query, key, value = call.query, call.key, call.value
     batch, heads, queries, head_dim = query.shape
-    group, device = call.group, query.device
+    device = query.device
     group_tiles, block, most, sizes = division(call)
     tiles, splits, row_tiles, rows = sizes[3:]
     existing = triton.next_power_of_2(rows)
@@ -91,6 +91,7 @@ def run_passes(call, pages=None):
     tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
     parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
     counts, arrived = scratch(splits, dtype=torch.int32), scratch(dtype=torch.int32)
+    found, pending = (scratch(rows, size, dtype=torch.int32) for size in (threshold.SEARCHED * TILE, 1))
     origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
@@ -133,17 +134,21 @@ def run_passes(call, pages=None):
         **scores_launch, **first,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
-        call.alpha_tensor, call.visible, bound, votes, idle, stored, maxima, slots, lists, origin, level, tau, arrived,
+        value, call.alpha_tensor, call.visible, bound, votes, idle,
+        stored, maxima, slots, lists, found, origin, level, pending, arrived, tau, out,
         call.excess,
-        *call.visible_strides,
-        *sizes,
+        *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
+        *sizes, head_dim,
         **constants,
         HAS_IDLE=idle is not None,
         BLOCK_M=block,
+        BLOCK_D=call.block_dim,
         TILE=TILE,
-        SPLITS=most,
+        SPLITS=triton.next_power_of_2(most),
         SCAN=threshold.SCAN,
-        LISTED=threshold.LISTED,
+        HELD=threshold.HELD,
+        SEARCHED=threshold.SEARCHED,
+        KEYS=max(1, threshold.AT_ONCE // call.block_dim),
         STEPS=threshold.STEPS,
         TOLERANCE=1e-9 if call.alpha_kind == ENTMAX15 else 1e-7,
         REST=REST,
@@ -152,7 +157,7 @@ def run_passes(call, pages=None):
         **overlap,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](
-        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, tile_lists, key_lists,
+        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, pending, tile_lists, key_lists,
         parts, counts, sums, arrived, out,
         call.excess,
         *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
@@ -164,23 +169,8 @@ def run_passes(call, pages=None):
         SCAN=min(output.SCAN, output.AT_ONCE // existing),
         TILES=max(1, output.AT_ONCE // (existing * TILE)),
         PARTS=max(1, output.AT_ONCE // (existing * call.block_dim)),
-        FOLD=output.FOLD,
         OVERLAP=bool(overlap),
         **output_launch, **overlap,
-    )  # fmt: skip
-    if output.FOLD:
-        return out, tau
-    output.sum_kernel[(group_tiles * rows,)](
-        parts, counts, sums, out,
-        *out.stride()[:3],
-        heads, queries, splits, row_tiles, rows, head_dim,
-        GROUP=group,
-        BLOCK_M=block,
-        BLOCK_D=call.block_dim,
-        PARTS=min(most, output.AT_ONCE // call.block_dim),
-        OVERLAP=bool(overlap),
-        num_warps=4,
-        **overlap,
     )  # fmt: skip
     return out, tau
 

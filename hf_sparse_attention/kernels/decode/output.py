@@ -1,5 +1,5 @@
-"""Stored scores, tau and values -> output. Only the values of keys with weight are read, many of them at once; the
-parts of the splits over the keys are added in a fixed order."""
+"""Stored scores, tau and values -> output of the rows with more keys than a program of `threshold.py` takes. Only the
+values of keys with weight are read, many of them at once; the parts of the splits are added in a fixed order."""
 
 import triton
 import triton.language as tl
@@ -11,13 +11,90 @@ from .rows import chained, listed_tiles, locate, tile_range
 AT_ONCE = 8192
 # Tiles whose maxima are scanned at once.
 SCAN = 512
-FOLD = False
+
+
+@triton.jit
+def add_values(
+    v_base, out_row, key_list, count, scores, origin, tau, exponent, stride_wn, rows, head_dim,
+    ALPHA_KIND: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """The output of one row from its listed keys, whose scores are at `scores`."""
+    dims = tl.arange(0, BLOCK_D)
+    scan = tl.arange(0, KEYS)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    total = 0.0
+    for base in range(0, count, KEYS):
+        known = base + scan < count
+        column = tl.load(key_list + base + scan, mask=known, other=0)
+        place = (column // TILE).to(tl.int64) * rows * TILE + column % TILE
+        x = tl.load(scores + place, mask=known, other=float("-inf"))
+        p, u = weights(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        v = tl.load(
+            v_base + column.to(tl.int64)[:, None] * stride_wn + dims[None, :],
+            mask=(p > 0)[:, None] & (dims < head_dim)[None, :],
+            other=0.0,
+        )
+        acc += tl.sum(p[:, None] * v.to(tl.float32), 0)
+        total += tl.sum(p, 0)
+    tl.store(out_row + dims, normalized(acc, total).to(out_row.dtype.element_ty), mask=dims < head_dim)
+
+
+@triton.jit
+def normalized(acc, total):
+    """The weights sum to one but for the last digits of tau and of the power; a row that sees no key has none."""
+    return acc / tl.where(total > 0, total, 1.0)
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, counts_ptr, sums_ptr, pending_ptr, out_ptr, group_tile, stride_ob, stride_oh, stride_on,
+    heads, queries, splits, row_tiles, rows, head_dim,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The parts of all splits in order -> the output, by the last program of a row tile to arrive."""
+    batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
+    local = tl.arange(0, ROWS)
+    row_scratch = group_tile.to(tl.int64) * rows + local
+    inside = inside & (tl.load(pending_ptr + row_scratch, mask=inside, other=0) > 0)
+    dims = tl.arange(0, BLOCK_D)
+    parts = tl.arange(0, PARTS)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for base in range(0, splits, PARTS):
+        split = base + parts
+        part = group_tile.to(tl.int64) * splits + split
+        filled = tl.load(counts_ptr + part, mask=split < splits, other=0, cache_modifier=".cg") > 0
+        part_rows = part[:, None] * rows + local[None, :]
+        known = filled[:, None] & inside[None, :]
+        total += tl.sum(tl.load(sums_ptr + part_rows, mask=known, other=0.0, cache_modifier=".cg"), 0)
+        acc += tl.sum(
+            tl.load(
+                parts_ptr + part_rows[:, :, None] * head_dim + dims[None, None, :],
+                mask=known[:, :, None] & (dims < head_dim)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            ),
+            0,
+        )
+    acc = normalized(acc, total[:, None])
+    place = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + query.to(tl.int64) * stride_on
+    tl.store(
+        out_ptr + place[:, None] + dims[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (dims < head_dim)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def output_kernel(
-    v_ptr, alpha_ptr, visible_ptr, scores_ptr, maxima_ptr, origin_ptr, level_ptr, list_ptr, key_list_ptr, parts_ptr,
-    counts_ptr, sums_ptr, arrived_ptr, out_ptr,
+    v_ptr, alpha_ptr, visible_ptr, scores_ptr, maxima_ptr, origin_ptr, level_ptr, pending_ptr, list_ptr, key_list_ptr,
+    parts_ptr, counts_ptr, sums_ptr, arrived_ptr, out_ptr,
     excess,
     stride_wb, stride_wg, stride_wn,
     stride_vb, stride_vn,
@@ -36,7 +113,6 @@ def output_kernel(
     SCAN: tl.constexpr,
     TILES: tl.constexpr,
     PARTS: tl.constexpr,
-    FOLD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     chained(OVERLAP)
@@ -47,6 +123,9 @@ def output_kernel(
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
     local = tl.arange(0, ROWS)
     row_scratch = group_tile.to(tl.int64) * rows + local
+    inside = inside & (tl.load(pending_ptr + row_scratch, mask=inside, other=0) > 0)
+    if tl.max(inside.to(tl.int32), 0) == 0:
+        return
     _, exponent, _, _ = entmax_parameters(alpha_ptr, excess, alpha_ptr, 1.0, head, HAS_ALPHA, False)
     exponent = exponent + tl.zeros((ROWS,), tl.float32)
     visible_base = visible_ptr
@@ -87,6 +166,7 @@ def output_kernel(
     dims = tl.arange(0, BLOCK_D)
     columns_of_tile = tl.arange(0, TILE)
     row_scratch = group_tile.to(tl.int64) * rows + local
+    inside = inside & (tl.load(pending_ptr + row_scratch, mask=inside, other=0) > 0)
     _, exponent, _, _ = entmax_parameters(alpha_ptr, excess, alpha_ptr, 1.0, head, HAS_ALPHA, False)
     exponent = exponent + tl.zeros((BLOCK_M,), tl.float32)
     origin = tl.load(origin_ptr + row_scratch, mask=inside, other=0.0)
@@ -114,96 +194,11 @@ def output_kernel(
         tl.store(
             parts_ptr + part_rows[:, None] + dims[None, :], acc, mask=inside[:, None] & (dims < head_dim)[None, :]
         )
-    if FOLD:
-        # What the threads of this program wrote is seen by whoever sees that it has arrived.
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + group_tile, 1) == splits - 1:
-            _add_parts(
-                parts_ptr, counts_ptr, sums_ptr, out_ptr, group_tile, stride_ob, stride_oh, stride_on,
-                heads, queries, splits, row_tiles, rows, head_dim,
-                GROUP=GROUP, ROWS=ROWS, BLOCK_D=BLOCK_D, PARTS=PARTS,
-            )  # fmt: skip
-
-
-@triton.jit
-def _add_parts(
-    parts_ptr, counts_ptr, sums_ptr, out_ptr, group_tile, stride_ob, stride_oh, stride_on,
-    heads, queries, splits, row_tiles, rows, head_dim,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
-    local = tl.arange(0, ROWS)
-    dims = tl.arange(0, BLOCK_D)
-    parts = tl.arange(0, PARTS)
-    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    for base in range(0, splits, PARTS):
-        split = base + parts
-        part = group_tile.to(tl.int64) * splits + split
-        filled = tl.load(counts_ptr + part, mask=split < splits, other=0, cache_modifier=".cg") > 0
-        part_rows = part[:, None] * rows + local[None, :]
-        known = filled[:, None] & inside[None, :]
-        total += tl.sum(tl.load(sums_ptr + part_rows, mask=known, other=0.0, cache_modifier=".cg"), 0)
-        acc += tl.sum(
-            tl.load(
-                parts_ptr + part_rows[:, :, None] * head_dim + dims[None, None, :],
-                mask=known[:, :, None] & (dims < head_dim)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            ),
-            0,
-        )
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    place = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh + query.to(tl.int64) * stride_on
-    tl.store(
-        out_ptr + place[:, None] + dims[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=inside[:, None] & (dims < head_dim)[None, :],
-    )
-
-
-@triton.jit(do_not_specialize=["queries", "splits", "row_tiles", "rows"])
-def sum_kernel(
-    parts_ptr, counts_ptr, sums_ptr, out_ptr,
-    stride_ob, stride_oh, stride_on,
-    heads, queries, splits, row_tiles, rows, head_dim,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    chained(OVERLAP)
-    row = tl.program_id(0)
-    group_tile = row // rows
-    key_heads = heads // GROUP
-    index = group_tile % row_tiles * BLOCK_M + row % rows
-    if index >= queries * GROUP:
-        return
-    batch = group_tile // (key_heads * row_tiles)
-    head = group_tile // row_tiles % key_heads * GROUP + index % GROUP
-    dims = tl.arange(0, BLOCK_D)
-    parts = tl.arange(0, PARTS)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    total = 0.0
-    for base in range(0, splits, PARTS):
-        split = base + parts
-        part = group_tile.to(tl.int64) * splits + split
-        filled = tl.load(counts_ptr + part, mask=split < splits, other=0) > 0
-        total += tl.sum(tl.load(sums_ptr + part * rows + row % rows, mask=split < splits, other=0.0), 0)
-        acc += tl.sum(
-            tl.load(
-                parts_ptr + (part * rows + row % rows)[:, None] * head_dim + dims[None, :],
-                mask=filled[:, None] & (dims < head_dim)[None, :],
-                other=0.0,
-            ),
-            0,
-        )
-    # The weights sum to one but for the last digits of tau and of the power; a row that sees no key has none.
-    acc = acc / tl.where(total > 0, total, 1.0)
-    place = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    place += (index // GROUP).to(tl.int64) * stride_on
-    tl.store(out_ptr + place + dims, acc.to(out_ptr.dtype.element_ty), mask=dims < head_dim)
+    # What the threads of this program wrote is seen by whoever sees that it has arrived.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + group_tile, 1) == splits - 1:
+        _add_parts(
+            parts_ptr, counts_ptr, sums_ptr, pending_ptr, out_ptr, group_tile, stride_ob, stride_oh, stride_on,
+            heads, queries, splits, row_tiles, rows, head_dim,
+            GROUP=GROUP, ROWS=ROWS, BLOCK_D=BLOCK_D, PARTS=PARTS,
+        )  # fmt: skip

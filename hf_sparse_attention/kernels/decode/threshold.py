@@ -1,5 +1,7 @@
-"""Stored scores -> tau, one program per row: a lower bound from the maxima of classes of keys, the tiles above it, and
-the safeguarded steps of the training kernels over those tiles, until what is left is below float32's rounding."""
+"""Stored scores -> tau, one program per row: a lower bound from the maxima of classes of keys, the keys above it, and
+the safeguarded steps of the training kernels over those keys, until what is left is below float32's rounding.
+
+Where they are few, as mostly, the program also adds up their values: the row's output is then done."""
 
 import triton
 import triton.language as tl
@@ -7,12 +9,18 @@ import triton.language as tl
 from ..forward import last_step
 from ..refine import refine
 from ..tiles import entmax_parameters, row_ranges, weights, weights_and_curvature
+from .output import add_values
 from .rows import chained
 
 STEPS = 5
-# Tiles whose maxima are scanned at once, and listed tiles whose scores are held in registers.
+# Tiles whose maxima are scanned at once.
 SCAN = 1024
-LISTED = 32
+# Tiles whose scores are held in registers, or as many keys of any tiles.
+HELD = 16
+# In at most so many tiles the keys above the bound are looked for one by one.
+SEARCHED = 128
+# Keys times channels of the values that are loaded together.
+AT_ONCE = 8192
 
 
 @triton.jit
@@ -67,21 +75,27 @@ def _rest(row, programs, votes_ptr, idle_ptr, SCAN: tl.constexpr, REST: tl.const
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def threshold_kernel(
-    alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr,
-    scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr, arrived_ptr,
+    v_ptr, alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr,
+    scores_ptr, maxima_ptr, slots_ptr, list_ptr, key_list_ptr, origin_ptr, level_ptr, pending_ptr, arrived_ptr,
+    tau_ptr, out_ptr,
     excess,
+    stride_wb, stride_wg, stride_wn,
     stride_vb, stride_vn,
-    heads, queries, keys, tiles, splits, row_tiles, rows,
+    stride_ob, stride_oh, stride_on,
+    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     SCAN: tl.constexpr,
-    LISTED: tl.constexpr,
+    HELD: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    KEYS: tl.constexpr,
     STEPS: tl.constexpr,
     TOLERANCE: tl.constexpr,
     REST: tl.constexpr,
@@ -100,7 +114,8 @@ def threshold_kernel(
     if index >= queries * GROUP:
         return
     batch = group_tile // (key_heads * row_tiles)
-    head = group_tile // row_tiles % key_heads * GROUP + index % GROUP
+    group = group_tile // row_tiles % key_heads
+    head = group * GROUP + index % GROUP
     query = index // GROUP
     alpha, exponent, _, _ = entmax_parameters(alpha_ptr, excess, alpha_ptr, 1.0, head, HAS_ALPHA, False)
     visible_base = visible_ptr
@@ -137,14 +152,29 @@ def threshold_kernel(
         count += tl.sum(alive, 0)
     tl.debug_barrier()
 
-    # The first listed tiles stay in registers: mostly there are no others.
-    listed = tl.arange(0, LISTED)
     scores = scores_ptr + (group_tile.to(tl.int64) * tiles * rows + row % rows) * TILE
-    tile = tl.load(lists + listed, mask=listed < count, other=0).to(tl.int64)
-    held = tl.load(
-        scores + tile[:, None] * rows * TILE + columns[None, :], mask=(listed < count)[:, None], other=float("-inf")
-    )
-    held -= origin
+    entries = tl.arange(0, HELD * TILE)
+    key_list = key_list_ptr + row.to(tl.int64) * SEARCHED * TILE
+    found = 0
+    searched = tl.where(count <= SEARCHED, count, 0)
+    for base in range(0, searched, HELD):
+        listed = base + entries // TILE
+        tile = tl.load(lists + listed, mask=listed < count, other=0)
+        place = tile.to(tl.int64) * rows * TILE + entries % TILE
+        x = tl.load(scores + place, mask=listed < count, other=float("-inf"))
+        above = (x - origin > tau).to(tl.int32)
+        tl.store(key_list + found + tl.cumsum(above, 0) - above, tile * TILE + entries % TILE, mask=above > 0)
+        found += tl.sum(above, 0)
+    tl.debug_barrier()
+    few = (count <= SEARCHED) & (found <= HELD * TILE)
+    # Few keys, and all that can hold weight; or the first of many tiles.
+    first = tl.load(lists + entries // TILE, mask=entries // TILE < count, other=0) * TILE + entries % TILE
+    if few:
+        first = tl.load(key_list + entries, mask=entries < found, other=0)
+    known = entries < tl.where(few, found, count * TILE)
+    place = (first // TILE).to(tl.int64) * rows * TILE + first % TILE
+    held = tl.load(scores + place, mask=known, other=float("-inf")) - origin
+    others = tl.where(few, 0, count)
     lower = tau
     upper = tau + 1.001
     # Above alpha = 2 only a closed bracket settles a row: a small step can stand far from the end that is taken.
@@ -156,20 +186,18 @@ def threshold_kernel(
     # The last round only measures, at the settled point, what is still missing.
     while unsettled > 0:
         p, u, w = weights_and_curvature(held, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-        sums = tl.sum(p)
-        slope_sum = tl.sum(u)
-        curvature = tl.sum(w)
-        for base in range(LISTED, count, LISTED):
-            tile = tl.load(lists + base + listed, mask=base + listed < count, other=0).to(tl.int64)
-            x = tl.load(
-                scores + tile[:, None] * rows * TILE + columns[None, :],
-                mask=(base + listed < count)[:, None],
-                other=float("-inf"),
-            )
+        sums = tl.sum(p, 0)
+        slope_sum = tl.sum(u, 0)
+        curvature = tl.sum(w, 0)
+        for base in range(HELD, others, HELD):
+            listed = base + entries // TILE
+            tile = tl.load(lists + listed, mask=listed < count, other=0)
+            place = tile.to(tl.int64) * rows * TILE + entries % TILE
+            x = tl.load(scores + place, mask=listed < count, other=float("-inf"))
             p, u, w = weights_and_curvature(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(p)
-            slope_sum += tl.sum(u)
-            curvature += tl.sum(w)
+            sums += tl.sum(p, 0)
+            slope_sum += tl.sum(u, 0)
+            curvature += tl.sum(w, 0)
         lower, upper, step, left = refine(
             tau, lower, upper, sums, slope_sum, curvature, exponent, alpha, iteration,
             ALPHA_KIND=ALPHA_KIND, EXACT=True,
@@ -188,3 +216,12 @@ def threshold_kernel(
     tl.store(origin_ptr + row, origin)
     tl.store(level_ptr + row, tau)
     tl.store(tau_ptr + (batch.to(tl.int64) * heads + head) * queries + query, origin + tau)
+    tl.store(pending_ptr + row, 1 - few.to(tl.int32))
+    if few:
+        out_row = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+        out_row += query.to(tl.int64) * stride_on
+        add_values(
+            v_ptr + batch.to(tl.int64) * stride_wb + group.to(tl.int64) * stride_wg, out_row,
+            key_list, found, scores, origin, tau, exponent, stride_wn, rows, head_dim,
+            ALPHA_KIND=ALPHA_KIND, TILE=TILE, BLOCK_D=BLOCK_D, KEYS=KEYS,
+        )  # fmt: skip
