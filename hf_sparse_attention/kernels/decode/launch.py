@@ -15,7 +15,10 @@ from .pages import REST, bounds_of_pages
 # Rows of one program at most.
 MOST_ROWS = 64
 MOST_SPLITS = 128
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_PROCESSOR = 3
+POWERS = True
+STAGES = 4
+LIST_STAGES = 1
 
 
 def row_block(rows, precision):
@@ -27,8 +30,8 @@ def row_block(rows, precision):
 
 def split_count(group_tiles, device_index):
     """How many programs share the keys of one key head, at most: a power of two, the same for every length."""
-    wanted = PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles
-    return min(MOST_SPLITS, 1 << max(wanted, 1).bit_length() - 1)
+    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles)
+    return min(MOST_SPLITS, 1 << wanted.bit_length() - 1 if POWERS else wanted)
 
 
 @cache
@@ -112,7 +115,7 @@ def run_passes(call, pages=None):
         bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap)
         first, idle, votes = overlap, pages[3], scratch(splits, dtype=torch.int32)
         # One stage more: the list is read before the keys it names.
-        scores_launch = {**launch, "num_stages": launch["num_stages"] + 1}
+        scores_launch = {**launch, "num_stages": launch["num_stages"] + LIST_STAGES}
     scores.scores_kernel[(group_tiles, splits)](
         query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, idle, bound,
         stored, maxima, slots,
@@ -180,5 +183,5 @@ def launch_of(element_size, block_dim, block):
     tile_bytes = TILE * block_dim * element_size
     return {
         "num_warps": 8 if block * block_dim >= 64 * 128 else 4,
-        "num_stages": 3 if tile_bytes <= 32768 else 2,
+        "num_stages": STAGES if tile_bytes <= 16384 else 3 if tile_bytes <= 32768 else 2,
     }

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..configurations import TILE
 from ..operators import _block_dim
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .rows import chained, locate
+from .rows import chained_unless_resting, locate
 from .threshold import STEPS, subset_threshold
 
 # Pages whose keys give the lower bound of tau: the newest one, and the best of what so many programs bounded.
@@ -111,9 +111,7 @@ def _bounds_kernel(
     MARGIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    chained(OVERLAP)
-    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
-    if resting:
+    if chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP):
         return
     group_tile = tl.program_id(0)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
@@ -213,9 +211,7 @@ def _seed_kernel(
     MARGIN: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    chained(OVERLAP)
-    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
-    if resting:
+    if chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP):
         return
     row = tl.program_id(0)
     group_tile = row // rows

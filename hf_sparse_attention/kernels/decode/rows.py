@@ -62,3 +62,19 @@ def chained(OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def chained_unless_resting(idle_ptr, HAS_IDLE: tl.constexpr, OVERLAP: tl.constexpr):
+    """As `chained`; whether the bounds of pages rest, which is read first: then there is nothing to wait for.
+
+    The kernels before this one, back to the first of the call, which was not launched early, write nothing then. The
+    one that changes the answer waits for all that have read it.
+    """
+    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
+    if resting:
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+    else:
+        chained(OVERLAP)
+    return resting

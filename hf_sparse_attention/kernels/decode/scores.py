@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .rows import chained, listed_tiles, locate, tile_range
+from .rows import chained_unless_resting, listed_tiles, locate, tile_range
 from .threshold import subset_thresholds
 
 # A tile is kept if its maximum comes this near to the running maximum minus 1: rounding of tau loses no key.
 SLACK = 1e-5
 # From so many tiles of a program on, it first takes a lower bound of tau from the newest keys, and from twice as many
 # from the oldest too: that costs the time of a tile, and saves writing the scores of most.
-LEAST_TILES = 16
+LEAST_TILES = 64
 # Channels whose products a tensor core adds up, in float32.
 CHUNK_D = 32
 
@@ -134,7 +134,7 @@ def scores_kernel(
     EVICT: tl.constexpr = "",
     DEAL: tl.constexpr = 0,
 ):  # fmt: skip
-    chained(OVERLAP)
+    resting = chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP)
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
@@ -169,11 +169,7 @@ def scores_kernel(
     scores_rows = scores_ptr + scratch * rows * TILE
 
     share = tl.cdiv(high - low, splits)
-    plain = True
-    if HAS_LIST:
-        plain = False
-        if HAS_IDLE:
-            plain = tl.load(idle_ptr) > 0
+    plain = resting if HAS_LIST else True
     if plain:
         floor = zeros - float("inf")
         low_key = tl.min(tl.where(end > start, start, keys), 0)
