@@ -89,10 +89,13 @@ def check(case, pages):
 @pytest.mark.parametrize("how", ["plain", "in small pieces", "pages"])
 def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
     if how == "in small pieces":
-        # As with many tiles: the newest and the oldest keys come first, and whatever is taken at once is not all.
+        # As with many tiles: the newest and the oldest keys come first, whatever is taken at once is not all, and of the
+        # rows of a program some have few keys, others many.
         monkeypatch.setattr(scores, "LEAST_TILES", 1)
         monkeypatch.setattr(output, "AT_ONCE", 256)
-        monkeypatch.setattr(threshold, "SEARCHED", 0)
+        monkeypatch.setattr(threshold, "HELD", 2)
+        monkeypatch.setattr(threshold, "SEARCHED", 4)
+        monkeypatch.setattr(threshold, "AT_ONCE", 128)
     check(
         random_case(
             seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << (20 if CUDA else 14)

@@ -94,7 +94,7 @@ def run_passes(call, pages=None):
     tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
     parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
     counts, arrived = scratch(splits, dtype=torch.int32), scratch(dtype=torch.int32)
-    found, pending = (scratch(rows, size, dtype=torch.int32) for size in (threshold.SEARCHED * TILE, 1))
+    found, pending = (scratch(rows, size, dtype=torch.int32) for size in (threshold.HELD * TILE, 1))
     origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)

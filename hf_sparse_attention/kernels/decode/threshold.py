@@ -154,16 +154,18 @@ def threshold_kernel(
 
     scores = scores_ptr + (group_tile.to(tl.int64) * tiles * rows + row % rows) * TILE
     entries = tl.arange(0, HELD * TILE)
-    key_list = key_list_ptr + row.to(tl.int64) * SEARCHED * TILE
+    key_list = key_list_ptr + row.to(tl.int64) * HELD * TILE
     found = 0
     searched = tl.where(count <= SEARCHED, count, 0)
     for base in range(0, searched, HELD):
         listed = base + entries // TILE
         tile = tl.load(lists + listed, mask=listed < count, other=0)
-        place = tile.to(tl.int64) * rows * TILE + entries % TILE
-        x = tl.load(scores + place, mask=listed < count, other=float("-inf"))
+        x = tl.load(
+            scores + tile.to(tl.int64) * rows * TILE + entries % TILE, mask=listed < count, other=float("-inf")
+        )
         above = (x - origin > tau).to(tl.int32)
-        tl.store(key_list + found + tl.cumsum(above, 0) - above, tile * TILE + entries % TILE, mask=above > 0)
+        place = found + tl.cumsum(above, 0) - above
+        tl.store(key_list + place, tile * TILE + entries % TILE, mask=(above > 0) & (place < HELD * TILE))
         found += tl.sum(above, 0)
     tl.debug_barrier()
     few = (count <= SEARCHED) & (found <= HELD * TILE)
