@@ -89,8 +89,8 @@ def check(case, pages):
 @pytest.mark.parametrize("how", ["plain", "in small pieces", "pages"])
 def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
     if how == "in small pieces":
-        # As with many tiles: the newest and the oldest keys come first, whatever is taken at once is not all, and of the
-        # rows of a program some have few keys, others many.
+        # As with many tiles: the newest and the oldest keys come first, whatever is taken at once is not all, and some
+        # rows of a program have few keys, others many.
         monkeypatch.setattr(scores, "LEAST_TILES", 1)
         monkeypatch.setattr(output, "AT_ONCE", 256)
         monkeypatch.setattr(threshold, "HELD", 2)
