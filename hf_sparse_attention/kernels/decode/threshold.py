@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..forward import last_step
 from ..refine import refine
-from ..tiles import entmax_parameters, row_ranges, weights, weights_and_curvature
+from ..tiles import HAS_PTX, entmax_parameters, row_ranges, weights, weights_and_curvature
 from .output import add_values
 from .rows import chained
 
@@ -21,6 +21,33 @@ HELD = 16
 SEARCHED = 128
 # Keys times channels of the values that are loaded together.
 AT_ONCE = 8192
+
+
+@triton.jit
+def _added_two(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def _added_three(a, b, c, other_a, other_b, other_c):
+    return a + other_a, b + other_b, c + other_c
+
+
+# Sums that pass between warps together. Triton's interpreter takes a step of Python for every element of such a sum.
+@triton.jit
+def _sums_of_two(p, u):
+    if HAS_PTX:
+        return tl.reduce((p, u), 0, _added_two)
+    else:
+        return tl.sum(p, 0), tl.sum(u, 0)
+
+
+@triton.jit
+def _sums_of_three(p, u, w):
+    if HAS_PTX:
+        return tl.reduce((p, u, w), 0, _added_three)
+    else:
+        return tl.sum(p, 0), tl.sum(u, 0), tl.sum(w, 0)
 
 
 @triton.jit
@@ -38,11 +65,12 @@ def _newton(tau, total, slope, exponent, alpha, ALPHA_KIND: tl.constexpr):
 
 @triton.jit
 def subset_threshold(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, STEPS: tl.constexpr):
-    """A lower bound of tau from some keys of a row, of any shape, and the greatest of them."""
+    """A lower bound of tau from some keys of a row, (A,), and the greatest of them."""
     tau = greatest - 1.0
     for _ in range(STEPS):
         p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-        tau = _newton(tau, tl.sum(p), tl.sum(u), exponent, alpha, ALPHA_KIND=ALPHA_KIND)
+        total, slope = _sums_of_two(p, u)
+        tau = _newton(tau, total, slope, exponent, alpha, ALPHA_KIND=ALPHA_KIND)
     # Rounding of the steps must not lift the bound above tau.
     return tau - (1e-6 * tl.abs(tau) + 1e-6)
 
@@ -125,13 +153,10 @@ def threshold_kernel(
     low = start // TILE
     high = tl.where(end > start, (end + TILE - 1) // TILE, low)
 
-    columns = tl.arange(0, TILE)
-    parts = tl.arange(0, SPLITS)
-    slot_rows = (group_tile.to(tl.int64) * splits + parts) * rows + row % rows
-    slots = tl.load(
-        slots_ptr + slot_rows[:, None] * TILE + columns[None, :], mask=(parts < splits)[:, None], other=float("-inf")
-    )
-    greatest = tl.max(slots)
+    classes = tl.arange(0, SPLITS * TILE)
+    slot_rows = (group_tile.to(tl.int64) * splits + classes // TILE) * rows + row % rows
+    slots = tl.load(slots_ptr + slot_rows * TILE + classes % TILE, mask=classes < splits * TILE, other=float("-inf"))
+    greatest = tl.max(slots, 0)
     empty = greatest == float("-inf")
     # A finite stand-in for infinity keeps the arithmetic of rows that see no key free of NaN.
     origin = tl.where(empty, 0.0, greatest)
@@ -188,18 +213,17 @@ def threshold_kernel(
     # The last round only measures, at the settled point, what is still missing.
     while unsettled > 0:
         p, u, w = weights_and_curvature(held, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-        sums = tl.sum(p, 0)
-        slope_sum = tl.sum(u, 0)
-        curvature = tl.sum(w, 0)
+        sums, slope_sum, curvature = _sums_of_three(p, u, w)
         for base in range(HELD, others, HELD):
             listed = base + entries // TILE
             tile = tl.load(lists + listed, mask=listed < count, other=0)
             place = tile.to(tl.int64) * rows * TILE + entries % TILE
             x = tl.load(scores + place, mask=listed < count, other=float("-inf"))
             p, u, w = weights_and_curvature(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(p, 0)
-            slope_sum += tl.sum(u, 0)
-            curvature += tl.sum(w, 0)
+            more, more_slope, more_curvature = _sums_of_three(p, u, w)
+            sums += more
+            slope_sum += more_slope
+            curvature += more_curvature
         lower, upper, step, left = refine(
             tau, lower, upper, sums, slope_sum, curvature, exponent, alpha, iteration,
             ALPHA_KIND=ALPHA_KIND, EXACT=True,
