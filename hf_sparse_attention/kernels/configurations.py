@@ -44,6 +44,9 @@ class Configuration:
     query_gradient: Launch
     query_gradient_pairs: Launch
     key_gradient: Launch
+    # The forward of calls that need no mean of the values under u: see `Call.sums_means`.
+    output: Launch
+    output_pairs: Launch
     # Tiles with at most so many (query, key) pairs above the bound, up to 255, are taken apart; 0: all are walked.
     stray_limit: int = 0
     # Whether calls without a backward have strays too: they win less there.
@@ -93,6 +96,8 @@ def _default(element_size, block_dim):
         query_gradient=Launch(warps, stages),
         query_gradient_pairs=Launch(8, stages),
         key_gradient=Launch(warps, 1),
+        output=Launch(warps, stages),
+        output_pairs=Launch(8, stages),
         collect=Launch(warps, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
         # Where registers hold the scores without a spill.
@@ -116,6 +121,8 @@ _HOPPER = Configuration(
     query_gradient=Launch(4, 2),
     query_gradient_pairs=Launch(8, 3),
     key_gradient=Launch(4, 2),
+    output=Launch(4, 2),
+    output_pairs=Launch(8, 2, 128),
     stray_limit=16,
     stray_forward=False,
     measured="NVIDIA H200",

@@ -54,6 +54,14 @@ class Call:
     # Descriptors made so far: both kinds of rows and several kernels read the same tensors.
     made: dict = field(default_factory=dict)
 
+    def sums_means(self, save):
+        """Whether the forward sums the values under u: a backward (save) reads that, and it corrects the output.
+
+        Without it the output is right to bfloat16's digits where tau is refined as for a backward.
+        """
+        known = self.constants["ALPHA_KIND"] in (BELOW_2, ENTMAX15, SPARSEMAX)
+        return save or not known or self.query.dtype != torch.bfloat16
+
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
         if not self.descriptors:
