@@ -441,8 +441,9 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
+        columns = launch.columns or config.inner
         _query_gradient_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key), call.descriptor(value),
+            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha, *stray_pointers[:3], *moved_pointers,
             call.excess, call.scaling,
@@ -454,7 +455,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             ALPHA_GRADIENT=alpha_gradient,
             TWO_WALKS=call.two_walks,
@@ -464,8 +465,9 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             num_stages=launch.stages,
             **launch.limit(),
         )  # fmt: skip
-    query_descriptor, gradient_descriptor = call.descriptor(query), call.descriptor(grad_out)
     launch = config.key_gradient
+    columns = launch.columns or config.inner
+    query_descriptor, gradient_descriptor = call.descriptor(query, columns), call.descriptor(grad_out, columns)
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
@@ -478,7 +480,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
         TWO_WALKS=call.two_walks,
         DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,
         BLOCK=TILE,
-        BLOCK_N=config.inner,
+        BLOCK_N=columns,
         SPLIT=call.split,
         STRAYS=strays is not None,
         STRAY_STAGES=config.stray_stages,

@@ -226,8 +226,9 @@ def attend(call, point, lists, save, strays=None):
             launch = config.forward if rows == TILE else config.forward_pairs
         else:
             launch = config.output if rows == TILE else config.output_pairs
+        columns = launch.columns or config.inner
         _forward_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key), call.descriptor(value),
+            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, point, tau, out, mean, *stray_pointers[:3],
             call.excess, call.scaling,
@@ -238,7 +239,7 @@ def attend(call, point, lists, save, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             SAVE=save,
             MEAN=means,

@@ -343,8 +343,9 @@ def refined_threshold(call, bound, lists, save, strays=None):
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.refine if rows == TILE else config.refine_pairs
+        columns = launch.columns or config.inner
         _refine_kernel[(counts.numel(),)](
-            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
+            query, key, call.descriptor(key, columns), call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, bound, state, tau, *stray_pointers[:3],
             call.excess, call.scaling,
             *stray_pointers[3:],
@@ -353,7 +354,7 @@ def refined_threshold(call, bound, lists, save, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             EXACT=exact,
             CURVED=curved,
