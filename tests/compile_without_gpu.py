@@ -114,7 +114,7 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
 
 
 def training(limit=0, length=1024, save=True, **changes):
-    """The launches of a causal training call in bfloat16 with the configuration of an H200, or of its forward alone."""
+    """The launches of a causal training call in bfloat16 for an H200, or of its forward alone."""
     from hf_sparse_attention.kernels import configurations, gather, operators, threshold
 
     gather.processors = threshold.processors = lambda index: 132

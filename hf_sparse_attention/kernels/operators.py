@@ -119,10 +119,13 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).view(torch.uint8)
         mask_strides = mask.stride()
+    row = configuration(query.device, query.element_size(), block_dim)
     precision = "tf32"
     if query.dtype == torch.float32:
         # Three tf32 products nearly keep float32's accuracy, but hold operands twice: too much for the widest heads.
-        precision = "tf32x3" if block_dim <= 128 else "ieee"
+        # Few keys have small tiles, whose products need no tensor cores.
+        plain = block_dim > 128 or is_short(row, query.shape[2], key.shape[2])
+        precision = "ieee" if plain else "tf32x3"
     constants = {
         "GROUP": query.shape[1] // key.shape[1],
         "ALPHA_KIND": power_kind,
@@ -136,7 +139,6 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         # Above alpha = 2 a slope hangs on the last bits of a score, which must come out alike in every kernel.
         "enable_fp_fusion": not alpha > 2,
     }
-    row = configuration(query.device, query.element_size(), block_dim)
     return Call(
         query=_rows(query),
         key=_rows(key),
