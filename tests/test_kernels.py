@@ -1,6 +1,5 @@
 """The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -137,17 +136,20 @@ def test_tiles_that_ranges_cut_and_tiles_they_do_not(name, slopes, poisoned):
     check_against_reference(entmax_attention, query / 4, key, value, gradient, visible=visible, **arguments)
 
 
-def test_causal_tiles_may_be_walked_apart_too(monkeypatch, poisoned):
-    query, key, value, gradient = (randn(1, heads, 200, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2))
-    expected = run(entmax_attention, query, key, value, gradient)
-    choose = operators.configuration
+def test_no_queries_are_walked_together_without_pairs(monkeypatch, poisoned):
+    walked = []
+    attend = operators.attend
     monkeypatch.setattr(
-        operators, "configuration", lambda *arguments: dataclasses.replace(choose(*arguments), split=True)
+        operators,
+        "attend",
+        lambda call, point, lists, *rest: walked.append(lists) or attend(call, point, lists, *rest),
     )
-    found = run(entmax_attention, query, key, value, gradient)
-    assert torch.equal(found.gradients["query"], expected.gradients["query"])
-    for name in ("key", "value"):
-        torch.testing.assert_close(found.gradients[name], expected.gradients[name], rtol=1e-5, atol=1e-5)
+    tensors = [randn(1, heads, 200, 16, seed=heads) for heads in (2, 1, 1, 2)]
+    for tenths in (7, 0):
+        with configurations.configured(threshold_rows=128, pair_tenths=tenths, stray_limit=16):
+            check_against_reference(entmax_attention, *tensors)
+    assert (walked[0].counts < 0).any() and len(list(walked[0].walks())) == 2
+    assert (walked[1].counts > 0).all() and len(list(walked[1].walks())) == 1
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.333, 1.75])

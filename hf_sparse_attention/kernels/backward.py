@@ -332,7 +332,6 @@ def _key_gradient_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
     STRAYS: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -381,6 +380,7 @@ def _key_gradient_kernel(
         list_row = head_index.to(tl.int64) * key_tiles + key_tile
         lists = list_ptr + list_row * query_tiles
         PIECES: tl.constexpr = BLOCK // BLOCK_N
+        SPLIT: tl.constexpr = RANGE_KIND == 2
         if SPLIT:
             whole = tl.load(count_ptr + list_row * 2) * PIECES
             total = whole + tl.load(count_ptr + list_row * 2 + 1) * PIECES
@@ -478,7 +478,6 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
         DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,
         BLOCK=TILE,
         BLOCK_N=columns,
-        SPLIT=call.split,
         STRAYS=strays is not None,
         STRAY_STAGES=config.stray_stages,
         num_warps=launch.warps,

@@ -46,8 +46,6 @@ class Call:
     group: int
     block_dim: int
     two_walks: bool
-    # Whether the key gradient walks the tiles that every query sees whole apart from those that need a mask.
-    split: bool
     descriptors: bool
     constants: dict
     configuration: Configuration
@@ -158,7 +156,6 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         block_dim=block_dim,
         # Slopes u grow without bound at the edge of the support for alpha > 2, and float32 is held to float32.
         two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
-        split=visible is not None or row.split,
         descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
         constants=constants,
         configuration=row,
@@ -249,7 +246,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
     shapes = [(batch, heads, query_tiles, key_tiles), (batch, heads, query_tiles), (0,), (0,)]
-    if config.threshold_rows > TILE:
+    if config.paired:
         pairs = (queries + 2 * TILE - 1) // (2 * TILE)
         shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
     shapes.append((batch, heads, key_tiles, query_tiles))
