@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sanitize
 import torch
 
 triton = pytest.importorskip("triton")
@@ -351,3 +352,13 @@ def test_bfloat16_autocast():
     assert out.dtype == torch.bfloat16
     exact, _ = reference.attention(query, key, value)
     assert (out.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_compute_sanitizer_finds_nothing():
+    """`python tests/sanitize.py` by itself prints what it finds."""
+    if sanitize.find_sanitizer() is None:
+        pytest.skip("compute-sanitizer is not on this machine")
+    run = subprocess.run([sys.executable, sanitize.__file__], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

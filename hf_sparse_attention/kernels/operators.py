@@ -117,13 +117,10 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).view(torch.uint8)
         mask_strides = mask.stride()
-    row = configuration(query.device, query.element_size(), block_dim)
     precision = "tf32"
     if query.dtype == torch.float32:
         # Three tf32 products nearly keep float32's accuracy, but hold operands twice: too much for the widest heads.
-        # Few keys have small tiles, whose products need no tensor cores.
-        plain = block_dim > 128 or is_short(row, query.shape[2], key.shape[2])
-        precision = "ieee" if plain else "tf32x3"
+        precision = "tf32x3" if block_dim <= 128 else "ieee"
     constants = {
         "GROUP": query.shape[1] // key.shape[1],
         "ALPHA_KIND": power_kind,
@@ -137,6 +134,7 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         # Above alpha = 2 a slope hangs on the last bits of a score, which must come out alike in every kernel.
         "enable_fp_fusion": not alpha > 2,
     }
+    row = configuration(query.device, query.element_size(), block_dim)
     return Call(
         query=_rows(query),
         key=_rows(key),
@@ -204,8 +202,16 @@ def _forward(
     return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map, *kept
 
 
+def _of_few_keys(call):
+    """The call as `short/` computes it: its tiles are small, float32 products of them need no tensor cores."""
+    if call.query.dtype != torch.float32:
+        return call
+    return replace(call, constants=call.constants | {"PRECISION": "ieee"})
+
+
 def _forward_short(call, save):
     """The same of a call whose keys are few: what is kept for the backward is tau."""
+    call = _of_few_keys(call)
     device = call.query.device
     with torch.cuda.device_of(call.query):
         variant = (
@@ -291,6 +297,7 @@ def _gradients(
     with torch.cuda.device_of(query):
         if tiles.numel() == 0:
             # The forward made no lists: it was that of few keys.
+            call = _of_few_keys(call)
             dquery, dkey, dvalue, dalpha = short_gradients(call, _rows(grad_out), tau, alpha_gradient)
             return dquery, dkey, dvalue, tau.new_empty(0) if dalpha is None else dalpha
         paired = pairs.numel() > 0
