@@ -33,6 +33,11 @@ class ByKeys:
     codes: torch.Tensor | None = None
     weights: torch.Tensor | None = None
 
+    @property
+    def room(self):
+        """Strays that there is room for."""
+        return 0 if self.codes is None else self.codes.numel()
+
 
 @Kernel
 @triton.jit(do_not_specialize=["query_tiles", "key_tiles"])

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backward import _add_queries
+from ..backward import add_queries
 from ..compiling import Kernel
 from ..tiles import alpha_slopes, entmax_parameters, key_scores, load_block, row_ranges, weights
 from .spans import load_keys, seen_span
@@ -206,7 +206,7 @@ def _short_key_gradient_kernel(
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
         pair_base = pair_ptr + (batch * heads + head).to(tl.int64) * row_blocks * BLOCK_M * 2
         for block in range(first_block, row_blocks):
-            dk, dv = _add_queries(
+            dk, dv = add_queries(
                 dk, dv, k, v, block * BLOCK_M, q_base, g_base, batch, head, stride_qn, stride_gn, dims, pieces,
                 columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
                 factor, slope, exponent, mask_base, stride_mn, stride_mk, True,
