@@ -1,9 +1,11 @@
-"""Compiles every kernel that a call would launch, for a card that is not here -> registers, stack, shared memory.
-Run in a process of its own, as Triton must not be interpreted: `python tests/compile_without_gpu.py`."""
+"""Compiles every kernel that a call would launch, for a card that is not here: what of the card each takes, and which
+are compiled ahead of their launch. Run in a process of its own, as Triton must not be interpreted."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -126,10 +129,80 @@ def training(limit=0, length=1024, save=True, **changes):
     return launches(lambda: operators._launch_all(call, save), look)
 
 
+class Launcher:
+    launch_cooperative_grid = False
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, *_):
+        pass
+
+
+class Utilities:
+    def load_binary(self, *_):
+        return 0, 0, 0, 0, 1024
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+
+class Driver:
+    """As much of a CUDA driver as a launch asks for."""
+
+    utils = Utilities()
+    launcher_cls = Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _=0):
+        return 0
+
+    def get_current_target(self):
+        return TARGET
+
+
+def ahead(kind):
+    """The kernels that two training calls of a kind, of two lengths, compile: ahead of their launch, and at it."""
+    driver.set_active(Driver())
+    torch.cuda.device_of = torch.cuda.device = lambda *_: contextlib.nullcontext()
+
+    from hf_sparse_attention import kernels
+    from hf_sparse_attention.kernels import compiling, configurations, operators
+
+    kernels.supports = lambda *_, **__: None
+    compiling.is_measured = lambda device: True
+    compiled = []
+    together = compiling.compile_together
+    compile_one = JITFunction._do_compile
+
+    def spy(self, *arguments):
+        compiled.append((self.fn.__name__, compiling._planned.get() is not None))
+        return compile_one(self, *arguments)
+
+    JITFunction._do_compile = spy
+    operators.compile_together = lambda variant, _, plan: together(variant, torch.device("cuda", 0), plan)
+    changes = {"stray_limit": 64} if kind == "strays" else {}
+    # Calls of few keys are another path.
+    for length in (100, 120) if kind == "short" else (320, 640):
+        tensors = [torch.zeros(1, heads, length, 32, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+        positions = torch.arange(length)
+        documents = torch.stack([positions // 100 * 100, positions + 1], -1)[None].int()
+        with configurations.configured(**changes):
+            out, _ = kernels.entmax_attention(*tensors, visible=documents if kind == "documents" else None)
+            torch.autograd.grad(out, tensors, torch.ones_like(out))
+    return {"ahead": [name for name, early in compiled if early], "late": [n for n, early in compiled if not early]}
+
+
 def main(words):
-    """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16 for a stray_limit of 16 -> a line per kernel."""
+    """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16 for a stray_limit of 16 -> a line per kernel; or
+    ahead:causal, ahead:documents, ahead:strays, ahead:short -> JSON."""
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for word in words:
+        if word.startswith("ahead"):
+            print(json.dumps(ahead(word.split(":")[1])))
+            continue
         if word.startswith("training"):
             for kernel, warps, resources in training(*(int(limit) for limit in word.split(":")[1:])):
                 print(word, kernel, warps, *(f"{key}={value}" for key, value in resources.items()), flush=True)

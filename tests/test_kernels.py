@@ -229,11 +229,11 @@ def compiled_kernels(kind, folder):
     """Names of the kernels that calls of a kind compile ahead of their launch, where none is compiled at it."""
     if not hasattr(triton, "AsyncCompileMode"):
         pytest.skip("this Triton compiles one kernel after the other")
-    program = Path(__file__).with_name("compiled_without_gpu.py")
+    program = Path(__file__).with_name("compile_without_gpu.py")
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     finished = subprocess.run(
-        [sys.executable, str(program), kind], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, str(program), f"ahead:{kind}"], env=environment, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
     compiled = json.loads(finished.stdout.splitlines()[-1])

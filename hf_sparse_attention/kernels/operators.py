@@ -13,10 +13,11 @@ from .compiling import compile_together, like
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
 from .gather import collect, collects, sparse_limits
+from .lists import Lists
 from .refine import refined_threshold
 from .short import attend_short, is_short, short_gradients
 from .strays import Strays
-from .threshold import Lists, threshold_bound
+from .threshold import threshold_bound
 from .tiles import BELOW_2, CAUSAL, ENTMAX15, FULL, GENERAL, PER_HEAD, RANGE, SPARSEMAX
 
 # Tile lists and their lengths, the same for pairs of tiles, the map of the tiles; strays, their counts and map.
