@@ -255,14 +255,15 @@ def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
 
 @pytest.mark.slow
 def test_products_do_not_wait_for_each_other_on_hopper():
-    """ptxas says so of loops that it cannot see through, and the kernel is a third slower (kernels/NOTES.md)."""
+    """ptxas says so of loops that it cannot see through or that lack registers: a third slower (kernels/NOTES.md)."""
     program = Path(__file__).with_name("compile_without_gpu.py")
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(program.parents[1]), "TRITON_DEFAULT_FP_FUSION": "1"}
+    calls = ["training:0", "training:16", "training:16:64", "training:0:128:0", "training:0:64:0"]
     lines = subprocess.run(
-        [sys.executable, program, "training:0", "training:16"],
+        [sys.executable, program, *calls],
         env=environment, capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
-    assert len(lines) == 19
+    assert len(lines) == 9 + 10 + 7 + 5 + 3
     for line in lines:
         numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
         assert numbers["serialized"] == 0 and numbers["shared"] <= 227 * 1024 and numbers["stack"] <= 512, line
