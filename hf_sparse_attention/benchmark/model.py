@@ -267,12 +267,14 @@ def _measure(arguments, variant: Variant, weights, tokens, device: str, backend:
 def _compile(model: nn.Module, how: str, backend: str) -> None:
     if how == "none":
         return
-    compiled = {"fullgraph": True, "dynamic": False, "backend": backend}
-    # All layers run one code, so that the first one's graph serves the others.
-    for module in model.base_model.layers if how == "layers" else [model.base_model]:
-        module.compile(**compiled)
+    if how == "layers":
+        from ..train.compilation import compile_parts
+
+        compile_parts(model, fullgraph=True, backend=backend)
+        return
+    model.base_model.compile(fullgraph=True, dynamic=False, backend=backend)
     # The last tokens of a batch are fewer than the others.
-    model._chunk_loss = torch.compile(model._chunk_loss, **compiled | {"dynamic": True})
+    model._chunk_loss = torch.compile(model._chunk_loss, fullgraph=True, dynamic=True, backend=backend)
 
 
 def _step(model, tokens, optimizer=None) -> torch.Tensor:

@@ -11,8 +11,11 @@ from ..models import attention_layers
 BACKEND = "inductor"
 
 
-def compile_parts(model: nn.Module) -> None:
+def compile_parts(model: nn.Module, **options) -> None:
     """Compiles the decoder layers in place, before the model is spread over processes, and its loss in chunks.
+
+    Args:
+        options: of torch.compile, such as fullgraph.
 
     Raises:
         ValueError: for a model that does not say what its decoder layers are called.
@@ -24,10 +27,10 @@ def compile_parts(model: nn.Module) -> None:
         if not layers:
             raise ValueError(f"compile finds no decoder layers in {type(each).__name__}: leave it out")
         for layer in layers:
-            layer.compile(backend=BACKEND, dynamic=False)
+            layer.compile(dynamic=False, **{"backend": BACKEND, **options})
     if hasattr(model, "_chunk_loss"):
         # The last chunk of a batch may be shorter than the others.
-        model._chunk_loss = torch.compile(model._chunk_loss, backend=BACKEND)
+        model._chunk_loss = torch.compile(model._chunk_loss, **{"backend": BACKEND, **options})
 
 
 def hold_rising_alpha(model: nn.Module, alpha: float) -> None:
