@@ -7,7 +7,16 @@ from ..compiling import Kernel
 from ..configurations import TILE
 from ..edges import edge_scores, seen_by_all, turn_start, turns
 from ..strays import gather_rows, move_strays, stray_arguments, stray_weights
-from ..tiles import alpha_slopes, entmax_parameters, in_registers, key_scores, listed_start, load_block, row_ranges, weights
+from ..tiles import (
+    alpha_slopes,
+    entmax_parameters,
+    in_registers,
+    key_scores,
+    listed_start,
+    load_block,
+    row_ranges,
+    weights,
+)
 
 
 @Kernel
