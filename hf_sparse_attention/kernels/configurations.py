@@ -25,6 +25,7 @@ class Launch:
     stages: int
     registers: int = 0
     columns: int = 0
+    first_factor: int = 0
 
     def limit(self):
         """The keyword that limits the registers, where there is a limit."""

@@ -17,6 +17,7 @@ from .tiles import (
     GENERAL,
     SPARSEMAX,
     entmax_parameters,
+    in_registers,
     key_scores,
     listed_start,
     load_block,
@@ -154,6 +155,7 @@ def _refine_kernel(
     STATE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     ROOM: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
@@ -177,6 +179,8 @@ def _refine_kernel(
     row_mask = rows < queries
     dim_mask = (dims < head_dim)[None, :]
     q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=row_mask[:, None] & dim_mask, other=0.0)
+    if IN_REGISTERS:
+        q = in_registers(q, BLOCK_D=BLOCK_D)
     if DESCRIPTORS:
         k_source = k_descriptor
     else:
@@ -361,6 +365,7 @@ def refined_threshold(call, bound, lists, save, strays=None):
             STATE=state.shape[-1],
             TOLERANCE=tolerance,
             ROOM=room,
+            IN_REGISTERS=launch.first_factor,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

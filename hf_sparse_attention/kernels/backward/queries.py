@@ -7,7 +7,16 @@ from ..compiling import Kernel
 from ..configurations import TILE
 from ..edges import edge_scores, seen_by_all, turn_start, turns
 from ..strays import gather_rows, move_strays, stray_arguments, stray_weights
-from ..tiles import alpha_slopes, entmax_parameters, key_scores, listed_start, load_block, row_ranges, weights
+from ..tiles import (
+    alpha_slopes,
+    entmax_parameters,
+    in_registers,
+    key_scores,
+    listed_start,
+    load_block,
+    row_ranges,
+    weights,
+)
 
 
 @Kernel
@@ -46,6 +55,7 @@ def _query_gradient_kernel(
     TWO_WALKS: tl.constexpr,
     ROOM: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
@@ -98,6 +108,9 @@ def _query_gradient_kernel(
     g_base = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh + first_row * stride_gn
     d_base = dq_ptr + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh + first_row * stride_dn
     do = tl.load(g_base + local[:, None] * stride_gn + dims[None, :], mask=tile_mask, other=0.0)
+    if IN_REGISTERS:
+        q = in_registers(q, BLOCK_D=BLOCK_D)
+        do = in_registers(do, BLOCK_D=BLOCK_D)
     tau = tl.load(tau_ptr + tau_rows, mask=row_mask, other=float("inf"))
     pieces = count * (TILE // BLOCK_N)
     if TWO_WALKS:
@@ -250,6 +263,7 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
             TWO_WALKS=call.two_walks,
             ROOM=room,
             STRAY_STAGES=config.stray_stages,
+            IN_REGISTERS=launch.first_factor,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),
