@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 # Before anything imports huggingface_hub: no test reaches for the network.
@@ -21,3 +22,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("slow") and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+
+
+@pytest.fixture(autouse=torch.cuda.is_available())
+def kernels_are_compiled_at_their_launch(monkeypatch):
+    """What `compile_together` plans are calls too, on tensors without memory: a test that watches calls would see
+    them."""
+    if importlib.util.find_spec("triton") is not None:
+        from hf_sparse_attention.kernels import compiling
+
+        monkeypatch.setattr(compiling, "MEASURED", ())
