@@ -116,8 +116,8 @@ class AdaptiveAlpha(nn.Module):
         super().__init__()
         self.alpha_bias = nn.Parameter(torch.zeros(heads))
 
-    def forward(self, alpha: float) -> torch.Tensor:
-        """The config's alpha -> alpha (H,) in float32."""
+    def forward(self, alpha: float | torch.Tensor) -> torch.Tensor:
+        """The config's alpha, or while it rises (H,) of it -> alpha (H,) in float32."""
         return 1 + 2 * (alpha - 1) * self.alpha_bias.float().sigmoid()
 
 

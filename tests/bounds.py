@@ -152,3 +152,34 @@ def ratio(name: str, actual, expected, exact, factor: float, *, scale: float = 0
 
 def _rms(tensor: torch.Tensor) -> float:
     return tensor.double().square().mean().sqrt().item() if tensor.numel() else 0.0
+
+
+def permuted(seeds) -> dict[str, int]:
+    """How many random calls of alpha 3 and 4 the reference itself misses its factors in, per result, where only the
+    order of the head dimension is another: what the rounding of float32 scores decides there. Prints the worst."""
+    from kernel_cases import random_case
+
+    missed, calls = {}, 0
+    for seed in seeds:
+        case = random_case(seed, lengths=(63, 111, 129, 200), dtypes=(torch.float32,), budget=1 << 18)
+        if isinstance(case.arguments["alpha"], torch.Tensor) or case.arguments["alpha"] <= 2:
+            continue
+        calls += 1
+        order = torch.randperm(case.query.shape[-1], generator=torch.Generator().manual_seed(seed))
+
+        def attention(query, key, value, order=order, **arguments):
+            return reference.attention(query[..., order], key[..., order], value, **arguments)
+
+        tensors = (case.query, case.key, case.value, case.gradient)
+        try:
+            check_against_reference(attention, *tensors, **case.arguments)
+        except AssertionError as error:
+            name = str(error).split(":")[0]
+            missed[name] = missed.get(name, 0) + 1
+            print(f"{case.name}: {error}")
+    print(f"{sum(missed.values())} of {calls} calls: {missed}")
+    return missed
+
+
+if __name__ == "__main__":
+    permuted(range(600))

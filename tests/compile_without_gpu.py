@@ -1,9 +1,11 @@
-"""Compiles every kernel that a call would launch, for a card that is not here -> registers, stack, shared memory.
-Run in a process of its own, as Triton must not be interpreted: `python tests/compile_without_gpu.py`."""
+"""Compiles every kernel that a call would launch, for a card that is not here: what of the card each takes, and which
+are compiled ahead of their launch. Run in a process of its own, as Triton must not be interpreted."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -24,11 +27,12 @@ TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
 
 def _compile(function, arguments, keywords):
     bound = inspect.signature(function.fn).bind(*arguments, **{k: v for k, v in keywords.items() if k not in OPTIONS})
+    bound.apply_defaults()
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, (name, value)) in enumerate(zip(function.params, bound.arguments.items(), strict=True)):
         wide = [["tt.divisibility", 16]]
@@ -58,7 +62,8 @@ def serialized(compiled):
         file.write_text(compiled.asm["ptx"])
         command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file, "-o", Path(folder) / "kernel.cubin"]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return "C7515" in run.stdout + run.stderr
+    # C7510 to C7515, by what they wait for: a loop that cannot be seen through, registers.
+    return "wgmma.mma_async instructions are serialized" in run.stdout + run.stderr
 
 
 def _resources(compiled):
@@ -98,6 +103,7 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
     from hf_sparse_attention.kernels import decode
 
     decode.run_passes.__globals__["processors"] = lambda index: 132
+    decode.run_passes.__globals__["overlapping"] = lambda index: {"launch_pdl": True}
     dtype = getattr(torch, name)
     query = torch.empty(1, heads, queries, dim, dtype=dtype)
     key = torch.empty(1, key_heads, keys, dim, dtype=dtype)
@@ -113,25 +119,95 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
     return launches(call)
 
 
-def training(limit=0, length=1024):
-    """The launches of a causal training call in bfloat16 with the configuration of an H200."""
+def training(limit=0, dim=128, save=1):
+    """The launches of a causal training call in bfloat16 for an H200, or (save=0) of a forward alone."""
     from hf_sparse_attention.kernels import configurations, gather, operators, threshold
 
     gather.processors = threshold.processors = lambda index: 132
-    row = configurations.MEASURED[(9, 2, 128)]
+    row = configurations.MEASURED[(9, 2, dim)]
     operators.configuration = lambda *arguments: dataclasses.replace(row, stray_limit=limit)
-    query, key = (torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
-    call = operators.describe(query, key, key, 1.5, None, 128**-0.5, True, None, None, None)
+    query, key = (torch.empty(1, heads, 1024, dim, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
+    call = operators.describe(query, key, key, 1.5, None, dim**-0.5, True, None, None, None)
     look = lambda compiled: _resources(compiled) | {"serialized": int(serialized(compiled))}  # noqa: E731
-    return launches(lambda: operators._launch_all(call, True), look)
+    return launches(lambda: operators._launch_all(call, bool(save)), look)
+
+
+class Launcher:
+    launch_cooperative_grid = False
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, *_):
+        pass
+
+
+class Utilities:
+    def load_binary(self, *_):
+        return 0, 0, 0, 0, 1024
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
+
+
+class Driver:
+    """As much of a CUDA driver as a launch asks for."""
+
+    utils = Utilities()
+    launcher_cls = Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _=0):
+        return 0
+
+    def get_current_target(self):
+        return TARGET
+
+
+def ahead(kind):
+    """The kernels that two training calls of a kind, of two lengths, compile: ahead of their launch, and at it."""
+    driver.set_active(Driver())
+    torch.cuda.device_of = torch.cuda.device = lambda *_: contextlib.nullcontext()
+
+    from hf_sparse_attention import kernels
+    from hf_sparse_attention.kernels import compiling, configurations, operators
+
+    kernels.supports = lambda *_, **__: None
+    compiling.is_measured = lambda device: True
+    compiled = []
+    together = compiling.compile_together
+    compile_one = JITFunction._do_compile
+
+    def spy(self, *arguments):
+        compiled.append((self.fn.__name__, compiling._planned.get() is not None))
+        return compile_one(self, *arguments)
+
+    JITFunction._do_compile = spy
+    operators.compile_together = lambda variant, _, plan: together(variant, torch.device("cuda", 0), plan)
+    changes = {"stray_limit": 64} if kind == "strays" else {}
+    # Calls of few keys are another path.
+    for length in (100, 120) if kind == "short" else (320, 640):
+        tensors = [torch.zeros(1, heads, length, 32, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+        positions = torch.arange(length)
+        documents = torch.stack([positions // 100 * 100, positions + 1], -1)[None].int()
+        with configurations.configured(**changes):
+            out, _ = kernels.entmax_attention(*tensors, visible=documents if kind == "documents" else None)
+            torch.autograd.grad(out, tensors, torch.ones_like(out))
+    return {"ahead": [name for name, early in compiled if early], "late": [n for n, early in compiled if not early]}
 
 
 def main(words):
-    """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16 for a stray_limit of 16 -> a line per kernel."""
+    """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16:64 for a stray_limit of 16 and a head_dim of 64,
+    training:0:128:0 for a forward alone -> a line per kernel; or ahead:causal, :documents, :strays, :short -> JSON."""
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for word in words:
+        if word.startswith("ahead"):
+            print(json.dumps(ahead(word.split(":")[1])))
+            continue
         if word.startswith("training"):
-            for kernel, warps, resources in training(*(int(limit) for limit in word.split(":")[1:])):
+            for kernel, warps, resources in training(*(int(number) for number in word.split(":")[1:])):
                 print(word, kernel, warps, *(f"{key}={value}" for key, value in resources.items()), flush=True)
             continue
         name, *numbers = word.split(":")

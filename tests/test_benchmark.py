@@ -17,6 +17,7 @@ from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.benchmark import BenchmarkArguments, attention, cold, grid, model, packing, slopes
 from hf_sparse_attention.benchmark.arguments import KINDS, check_arguments, fields_of
 from hf_sparse_attention.convert import ConvertArguments, convert_model
+from hf_sparse_attention.kernels import configurations
 from hf_sparse_attention.kernels.configurations import Launch
 from hf_sparse_attention.models import dense_config, sparse_config
 from hf_sparse_attention.visible import visible_range
@@ -95,9 +96,9 @@ def test_nothing_is_timed_without_a_gpu(what, capsys):
 
 
 def test_changes_name_numbers_switches_and_launches():
-    found = fields_of("stray_limit=64,split=true,forward=4:3,refine=8:2:128")
-    assert found == {"stray_limit": 64, "split": True, "forward": Launch(4, 3), "refine": Launch(8, 2, 128)}
-    for text in ("stray_limit", "forward=4:x", "split=yes", "forward=1:2:3:4"):
+    found = fields_of("stray_limit=64,stray_forward=true,forward=4:3,refine=8:2:128")
+    assert found == {"stray_limit": 64, "stray_forward": True, "forward": Launch(4, 3), "refine": Launch(8, 2, 128)}
+    for text in ("stray_limit", "forward=4:x", "stray_forward=yes", "forward=1:2:3:4:5"):
         with pytest.raises(ValueError, match="changes has|Launch"):
             check_arguments(parsed("--changes", text))
 
@@ -131,6 +132,19 @@ def test_the_layers_share_one_graph_and_the_model_is_the_same(tmp_path):
     assert counters["stats"]["unique_graphs"] == 4
     whole = small_model(tmp_path, maps=["entmax"], alpha=1.0, compile="model")
     assert model.time_model(whole, device="cpu", backend="eager")[1]["loss"] == pytest.approx(rows[0]["loss"])
+
+
+def test_changed_configurations_are_rows_of_their_own(tmp_path, monkeypatch):
+    seen = []
+    step = model._step
+    monkeypatch.setattr(model, "_step", lambda *rest: seen.append(dict(configurations._changes)) or step(*rest))
+    arguments = small_model(tmp_path, maps=["entmax"], changes=["stray_limit=7,pair_tenths=0"])
+    rows = model.time_model(arguments, device="cpu")
+    names = [model.SDPA, "entmax", "entmax, stray_limit=7,pair_tenths=0"]
+    assert [row["implementation"] for row in rows] == names
+    assert seen[0] == {} and seen[-1] == {"stray_limit": 7, "pair_tenths": 0} and not configurations._changes
+    with pytest.raises(ValueError, match="no field nothing"):
+        model.time_model(small_model(tmp_path, changes=["nothing=1"]), device="cpu")
 
 
 def test_folders_are_timed_on_their_own_scores(tmp_path):

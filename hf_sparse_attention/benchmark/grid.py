@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +34,7 @@ ALPHAS = (1.5, 2.0, 1.333, "heads")
 SHAPES = ((1, 1), (7, 7), (1, 130), (63, 65), (200, 111), (1000, 1000), (513, 2048), (4096, 4096))
 HEADS, KEY_HEADS = 4, 2
 # Processes that compile; each holds a context on the GPU.
-MOST_PROCESSES = 8
+MOST_PROCESSES = 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def time_grid(
     """
     started = time.perf_counter()
     if processes is None:
-        processes = min(MOST_PROCESSES, len(variants), os.cpu_count() or 1) if device == "cuda" else 0
+        processes = min(MOST_PROCESSES, 2 * len(variants), _cores()) if device == "cuda" else 0
     if processes:
         _compile_together(variants, shapes, arguments.seed, device, processes)
     compiled = time.perf_counter() - started
@@ -165,16 +165,35 @@ def _training(attention: partial, tensors, gradient) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, wanted, gradient)]
 
 
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _compile_together(variants, shapes, seed: int, device: str, processes: int) -> None:
-    """Every variant run once at every shape by one of several processes, whose kernels this one finds on disk."""
+    """Every variant run once at every shape by several processes, whose kernels this one finds on disk."""
+    # What takes longest begins first: wide rows of float32.
+    longest = sorted(variants, key=lambda one: one.head_dim * DTYPES[one.dtype].itemsize, reverse=True)
+    work = [(variant, some) for variant in longest for some in _apart(variant, shapes, device)]
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            runs = [pool.submit(_run_all, variant, shapes, seed, device) for variant in variants]
-            for run in tqdm(runs, desc="compile", unit="variant"):
+            runs = [pool.submit(_run_all, variant, some, seed, device) for variant, some in work]
+            for run in tqdm(as_completed(runs), total=len(runs), desc="compile", unit="set of kernels"):
                 run.result()
     except BrokenProcessPool:
         logger.warning("a process that compiles kernels ended early; they are compiled one after the other")
+
+
+def _apart(variant: Variant, shapes, device: str) -> list[list[tuple[int, int]]]:
+    """The shapes that one set of kernels serves and those that another does: those of few keys."""
+    from ..kernels.configurations import configuration
+    from ..kernels.short import is_short
+
+    block_dim = max(16, 1 << (variant.head_dim - 1).bit_length())
+    row = configuration(torch.device(device), DTYPES[variant.dtype].itemsize, block_dim)
+    few = [shape for shape in shapes if is_short(row, *shape)]
+    return [some for some in ([shape for shape in shapes if shape not in few], few) if some]
 
 
 def _run_all(variant: Variant, shapes, seed: int, device: str) -> None:

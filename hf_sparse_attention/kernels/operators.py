@@ -13,10 +13,11 @@ from .compiling import compile_together, like
 from .configurations import TILE, Configuration, configuration
 from .forward import attend
 from .gather import collect, collects, sparse_limits
+from .lists import Lists
 from .refine import refined_threshold
 from .short import attend_short, is_short, short_gradients
 from .strays import Strays
-from .threshold import Lists, threshold_bound
+from .threshold import threshold_bound
 from .tiles import BELOW_2, CAUSAL, ENTMAX15, FULL, GENERAL, PER_HEAD, RANGE, SPARSEMAX
 
 # Tile lists and their lengths, the same for pairs of tiles, the map of the tiles; strays, their counts and map.
@@ -46,13 +47,19 @@ class Call:
     group: int
     block_dim: int
     two_walks: bool
-    # Whether the key gradient walks the tiles that every query sees whole apart from those that need a mask.
-    split: bool
     descriptors: bool
     constants: dict
     configuration: Configuration
     # Descriptors made so far: both kinds of rows and several kernels read the same tensors.
     made: dict = field(default_factory=dict)
+
+    def sums_means(self, save):
+        """Whether the forward sums the values under u: a backward (save) reads that, and it corrects the output.
+
+        Without it the output is right to bfloat16's digits where tau is refined as for a backward.
+        """
+        known = self.constants["ALPHA_KIND"] in (BELOW_2, ENTMAX15, SPARSEMAX)
+        return save or not known or self.query.dtype != torch.bfloat16
 
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
@@ -148,7 +155,6 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         block_dim=block_dim,
         # Slopes u grow without bound at the edge of the support for alpha > 2, and float32 is held to float32.
         two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
-        split=visible is not None or row.split,
         descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
         constants=constants,
         configuration=row,
@@ -197,8 +203,16 @@ def _forward(
     return out, tau, mean, lists.tiles, lists.counts, pairs, pair_counts, lists.tile_map, *kept
 
 
+def _of_few_keys(call):
+    """The call as `short/` computes it: its tiles are small, float32 products of them need no tensor cores."""
+    if call.query.dtype != torch.float32:
+        return call
+    return replace(call, constants=call.constants | {"PRECISION": "ieee"})
+
+
 def _forward_short(call, save):
     """The same of a call whose keys are few: what is kept for the backward is tau."""
+    call = _of_few_keys(call)
     device = call.query.device
     with torch.cuda.device_of(call.query):
         variant = (
@@ -239,7 +253,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
     shapes = [(batch, heads, query_tiles, key_tiles), (batch, heads, query_tiles), (0,), (0,)]
-    if config.threshold_rows > TILE:
+    if config.paired:
         pairs = (queries + 2 * TILE - 1) // (2 * TILE)
         shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
     shapes.append((batch, heads, key_tiles, query_tiles))
@@ -284,6 +298,7 @@ def _gradients(
     with torch.cuda.device_of(query):
         if tiles.numel() == 0:
             # The forward made no lists: it was that of few keys.
+            call = _of_few_keys(call)
             dquery, dkey, dvalue, dalpha = short_gradients(call, _rows(grad_out), tau, alpha_gradient)
             return dquery, dkey, dvalue, tau.new_empty(0) if dalpha is None else dalpha
         paired = pairs.numel() > 0

@@ -17,6 +17,7 @@ from .tiles import (
     GENERAL,
     SPARSEMAX,
     entmax_parameters,
+    in_registers,
     key_scores,
     listed_start,
     load_block,
@@ -154,6 +155,7 @@ def _refine_kernel(
     STATE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     ROOM: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
@@ -177,6 +179,8 @@ def _refine_kernel(
     row_mask = rows < queries
     dim_mask = (dims < head_dim)[None, :]
     q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=row_mask[:, None] & dim_mask, other=0.0)
+    if IN_REGISTERS:
+        q = in_registers(q, BLOCK_D=BLOCK_D)
     if DESCRIPTORS:
         k_source = k_descriptor
     else:
@@ -320,12 +324,14 @@ def _refine_kernel(
 
 
 def refined_threshold(call, bound, lists, save, strays=None):
-    """A point next to tau (B, H, N), nearer for a backward (save); 1e30 in rows that see no key."""
+    """A point next to tau (B, H, N), nearer where the output is not corrected to first order; 1e30 without a key."""
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     tau = torch.empty_like(bound)
-    # How much the sum of p may be off. The output is corrected to first order, so that it errs by the square of this;
-    # the mean of the values, which a backward reads in half precision, is not corrected: it errs by as much.
+    near = save or not call.sums_means(save)
+    # How much the sum of p may be off. Where the output is corrected to first order it errs by the square of this; the
+    # mean of the values, which a backward reads in half precision, is not corrected, and neither is an output that is
+    # only divided by the sum: they err by as much.
     kind = call.constants["ALPHA_KIND"]
     exact = query.dtype == torch.float32 or kind == GENERAL
     if exact:
@@ -333,16 +339,17 @@ def refined_threshold(call, bound, lists, save, strays=None):
     elif kind == SPARSEMAX:
         tolerance = 1e-2
     else:
-        tolerance = 5e-3 if save else 3e-2
+        tolerance = 5e-3 if near else 3e-2
     # The sum that makes a pass third order costs 2 instructions a score.
-    curved = kind < ENTMAX15 or (kind == ENTMAX15 and (exact or save))
+    curved = kind < ENTMAX15 or (kind == ENTMAX15 and (exact or near))
     slots = 8 if exact or kind != ENTMAX15 else 2
     state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.refine if rows == TILE else config.refine_pairs
+        columns = launch.columns or config.inner
         _refine_kernel[(counts.numel(),)](
-            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
+            query, key, call.descriptor(key, columns), call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, bound, state, tau, *stray_pointers[:3],
             call.excess, call.scaling,
             *stray_pointers[3:],
@@ -351,13 +358,14 @@ def refined_threshold(call, bound, lists, save, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             EXACT=exact,
             CURVED=curved,
             STATE=state.shape[-1],
             TOLERANCE=tolerance,
             ROOM=room,
+            IN_REGISTERS=launch.first_factor,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

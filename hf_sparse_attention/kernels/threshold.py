@@ -5,147 +5,19 @@ classes of keys (a subset whose tau is close to the row's own, wherever the weig
 survives if one of its rows has a maximum above the row's bound.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from .compiling import Kernel
 from .configurations import TILE, processors
-from .tiles import entmax_parameters, masked_scores, row_ranges, weights
+from .lists import Lists, Sparse
+from .maxima import visit_keys
+from .tiles import entmax_parameters, in_registers, row_ranges, weights
 
 # Tiles scanned at once for the lists, and Newton steps on the classes: more steps no longer tighten the bound.
 SCAN = 32
 STEPS = 5
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """What may be taken apart: tiles in which few queries are alive, that is, have a key above their bound.
-
-    rows (B, H, N/TILE, K/TILE) uint8: how many are in each listed tile. queue: numbers of the rows of the lists in
-    which there are enough such tiles, in any order; queued[1] says how many. strays (B, H, N/TILE) int32: zeros.
-    """
-
-    rows: torch.Tensor
-    queue: torch.Tensor
-    queued: torch.Tensor
-    strays: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Tiles that can hold weight, ascending, per TILE queries; a pair of such rows is walked together or row by row.
-
-    tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
-    pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
-    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1, APART where strays took its
-    place. sparse: where strays are to be sought.
-    """
-
-    tiles: torch.Tensor
-    counts: torch.Tensor
-    pairs: torch.Tensor | None
-    pair_counts: torch.Tensor | None
-    tile_map: torch.Tensor | None
-    sparse: "Sparse | None" = None
-
-    def walks(self):
-        """(rows walked together, their lists, the lengths) of both kinds of rows."""
-        yield TILE, self.tiles, self.counts
-        if self.pairs is not None:
-            yield 2 * TILE, self.pairs, self.pair_counts
-
-
-@triton.jit
-def _visit(
-    first,
-    last,
-    gap_first,
-    gap_last,
-    q,
-    slots,
-    k_source,
-    batch,
-    group,
-    stride_kn,
-    dims,
-    head_dim,
-    scratch_ptr,
-    local_rows,
-    rows,
-    queries,
-    keys,
-    start,
-    end,
-    factor,
-    slope,
-    mask_base,
-    stride_mn,
-    stride_mk,
-    MASKED: tl.constexpr,
-    HAS_GAP: tl.constexpr,
-    RANGE_KIND: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Blocks first..last of keys: the row maxima of their tiles go to the scratch, the classes are updated.
-
-    HAS_GAP leaves out the blocks gap_first..gap_last.
-    """
-    PIECES: tl.constexpr = BLOCK_N // TILE
-    local_columns = tl.arange(0, BLOCK_N)
-    pieces = tl.arange(0, PIECES)
-    if HAS_GAP:
-        last -= gap_last - gap_first
-    for index in range(first, last):
-        block = index
-        if HAS_GAP:
-            block += tl.where(index < gap_first, 0, gap_last - gap_first)
-        columns = block * BLOCK_N + local_columns
-        if DESCRIPTORS:
-            k = tl.reshape(k_source.load([batch, group, block * BLOCK_N, 0]), (BLOCK_N, BLOCK_D))
-        else:
-            k_ptrs = k_source + columns.to(tl.int64)[:, None] * stride_kn + dims[None, :]
-            if MASKED or HAS_MASK:
-                k_mask = (columns < keys)[:, None]
-                if not EVEN_D:
-                    k_mask = k_mask & (dims < head_dim)[None, :]
-                k = tl.load(k_ptrs, mask=k_mask, other=0.0)
-            elif EVEN_D:
-                k = tl.load(k_ptrs)
-            else:
-                k = tl.load(k_ptrs, mask=(dims < head_dim)[None, :], other=0.0)
-        x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if MASKED or HAS_SLOPES or HAS_MASK:
-            mask_ptrs = mask_base
-            inside = True
-            if HAS_MASK:
-                mask_ptrs = mask_base + rows.to(tl.int64)[:, None] * stride_mn
-                mask_ptrs += columns.to(tl.int64)[None, :] * stride_mk
-                inside = (rows < queries)[:, None] & (columns < keys)[None, :]
-            # Without a bias the factor waits: it is positive, so a maximum can be scaled afterwards.
-            x = masked_scores(
-                x, factor if HAS_SLOPES else 1.0, slope, columns[None, :], start[:, None], end[:, None],
-                mask_ptrs, inside,
-                MASKED=MASKED, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            )  # fmt: skip
-        if PIECES == 1:
-            slots = tl.maximum(slots, x)
-            tl.store(scratch_ptr + block * BLOCK_M + local_rows, tl.max(x, 1))
-        else:
-            x = tl.reshape(x, (BLOCK_M, PIECES, TILE))
-            slots = tl.maximum(slots, tl.max(x, 1))
-            tl.store(scratch_ptr + (block * PIECES + pieces)[None, :] * BLOCK_M + local_rows[:, None], tl.max(x, 2))
-    return slots
 
 
 @Kernel
@@ -185,12 +57,14 @@ def _threshold_kernel(
     SPLIT: tl.constexpr,
     ROW_LIMIT: tl.constexpr,
     FEWEST: tl.constexpr,
+    PAIR_TENTHS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     STEPS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = BLOCK_M // TILE
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
@@ -213,6 +87,8 @@ def _threshold_kernel(
         q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
         q_mask = (rows < queries)[:, None] & (dims < head_dim)[None, :]
         q = tl.load(q_base + local_rows[:, None] * stride_qn + dims[None, :], mask=q_mask, other=0.0)
+        if IN_REGISTERS:
+            q = in_registers(q, BLOCK_D=BLOCK_D)
         if DESCRIPTORS:
             k_source = k_descriptor
         else:
@@ -247,7 +123,7 @@ def _threshold_kernel(
         # Blocks that need a mask: the last ones and, with ranges, the first ones. One walk takes both, unless the last
         # ones must say how far a bias lets the first ones reach.
         TOGETHER: tl.constexpr = RANGE_KIND == 2 and not HAS_SLOPES
-        slots = _visit(
+        slots = visit_keys(
             low if TOGETHER else full_high, high, full_low, full_high, q, slots, k_source, batch, head // GROUP,
             stride_kn, dims, head_dim, scratch, local_rows, rows, queries, keys,
             start, end, factor, slope, mask_base, stride_mn, stride_mk,
@@ -270,7 +146,7 @@ def _threshold_kernel(
             full_low = tl.maximum(full_low, low)
             full_high = tl.maximum(full_high, full_low)
         if RANGE_KIND == 2 and HAS_SLOPES:
-            slots = _visit(
+            slots = visit_keys(
                 low, full_low, 0, 0, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
                 scratch, local_rows, rows, queries, keys,
                 start, end, factor, slope, mask_base, stride_mn, stride_mk,
@@ -278,7 +154,7 @@ def _threshold_kernel(
                 BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, TILE=TILE, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
                 DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
             )  # fmt: skip
-        slots = _visit(
+        slots = visit_keys(
             full_low, full_high, 0, 0, q, slots, k_source, batch, head // GROUP, stride_kn, dims, head_dim,
             scratch, local_rows, rows, queries, keys,
             start, end, factor, slope, mask_base, stride_mn, stride_mk,
@@ -366,24 +242,27 @@ def _threshold_kernel(
                     flag,
                     mask=chosen,
                 )
-            if GROUPS > 1:
+            if GROUPS > 1 and PAIR_TENTHS > 0:
                 either = tl.max(alive, 0)
                 pair_place = union + tl.cumsum(either, 0) - either
                 pair_list = pair_ptr + (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
                 tl.store(pair_list + pair_place, tiles.to(tl.int16), mask=either > 0)
                 union += tl.sum(either, 0)
-        if GROUPS > 1:
+        # Only rows by themselves have strays, which win more than pairs if more than a third of the tiles is sparse.
+        third = tl.sum(sparse, 0) * 3 > tl.sum(count, 0)
+        if GROUPS > 1 and PAIR_TENTHS > 0:
             # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
-            together = (union > 0) & (union * 10 <= tl.sum(count, 0) * 7)
+            together = (union > 0) & (union * 10 <= tl.sum(count, 0) * PAIR_TENTHS)
             if ROW_LIMIT > 0:
-                # Only rows by themselves have strays: from a third of the tiles on these win more than pairs do.
-                together = together & (tl.sum(sparse, 0) * 3 <= tl.sum(count, 0))
+                together = together & (third == 0)
             tl.store(pair_count_ptr + head_index.to(tl.int64) * pair_rows + row_tile, tl.where(together, union, -1))
             count = tl.where(together, -1, count)
         tl.store(count_ptr + list_rows, count, mask=known)
         if ROW_LIMIT > 0:
             tl.store(stray_count_ptr + list_rows, tl.zeros((GROUPS,), tl.int32), mask=known)
             queued = (known & (count >= 0) & (sparse >= FEWEST)).to(tl.int32)
+            if GROUPS > 1 and PAIR_TENTHS == 0:
+                queued *= third.to(tl.int32)
             for member in tl.static_range(GROUPS):
                 if tl.sum(tl.where(group == member, queued, 0), 0) > 0:
                     # The order hangs on who comes first; nothing that is computed hangs on the order.
@@ -411,7 +290,7 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
     lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
     counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
     pairs = pair_counts = tile_map = sparse = alive_rows = queue = stray_counts = None
-    if rows > TILE:
+    if config.paired:
         pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
         pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
     counter = torch.zeros((2,), dtype=torch.int32, device=device)
@@ -443,12 +322,14 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
         BLOCK_N=config.threshold_columns,
         TILE=TILE,
         SAVE=save,
-        SPLIT=save and call.split,
+        SPLIT=save and call.visible is not None,
         ROW_LIMIT=row_limit,
         FEWEST=fewest,
+        PAIR_TENTHS=config.pair_tenths,
         DESCRIPTORS=call.descriptors,
         SCAN=SCAN,
         STEPS=STEPS,
+        IN_REGISTERS=config.threshold.first_factor,
         num_warps=config.threshold.warps,
         num_stages=config.threshold.stages,
         **config.threshold.limit(),

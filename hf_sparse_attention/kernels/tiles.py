@@ -41,6 +41,20 @@ def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.const
 
 
 @triton.jit
+def in_registers(rows, BLOCK_D: tl.constexpr):
+    """The same block, spread over the threads as tensor cores take their first factor: a product with one.
+
+    From shared memory a first factor of 64 columns' products takes as much of its bandwidth as the second.
+    """
+    if rows.dtype == tl.float32:
+        return rows
+    else:
+        dims = tl.arange(0, BLOCK_D)
+        one = tl.where(dims[:, None] == dims[None, :], 1.0, 0.0).to(rows.dtype)
+        return tl.dot(rows, one).to(rows.dtype)
+
+
+@triton.jit
 def masked_scores(
     dots,
     factor,
@@ -135,6 +149,18 @@ def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr, CLAMPED: tl.constexpr = 
         u = power(excess, exponent - 1, ALPHA_KIND=ALPHA_KIND)
         p = u * excess
     return p, u
+
+
+@triton.jit
+def alpha_slopes(p, u, excess, ALPHA_KIND: tl.constexpr):
+    """(alpha-1)^2 dp/dalpha without the threshold's own movement: p - u + p y, y = -(alpha-1) log p; excess alpha - 1.
+
+    Near y = 0 that is what is left of three numbers which cancel: there the series of -p (exp(y) - 1 - y).
+    """
+    y = (-0.6931471805599453 * excess) * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND)
+    series = 1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040 + y * (1 / 40320))))
+    series = p * y * y * (0.5 + y * (1 / 6 + y * series))
+    return -tl.where(y < 0.5, series, u - p - p * y)
 
 
 @triton.jit

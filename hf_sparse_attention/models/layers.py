@@ -65,7 +65,7 @@ class SparseAttention:
             hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            alpha=self.alpha if self.sparse_alpha is None or self.alpha == 1.0 else self.sparse_alpha(self.alpha),
+            alpha=self._alpha(),
             query_scale=self._query_scale(hidden_states, attention_mask),
             sparse_heads=self.sparse_heads,
             page_bounds=page_bounds(cache, self.layer_idx),
@@ -79,6 +79,12 @@ class SparseAttention:
         """What the dense model's layer gives: softmax of its own positions, without factor or slopes."""
         attention_mask = _own_documents(attention_mask, kwargs)
         return super().forward(hidden_states, attention_mask=attention_mask, alpha=1.0, **kwargs)
+
+    def _alpha(self) -> float | torch.Tensor:
+        """Alpha of the layer, or of its sparse heads (H,)."""
+        if self.sparse_alpha is None or (isinstance(self.alpha, float) and self.alpha == 1.0):
+            return self.alpha
+        return self.sparse_alpha(self.alpha)
 
     def _query_scale(self, hidden_states, attention_mask):
         if self.sparse_scale is None:

@@ -66,7 +66,6 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
         cpu=arguments.cpu,
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation,
-        dynamo_backend="inductor" if arguments.compile else None,
         log_with=arguments.report_to or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idles)],

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .packing import IGNORED_LABEL
 
-# Shapes: B batch, N tokens, T labelled tokens, V vocabulary, E hidden size.
+# Shapes: B batch, N tokens, T = B N or a chunk of them, V vocabulary, E hidden size.
 
 
 @dataclass(frozen=True)
@@ -51,34 +51,36 @@ class ChunkedLoss:
         others_BNE = None
         if distillation is not None:
             others_BNE = distillation.hidden_states({"input_ids": input_ids, **kwargs})
-        # The state before a token predicts it.
-        targets_BN = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
-        chosen_BN = targets_BN != IGNORED_LABEL
-        hidden_TE, targets_T = hidden_BNE[chosen_BN], targets_BN[chosen_BN]
-        others_TE = None if others_BNE is None else others_BNE[chosen_BN]
-        loss = hidden_BNE.new_zeros((), dtype=torch.float32) + 0.0 * hidden_TE.sum().float()
-        size = self.loss_chunk or max(1, len(targets_T))
+        # The state before a token predicts it. No token is picked out: what a number of labels decides would wait for
+        # the device and be compiled anew.
+        targets_T = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+        hidden_TE = hidden_BNE.flatten(0, 1)
+        others_TE = None if others_BNE is None else others_BNE.flatten(0, 1)
+        loss = hidden_BNE.new_zeros((), dtype=torch.float32)
+        size = self.loss_chunk or len(targets_T)
         for first in range(0, len(targets_T), size):
             rows = slice(first, first + size)
             others = None if others_TE is None else others_TE[rows]
             arguments = (hidden_TE[rows], targets_T[rows], others)
             # Not torch's own linear_cross_entropy: its loss of bf16 states is off by 0.2 %.
             loss = loss + checkpoint(self._chunk_loss, *arguments, use_reentrant=False)
-        count = len(targets_T) if num_items_in_batch is None else num_items_in_batch
+        count = (targets_T != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=loss / count)
 
     def _chunk_loss(self, hidden_TE: torch.Tensor, targets_T: torch.Tensor, others_TE: torch.Tensor | None):
+        """Sum over the labelled tokens."""
         logits_TV = self.lm_head(hidden_TE).float()
         if others_TE is None:
-            return F.cross_entropy(logits_TV, targets_T, reduction="sum")
+            return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
         distillation = self.distillation
         with torch.no_grad():
             dense_TV = F.log_softmax(distillation.teacher.lm_head(others_TE).float() / distillation.temperature, -1)
         own_TV = F.log_softmax(logits_TV / distillation.temperature, -1)
-        divergence = F.kl_div(own_TV, dense_TV, reduction="sum", log_target=True) * distillation.temperature**2
+        divergence_T = F.kl_div(own_TV, dense_TV, reduction="none", log_target=True).sum(-1)
+        divergence = torch.where(targets_T != IGNORED_LABEL, divergence_T, 0.0).sum() * distillation.temperature**2
         if distillation.weight == 1:
             return divergence
-        entropy = F.cross_entropy(logits_TV, targets_T, reduction="sum")
+        entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
         return (1 - distillation.weight) * entropy + distillation.weight * divergence
 
 

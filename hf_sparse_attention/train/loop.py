@@ -18,6 +18,7 @@ from ..loading import count_parameters, find_model, load_model
 from ..models import check_convertible, new_parameter_names, set_alpha
 from ..text import find_texts, load_tokenizer
 from .arguments import TrainArguments, check_arguments
+from .compilation import compile_parts, hold_rising_alpha
 from .data import held_out_batches, held_out_blocks, packed_tokens, rows_of_process, streamed_blocks, tensors_of
 from .distributed import (
     check_launch,
@@ -171,6 +172,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
         begin_matching(model, same_projections=same, recompute=recompute)
     if arguments.loss_chunk or dense_source is not None:
         _compute_loss_in_chunks(model, arguments, dense_source, accelerator)
+    if arguments.compile:
+        compile_parts(model)
     groups = parameter_groups(
         model, learning_rate=arguments.learning_rate, new_learning_rate=arguments.new_learning_rate,
         weight_decay=arguments.weight_decay,
@@ -219,6 +222,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
             return None
         alpha = alpha_of(step)
         set_alpha(model, alpha)
+        if arguments.compile and alpha not in (1.0, target):
+            hold_rising_alpha(model, alpha)
         return alpha
 
     def evaluate(step: int) -> None:

@@ -107,7 +107,8 @@ def measure_scales(wrapped: nn.Module, layers: list[nn.Module], inputs: dict[str
 
     handles = [layer.register_forward_hook(keep_norm) for layer in layers]
     try:
-        with torch.no_grad():
+        # Compiled, the layers would be compiled with the hooks and then without.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             match_errors(wrapped, layers, inputs)
     finally:
         for handle in handles:
