@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from training_cases import assert_close_metrics, dense_folder, run, write_text
+from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention.train import compilation
+from hf_sparse_attention.train.head import chunk_loss
+from hf_sparse_attention.train.recipe import with_lora
 
 pytest.importorskip("accelerate")
 # torch.compile itself looks at what the layer before it gave.
@@ -54,7 +57,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("adaptive", "lora") else kind for kind in KINDS]
+)
 def test_compiled_is_uncompiled_and_no_step_compiles_anew(home, tmp_path, graphs, kind):
     changes = KINDS[kind] | ({"distill": str(home / "dense"), "distill_weight": 0.5} if kind == "rising" else {})
     if kind == "match":
@@ -65,3 +70,13 @@ def test_compiled_is_uncompiled_and_no_step_compiles_anew(home, tmp_path, graphs
     assert_close_metrics(tmp_path / "plain", tmp_path / "compiled")
     # Twice the steps, and twice as many values of alpha.
     assert graphs("longer", steps=8, compile=True, **changes) == few
+
+
+def test_the_loss_of_a_chunk_is_compiled_inside_adapters_too(home):
+    pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(home / "dense")
+    adapted = with_lora(model, rank=2, alpha=None, dropout=0.0, targets=[])
+    chunk_loss(adapted.get_base_model(), 16)
+    plain = adapted.get_base_model()._chunk_loss
+    compilation.compile_parts(adapted, backend="eager")
+    assert adapted.get_base_model()._chunk_loss.__wrapped__ == plain

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..models import attention_layers
+from .head import ChunkedLoss
 
 BACKEND = "inductor"
 
@@ -28,9 +29,11 @@ def compile_parts(model: nn.Module, **options) -> None:
             raise ValueError(f"compile finds no decoder layers in {type(each).__name__}: leave it out")
         for layer in layers:
             layer.compile(dynamic=False, **{"backend": BACKEND, **options})
-    if hasattr(model, "_chunk_loss"):
-        # The last chunk of a batch may be shorter than the others.
-        model._chunk_loss = torch.compile(model._chunk_loss, **{"backend": BACKEND, **options})
+    for module in model.modules():
+        # With adapters it is a module inside.
+        if isinstance(module, ChunkedLoss):
+            # The last chunk of a batch may be shorter than the others.
+            module._chunk_loss = torch.compile(module._chunk_loss, **{"backend": BACKEND, **options})
 
 
 def hold_rising_alpha(model: nn.Module, alpha: float) -> None:
