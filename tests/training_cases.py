@@ -97,10 +97,21 @@ FSDP = {
 }  # fmt: skip
 
 
-def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = False, before=None, run=None) -> list[int]:
+# What `accelerate launch --config_file examples/accelerate/deepspeed_zero2.yaml` sets, on CPUs.
+def zero_environment(stage: int) -> dict:
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage, "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    }  # fmt: skip
+
+
+def train_together(
+    values: dict, log: Path, *, count: int = 2, fsdp: bool = False, zero: int = 0, before=None, run=None
+) -> list[int]:
     """The same run in several gloo processes; returns their exit codes, 0 or 1 or minus the signal that ended one.
 
     Args:
+        zero: the stage of DeepSpeed's ZeRO, 0 for none.
         before: a function of this module, called with the process's number before it trains.
         run: a function of this module that is called with the values instead of training.
     """
@@ -112,6 +123,7 @@ def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = Fals
     common = {
         "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, **(FSDP if fsdp else {}),
+        **(zero_environment(zero) if zero else {}),
     }  # fmt: skip
     running = []
     for rank in range(count):

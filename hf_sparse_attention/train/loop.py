@@ -21,6 +21,7 @@ from .arguments import TrainArguments, check_arguments
 from .compilation import compile_parts, hold_rising_alpha
 from .data import held_out_batches, held_out_blocks, packed_tokens, rows_of_process, streamed_blocks, tensors_of
 from .distributed import (
+    backward,
     check_launch,
     clip_gradients,
     is_sharded,
@@ -28,6 +29,7 @@ from .distributed import (
     put_parameters,
     spread,
     wants_checkpointing,
+    way_of,
     whole_parameters,
 )
 from .faults import explain_no_memory, explain_not_finite, last_whole
@@ -66,7 +68,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
         RuntimeError: if the loss is not finite or memory runs out, and `on_nonfinite` is stop.
     """
     arguments = check_arguments(arguments)
-    check_launch()
+    check_launch(arguments)
     try:
         from accelerate import PartialState
         from accelerate.tracking import filter_trackers
@@ -183,7 +185,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused_adamw(accelerator.device))
     layers = [layer for _, layer in matched(model)]
     wrapped, optimizer = spread(accelerator, model, optimizer, own_units=tuple({type(layer) for layer in layers}))
-    counts["spread"] = ("FSDP2" if is_sharded(model) else "DDP") if processes > 1 else None
+    counts["spread"] = way_of(model, processes)
     if matches:
         # Before the random numbers of the run begin, and the same after a stop.
         measure_scales(wrapped, layers, tensors_of(watched, slice(None), accelerator.device))
@@ -275,9 +277,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                     with accelerator.accumulate(wrapped):
                         # No attention mask and no cache: position_ids that restart are what keeps documents apart.
                         share = share_of_loss(tensors_of(batch, part, accelerator.device), labels)
-                        # Already a share of the step's mean, but accelerate divides by the parts and DDP and FSDP by
-                        # the processes.
-                        accelerator.backward(share.mean() * (passes * processes))
+                        backward(accelerator, wrapped, share.mean(), passes=passes, last=part is parts[-1])
                     loss += share.detach().float()
             except torch.OutOfMemoryError as error:
                 report = explain_no_memory(error, model, numbers, data, step=done)
@@ -288,10 +288,9 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                 if accelerator.device.type == "cuda":
                     torch.cuda.empty_cache()
             if report is None:
-                norm = clip_gradients(accelerator, model, arguments.clip)
-                loss, norm = torch.cat([accelerator.reduce(loss, "sum"), norm.to(loss.device)[None]]).split(
-                    [len(loss), 1]
-                )
+                loss = accelerator.reduce(loss, "sum")
+                norm = clip_gradients(accelerator, model, wrapped, arguments.clip, loss)
+                loss, norm = torch.cat([loss, norm.to(loss.device)[None]]).split([len(loss), 1])
                 layer_losses, norm = loss.tolist(), norm.item()
                 loss = sum(layer_losses) / len(layer_losses)
                 # The scaler of fp16 skips a step with an infinite norm itself: that is how it finds its scale.
