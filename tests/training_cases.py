@@ -97,12 +97,14 @@ FSDP = {
 }  # fmt: skip
 
 
-# What `accelerate launch --config_file examples/accelerate/deepspeed_zero2.yaml` sets, on CPUs.
 def zero_environment(stage: int) -> dict:
-    return {
-        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage, "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    """DeepSpeed's own configuration as accelerate hands it on; a small model is spread like a large one."""
+    small = {"stage3_param_persistence_threshold": 0, "sub_group_size": 1000} if stage == 3 else {}
+    config = {
+        "zero_optimization": {"stage": stage, **small},
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto",
     }  # fmt: skip
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(config)}
 
 
 def train_together(
@@ -193,6 +195,13 @@ def nan_in_third_step_of_one(rank: int) -> None:
         return forward(self, hidden) * (float("nan") if bad else 1)
 
     LlamaMLP.forward = broken
+
+
+def leave_out_mlps(rank: int) -> None:
+    """No MLP takes part, so none gets a gradient."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    LlamaMLP.forward = lambda self, hidden: hidden
 
 
 def split_heads(values: dict) -> None:

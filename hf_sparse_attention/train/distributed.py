@@ -63,8 +63,8 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
     """
     if idles and zero.wants_zero():
         raise ValueError(
-            "DeepSpeed steps all parameters together, but a head learns its alpha only while alpha is above 1: use "
-            "--alpha_start 1.01, DDP or FSDP2"
+            "DeepSpeed steps all parameters together, but a head learns its alpha only while alpha is above 1, and it "
+            "begins at 1: use --alpha_start 1.01, DDP or FSDP2"
         )
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType, ProjectConfiguration

@@ -6,25 +6,30 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 
-class FlatPart:
+class FlatPart(torch.Tensor):
     """Elements `first` to `first + len(values)` of a tensor of `shape`, row after row, for torch's checkpoints, which
-    know boxes: such a run is a few of them, each a view of `values`."""
+    know boxes: such a run is a few of them, each a view of `values`.
 
-    def __init__(self, shape: torch.Size, first: int, values: torch.Tensor):
-        self.shape, self.values, self.boxes = shape, values, {}
+    A tensor in name, as what is no tensor would be pickled; of its methods only those here have a meaning.
+    """
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, first: int, values: torch.Tensor):
+        part = values.as_subclass(cls)
+        part.whole_shape, part.values, part.boxes = shape, values, {}
         start = 0
         for offsets, sizes in boxes(tuple(shape), first, first + len(values)):
             count = math.prod(sizes)
-            self.boxes[torch.Size(offsets)] = values[start : start + count].view(sizes)
+            part.boxes[torch.Size(offsets)] = values[start : start + count].view(sizes)
             start += count
+        return part
 
     def size(self) -> torch.Size:
-        return self.shape
+        return self.whole_shape
 
     def __create_write_items__(self, name: str, _) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.values)
@@ -32,7 +37,7 @@ class FlatPart:
             WriteItem(
                 index=MetadataIndex(name, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.whole_shape),
             )
             for chunk in self.__create_chunk_list__()
         ]
@@ -40,21 +45,8 @@ class FlatPart:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets, box.shape) for offsets, box in self.boxes.items()]
 
-
-class SavePlanner(DefaultSavePlanner):
-    """Torch's own, which also finds the boxes of a `FlatPart`."""
-
-    def lookup_object(self, index: MetadataIndex):
-        found = self.state_dict[index.fqn]
-        return found.boxes[index.offset] if isinstance(found, FlatPart) else super().lookup_object(index)
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """Torch's own, which also finds the boxes of a `FlatPart`."""
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        found = self.state_dict[index.fqn]
-        return found.boxes[index.offset] if isinstance(found, FlatPart) else super().lookup_tensor(index)
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.boxes[index.offset]
 
 
 def boxes(shape: tuple[int, ...], first: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

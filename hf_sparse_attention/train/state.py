@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ..files import PARTIAL, explained_write, flush_folder, write_json
 from . import zero
 from .distributed import all_agree
-from .flat_parts import LoadPlanner, SavePlanner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -62,7 +61,7 @@ def save_state(
     def write_tensors():
         writer = sharded.FileSystemWriter(partial / TENSORS)
         with _alone_or_not(accelerator) as options:
-            sharded.save(tensors, storage_writer=writer, planner=SavePlanner(), **options)
+            sharded.save(tensors, storage_writer=writer, **options)
 
     def write_rest():
         torch.save(_random_state(), partial / f"random-{accelerator.process_index}.pt")
@@ -174,7 +173,7 @@ def load_state(path: Path, accelerator: Accelerator, model: nn.Module, optimizer
     tensors = _tensors(model, optimizer)
     try:
         with _alone_or_not(accelerator) as options:
-            sharded.load(tensors, storage_reader=reader, planner=LoadPlanner(), **options)
+            sharded.load(tensors, storage_reader=reader, **options)
     except (CheckpointException, RuntimeError, OSError, EOFError) as error:
         raise OSError(f"{path} cannot be read: {error}") from error
     if zero.is_zero(model):

@@ -192,11 +192,20 @@ class GradientWatch:
 
         return hook
 
-    def close(self) -> list[str]:
-        """Ends it; returns the names of those that got none."""
+    def refuse_idle(self) -> None:
+        """Ends it.
+
+        Raises:
+            ValueError: if a parameter got none. DeepSpeed would let it decay all the same, and nothing else does.
+        """
         for handle in self.handles:
             handle.remove()
-        return list(self.idle)
+        if self.idle:
+            name = next(iter(self.idle))
+            raise ValueError(
+                f"{len(self.idle)} trainable parameters get no gradient, first {name}, and DeepSpeed would step them "
+                "with the others: train less (--trained map or attention), or use DDP or FSDP2"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""Training on two gloo processes under DeepSpeed ZeRO-2 and ZeRO-3, skipped without DeepSpeed:
+
+pip install deepspeed && pytest tests/test_training_deepspeed.py -m "slow or not slow" """
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import (
+    ROOT,
+    assert_close_metrics,
+    assert_same_weights,
+    dense_folder,
+    die_in_second_checkpoint,
+    leave_out_mlps,
+    metrics,
+    nan_in_third_step_of_one,
+    options,
+    python,
+    run,
+    train_together,
+    weights,
+    write_text,
+    zero_environment,
+)
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attention.train.state import whole_states
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("accelerate")
+stages = pytest.mark.parametrize("zero", [2, 3])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    dense_folder(folder / "dense")
+    write_text(folder / "train.txt")
+    write_text(folder / "eval.txt", 20, seed=1)
+    return folder
+
+
+def recipe(home, **changes):
+    """Clipped steps, learning rates of two groups, alpha on its way up."""
+    common = {
+        "steps": 6, "batch_size": 2, "eval_blocks": 3, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1,
+        "new_learning_rate": 3e-2,
+    }  # fmt: skip
+    return options(home, **{**common, **changes})
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """One process with the blocks a step that two have in the tests below."""
+    run(home, **recipe(home, output=str(home / "alone"), batch_size=4))
+    lines = [line for line in metrics(home / "alone") if line["kind"] == "train"]
+    assert all(line["gradient_norm"] > 1 for line in lines) and lines[1]["alpha"] < lines[-1]["alpha"]
+    return home / "alone"
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
+def spread(request, home, alone):
+    """The same on two processes, in two parts a step."""
+    folder = home / f"zero{request.param}"
+    values = recipe(home, output=str(folder), batch_size=1, gradient_accumulation=2)
+    assert train_together(values, home / f"log{request.param}", zero=request.param) == [0, 0], text_of(
+        home / f"log{request.param}"
+    )
+    return folder, values, request.param
+
+
+def text_of(log: Path) -> str:
+    return "".join(file.read_text() for file in sorted(log.parent.glob(f"{log.name}-*")))
+
+
+def assert_close_weights(first: Path, second: Path, atol: float = 2e-5) -> None:
+    one, other = weights(first), weights(second)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=atol, rtol=1e-4)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Makes a finished run one that was stopped after the checkpoint of a step."""
+    shutil.rmtree(folder / "model")
+    (folder / "summary.json").unlink()
+    for path in whole_states(folder / "checkpoints"):
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+def test_two_processes_compute_what_one_does(alone, spread):
+    folder, _, zero = spread
+    assert_close_metrics(alone, folder)
+    assert_close_weights(alone, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert type(model).__name__ == "SparseLlamaForCausalLM" and model.config.sparse_attention["alpha"] == 1.5
+    assert {file.name for file in (folder / "model").iterdir()} == {file.name for file in (alone / "model").iterdir()}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["spread"] == f"DeepSpeed ZeRO-{zero}"
+    assert summary["parameters"] == json.loads((alone / "summary.json").read_text())["parameters"]
+
+
+def test_it_goes_on_exactly(spread, tmp_path):
+    """On as many processes to the bit; and from there on one without DeepSpeed."""
+    folder, values, zero = spread
+    shutil.copytree(folder, tmp_path / "again")
+    forget_after(tmp_path / "again", 2)
+    shutil.copytree(tmp_path / "again", tmp_path / "one")
+    values = {**values, "resume": "auto"}
+    codes = train_together({**values, "output": str(tmp_path / "again")}, tmp_path / "log", zero=zero)
+    assert codes == [0, 0] and "going on from" in text_of(tmp_path / "log"), text_of(tmp_path / "log")
+    assert_same_weights(folder, tmp_path / "again")
+    assert metrics(folder) == metrics(tmp_path / "again")
+    run(tmp_path, **{**values, "output": str(tmp_path / "one"), "batch_size": 4, "gradient_accumulation": 1})
+    assert_close_weights(folder, tmp_path / "one")
+    assert_close_metrics(folder, tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("count", "zero"), [(2, 2), (2, 3), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
+def test_it_goes_on_from_one_process(home, alone, tmp_path, count, zero):
+    shutil.copytree(alone, tmp_path / "run")
+    forget_after(tmp_path / "run", 2)
+    values = recipe(home, output=str(tmp_path / "run"), batch_size=4 // count, resume="auto")
+    codes = train_together(values, tmp_path / "log", count=count, zero=zero)
+    assert codes == [0] * count and "going on from" in text_of(tmp_path / "log"), text_of(tmp_path / "log")
+    assert_close_metrics(alone, tmp_path / "run")
+    assert_close_weights(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+@stages
+def test_it_goes_on_under_fsdp(home, alone, tmp_path, zero):
+    """After a process died in a checkpoint; and back."""
+    values = recipe(home, output=str(tmp_path / "run"), resume="auto")
+    codes = train_together(values, tmp_path / "log", zero=zero, before=die_in_second_checkpoint)
+    assert codes[1] == -9 and codes[0] != 0, text_of(tmp_path / "log")
+    assert [path.name for path in whole_states(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
+    assert train_together(values, tmp_path / "fsdp", fsdp=True) == [0, 0], text_of(tmp_path / "fsdp")
+    assert_close_weights(alone, tmp_path / "run")
+    forget_after(tmp_path / "run", 4)
+    assert train_together(values, tmp_path / "back", zero=zero) == [0, 0], text_of(tmp_path / "back")
+    assert_close_metrics(alone, tmp_path / "run")
+    assert_close_weights(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_stages_on_two_processes(home, tmp_path, zero, recompute):
+    """Output matching with trained projections, then training in chunks and from a teacher."""
+    parts = [
+        {"stage": "match", "steps": 3, "alpha_schedule": "none", "trained": "attention"},
+        {"steps": 3, "loss_chunk": 16, "distill": str(home / "dense")},
+    ]
+    parts = [{**part, "gradient_checkpointing": recompute} for part in parts]
+    values = recipe(home, output=str(tmp_path / "two"), stages=parts)
+    assert train_together(values, tmp_path / "log", zero=zero) == [0, 0], text_of(tmp_path / "log")
+    run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
+    assert_close_weights(tmp_path / "one", tmp_path / "two")
+    for stage in ("1-match", "2-pretrain"):
+        assert_close_metrics(tmp_path / "one" / "stages" / stage, tmp_path / "two" / "stages" / stage)
+
+
+@pytest.mark.slow
+@stages
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_rank": 2}, {"trained": "map"}, {"map": "adaptive_entmax", "alpha_start": 1.1}, {"block_size": ["16:3", "32"]}],
+    ids=["lora", "map", "adaptive", "lengths"],
+)
+def test_other_trainings(home, tmp_path, zero, changes):
+    values = recipe(home, output=str(tmp_path / "two"), **changes)
+    assert train_together(values, tmp_path / "log", zero=zero) == [0, 0], text_of(tmp_path / "log")
+    run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
+    assert_close_metrics(tmp_path / "one", tmp_path / "two")
+    assert_close_weights(tmp_path / "one", tmp_path / "two")
+
+
+@stages
+def test_bf16(home, alone, tmp_path, zero):
+    """Parameters compute in bf16 and are kept in float32, also in a checkpoint; the loss is that of float32."""
+    values = recipe(home, output=str(tmp_path / "two"), mixed_precision="bf16")
+    assert train_together(values, tmp_path / "log", zero=zero) == [0, 0], text_of(tmp_path / "log")
+    assert_close_loss(alone, tmp_path / "two", rel=5e-3)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["mixed_precision"] == "bf16"
+    saved = weights(tmp_path / "two")
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in saved.values())
+    shutil.copytree(tmp_path / "two", tmp_path / "again")
+    forget_after(tmp_path / "again", 4)
+    values = {**values, "output": str(tmp_path / "again"), "resume": "auto"}
+    assert train_together(values, tmp_path / "more", zero=zero) == [0, 0], text_of(tmp_path / "more")
+    assert_same_weights(tmp_path / "two", tmp_path / "again")
+
+
+def assert_close_loss(first: Path, second: Path, rel: float) -> None:
+    one, other = ([line["loss"] for line in metrics(folder) if "loss" in line] for folder in (first, second))
+    assert other == pytest.approx(one, rel=rel)
+
+
+@stages
+def test_one_bad_process_makes_all_skip(home, tmp_path, zero):
+    """The step is dropped, and nothing but it."""
+    values = recipe(home, on_nonfinite="skip")
+    for name, way in (("zero", {"zero": zero}), ("fsdp", {"fsdp": True})):
+        log, values = tmp_path / f"log-{name}", {**values, "output": str(tmp_path / name)}
+        assert train_together(values, log, before=nan_in_third_step_of_one, **way) == [0, 0], text_of(log)
+        skipped = [line for line in metrics(tmp_path / name) if line["kind"] == "skipped"]
+        assert [line["step"] for line in skipped] == [3] and "model.layers.1.mlp" in skipped[0]["reason"]
+    assert_close_weights(tmp_path / "fsdp", tmp_path / "zero")
+
+
+def test_parameters_without_gradient_are_refused(home, tmp_path):
+    """DeepSpeed would decay them."""
+    values = recipe(home, output=str(tmp_path / "run"))
+    assert train_together(values, tmp_path / "log", zero=2, before=leave_out_mlps) == [1, 1]
+    assert re.search(r"ValueError: 6 trainable parameters get no gradient, first model\.layers\.0\.mlp", text_of(tmp_path / "log"))
