@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from training_cases import (
-    ROOT,
     assert_close_metrics,
     assert_same_weights,
     dense_folder,
@@ -19,12 +18,10 @@ from training_cases import (
     metrics,
     nan_in_third_step_of_one,
     options,
-    python,
     run,
     train_together,
     weights,
     write_text,
-    zero_environment,
 )
 from transformers import AutoModelForCausalLM
 
@@ -122,7 +119,8 @@ def test_it_goes_on_exactly(spread, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "zero"), [(2, 2), (2, 3), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)]
+    ("count", "zero"),
+    [(2, 2), (2, 3), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
 )
 def test_it_goes_on_from_one_process(home, alone, tmp_path, count, zero):
     shutil.copytree(alone, tmp_path / "run")
@@ -171,7 +169,12 @@ def test_stages_on_two_processes(home, tmp_path, zero, recompute):
 @stages
 @pytest.mark.parametrize(
     "changes",
-    [{"lora_rank": 2}, {"trained": "map"}, {"map": "adaptive_entmax", "alpha_start": 1.1}, {"block_size": ["16:3", "32"]}],
+    [
+        {"lora_rank": 2},
+        {"trained": "map"},
+        {"map": "adaptive_entmax", "alpha_start": 1.1},
+        {"block_size": ["16:3", "32"]},
+    ],
     ids=["lora", "map", "adaptive", "lengths"],
 )
 def test_other_trainings(home, tmp_path, zero, changes):
@@ -182,6 +185,7 @@ def test_other_trainings(home, tmp_path, zero, changes):
     assert_close_weights(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 @stages
 def test_bf16(home, alone, tmp_path, zero):
     """Parameters compute in bf16 and are kept in float32, also in a checkpoint; the loss is that of float32."""
@@ -203,7 +207,7 @@ def assert_close_loss(first: Path, second: Path, rel: float) -> None:
     assert other == pytest.approx(one, rel=rel)
 
 
-@stages
+@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_bad_process_makes_all_skip(home, tmp_path, zero):
     """The step is dropped, and nothing but it."""
     values = recipe(home, on_nonfinite="skip")
@@ -219,4 +223,6 @@ def test_parameters_without_gradient_are_refused(home, tmp_path):
     """DeepSpeed would decay them."""
     values = recipe(home, output=str(tmp_path / "run"))
     assert train_together(values, tmp_path / "log", zero=2, before=leave_out_mlps) == [1, 1]
-    assert re.search(r"ValueError: 6 trainable parameters get no gradient, first model\.layers\.0\.mlp", text_of(tmp_path / "log"))
+    assert re.search(
+        r"ValueError: 6 trainable parameters get no gradient, first model\.layers\.0\.mlp", text_of(tmp_path / "log")
+    )

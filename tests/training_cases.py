@@ -222,6 +222,42 @@ def split_heads(values: dict) -> None:
     torch.distributed.destroy_process_group()
 
 
+def save_flat_parts(values: dict) -> None:
+    """Two processes save a tensor and a matrix in flat parts of any length and load them in others."""
+    import torch.distributed.checkpoint as sharded
+
+    from hf_sparse_attention.train.flat_parts import FlatPart
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    whole = {"a/b.c": torch.randn(5, 3, 7), "d": torch.randn(11), "e": torch.randn(4, 4), "f": torch.tensor(3.0)}
+    for value in whole.values():
+        torch.distributed.broadcast(value, 0)
+
+    def parts(tensors: dict, cut: float) -> dict:
+        """What a process holds when the first one has the share `cut`."""
+        found = {}
+        for name, tensor in tensors.items():
+            place = int(cut * tensor.numel())
+            flat = tensor.flatten()[:place] if rank == 0 else tensor.flatten()[place:]
+            found[name] = FlatPart(tensor.shape, 0 if rank == 0 else place, flat) if tensor.ndim else tensor
+        return found
+
+    empty = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    for number, (save, load) in enumerate(((0.4, 0.73), (0.05, 1.0), (0.0, 0.31), (None, 0.55), (0.47, None))):
+        folder = f"{values['folder']}/{number}"
+        saved = whole if save is None else parts(whole, save)
+        sharded.save(saved, storage_writer=sharded.FileSystemWriter(folder))
+        loaded = {name: tensor.clone() for name, tensor in empty.items()}
+        loaded = loaded if load is None else parts(loaded, load)
+        sharded.load(loaded, storage_reader=sharded.FileSystemReader(folder))
+        wanted = whole if load is None else parts(whole, load)
+        for name, tensor in wanted.items():
+            same = torch.equal(getattr(loaded[name], "held", loaded[name]), getattr(tensor, "held", tensor))
+            assert same, (name, save, load)
+    torch.distributed.destroy_process_group()
+
+
 def full_disk_for_one(rank: int) -> None:
     """The last process cannot write its part of the second checkpoint."""
     from hf_sparse_attention.train import state

@@ -1,5 +1,6 @@
-"""What accelerate launched enters (one process, DDP, FSDP2 or DeepSpeed), leaves the accelerator of a run, a model and optimizer
-spread over the processes, and what of them one process needs whole: the gradient's norm, the parameters to save."""
+"""What accelerate launched enters (one process, DDP, FSDP2 or DeepSpeed), leaves the accelerator of a run, a model and
+optimizer spread over the processes, and what of them one process needs whole: the gradient's norm, the parameters to
+save."""
 
 from __future__ import annotations
 
@@ -67,12 +68,13 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
             "begins at 1: use --alpha_start 1.01, DDP or FSDP2"
         )
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import DistributedType, ProjectConfiguration
+    from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 
     accelerator = Accelerator(
         cpu=arguments.cpu,
         mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation,
+        # As a number it would give way to the environment, where DeepSpeed's may be auto.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=arguments.gradient_accumulation),
         log_with=arguments.report_to or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idles)],

@@ -20,7 +20,7 @@ class FlatPart(torch.Tensor):
     @staticmethod
     def __new__(cls, shape: torch.Size, first: int, values: torch.Tensor):
         part = values.as_subclass(cls)
-        part.whole_shape, part.values, part.boxes = shape, values, {}
+        part.whole_shape, part.held, part.boxes = shape, values, {}
         start = 0
         for offsets, sizes in boxes(tuple(shape), first, first + len(values)):
             count = math.prod(sizes)
@@ -32,7 +32,7 @@ class FlatPart(torch.Tensor):
         return self.whole_shape
 
     def __create_write_items__(self, name: str, _) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.values)
+        properties = TensorProperties.create_from_tensor(self.held)
         return [
             WriteItem(
                 index=MetadataIndex(name, chunk.offsets),
@@ -64,5 +64,7 @@ def boxes(shape: tuple[int, ...], first: int, end: int) -> list[tuple[tuple[int,
     top, bottom = -(-first // row), end // row
     if top > bottom:
         return within(bottom, first, end)
-    whole = [((top, *(0 for _ in shape[1:])), (bottom - top, *shape[1:]))] if bottom > top else []
-    return [*(within(top - 1, first, top * row) if first < top * row else []), *whole, *within(bottom, bottom * row, end)]
+    found = within(top - 1, first, top * row) if first < top * row else []
+    if bottom > top:
+        found.append(((top, *(0 for _ in shape[1:])), (bottom - top, *shape[1:])))
+    return found + within(bottom, bottom * row, end)

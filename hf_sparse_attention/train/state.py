@@ -162,9 +162,7 @@ def load_state(path: Path, accelerator: Accelerator, model: nn.Module, optimizer
         raise ValueError(f"{path} has other trainable parameters than the model, first {different[0]}")
     for name in sorted(names):
         if tuple(saved[f"model/{name}"].size) != (shape := tuple(zero.shape_of(trainable[name]))):
-            raise ValueError(
-                f"{path} has {name} of shape {tuple(saved[f'model/{name}'].size)}, the model of {shape}"
-            )
+            raise ValueError(f"{path} has {name} of shape {tuple(saved[f'model/{name}'].size)}, the model of {shape}")
     if zero.is_zero(model):
         zero.begin_moments(model, _plain(optimizer), state["stepped"])
     else:

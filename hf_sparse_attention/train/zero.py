@@ -64,7 +64,9 @@ def check_zero(arguments: TrainArguments) -> None:
     from packaging.version import Version
 
     if Version(Version(deepspeed.__version__).base_version) < Version(OLDEST):
-        raise ImportError(f"deepspeed is {deepspeed.__version__}, train needs {OLDEST} or newer: pip install -U deepspeed")
+        raise ImportError(
+            f"deepspeed is {deepspeed.__version__}, train needs {OLDEST} or newer: pip install -U deepspeed"
+        )
     from accelerate import DeepSpeedPlugin
 
     device = deepspeed.get_accelerator().device_name()
@@ -84,7 +86,9 @@ def check_zero(arguments: TrainArguments) -> None:
             raise ValueError(f"DeepSpeed was configured for {reason}")
     stage = plugin.get_value("zero_optimization.stage")
     if stage not in (2, 3):
-        raise ValueError(f"DeepSpeed's zero_stage is {stage}; choose 2 or 3, or use DDP (examples/accelerate/ddp.yaml)")
+        raise ValueError(
+            f"DeepSpeed's zero_stage is {stage}; choose 2 or 3, or use DDP (examples/accelerate/ddp.yaml)"
+        )
     for name in ("offload_optimizer", "offload_param"):
         device = plugin.get_value(f"zero_optimization.{name}.device") or "none"
         if device != "none":
@@ -96,7 +100,9 @@ def check_zero(arguments: TrainArguments) -> None:
         raise ValueError("DeepSpeed was configured for zero_hpz_partition_size: leave it out")
     precision = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16") or plugin.get_value("fp16.enabled") is True:
-        raise ValueError(f"mixed_precision is {precision if precision != 'no' else 'fp16'}; with DeepSpeed use bf16 or no")
+        raise ValueError(
+            f"mixed_precision is {precision if precision != 'no' else 'fp16'}; with DeepSpeed use bf16 or no"
+        )
     if arguments.dtype != "float32":
         raise ValueError(
             f"dtype is {arguments.dtype!r}; with DeepSpeed use float32, beside which mixed_precision: bf16 keeps what "
@@ -107,7 +113,9 @@ def check_zero(arguments: TrainArguments) -> None:
     for key, option in _SHARED.items():
         asked, own = plugin.get_value(key, "auto"), getattr(arguments, option)
         if asked not in ("auto", own):
-            raise ValueError(f"DeepSpeed's {key} is {asked}, train's {option} is {own}: set {key} to auto")
+            raise ValueError(
+                f"DeepSpeed's {key} is {asked}, train's {option} is {own}: leave {key} out, or set it to auto"
+            )
 
 
 def configure(accelerator: Accelerator, arguments: TrainArguments) -> None:
