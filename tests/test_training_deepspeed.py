@@ -173,7 +173,7 @@ def test_stages_on_two_processes(home, tmp_path, zero, recompute):
         {"lora_rank": 2},
         {"trained": "map"},
         {"map": "adaptive_entmax", "alpha_start": 1.1},
-        {"block_size": ["16:3", "32"]},
+        {"block_size": "16:0.5,32:0.5"},
     ],
     ids=["lora", "map", "adaptive", "lengths"],
 )

@@ -126,6 +126,16 @@ def is_sharded(model: nn.Module) -> bool:
     return zero.is_zero(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def let_go(model: nn.Module) -> None:
+    """Leaves each process its part of the parameters. FSDP2 keeps its root gathered after a forward pass without a
+    backward one: its parameters are then others than those the optimizer steps."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def way_of(model: nn.Module, processes: int) -> str | None:
     """What the model is spread by; None for one process alone."""
     if zero.is_zero(model):

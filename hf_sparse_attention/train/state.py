@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ..files import PARTIAL, explained_write, flush_folder, write_json
 from . import zero
-from .distributed import all_agree
+from .distributed import all_agree, let_go
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,6 +51,7 @@ def save_state(
     path = folder / f"step-{step:08d}"
     partial = folder / f"{PARTIAL}{path.name}"
 
+    let_go(model)
     tensors = _tensors(model, optimizer)
 
     def begin():
@@ -151,6 +152,7 @@ def load_state(path: Path, accelerator: Accelerator, model: nn.Module, optimizer
         ValueError: if the model has other trainable parameters than the checkpoint.
     """
     state = read_state(path)
+    let_go(model)
     trainable = _trainable(model)
     reader = sharded.FileSystemReader(path / TENSORS)
     try:
