@@ -14,14 +14,17 @@ from training_cases import (
     assert_same_weights,
     dense_folder,
     die_in_second_checkpoint,
+    infinite_loss_in_third_step_of_one,
     leave_out_mlps,
     metrics,
     nan_in_third_step_of_one,
     options,
+    python,
     run,
     train_together,
     weights,
     write_text,
+    zero_environment,
 )
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +32,7 @@ from hf_sparse_attention.train.state import whole_states
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("accelerate")
+EXAMPLES = Path(__file__).parent.parent / "examples" / "accelerate"
 stages = pytest.mark.parametrize("zero", [2, 3])
 
 
@@ -207,15 +211,24 @@ def assert_close_loss(first: Path, second: Path, rel: float) -> None:
     assert other == pytest.approx(one, rel=rel)
 
 
-@pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_one_bad_process_makes_all_skip(home, tmp_path, zero):
+@pytest.mark.parametrize(
+    ("zero", "fault"),
+    [
+        (2, nan_in_third_step_of_one),
+        pytest.param(3, nan_in_third_step_of_one, marks=pytest.mark.slow),
+        pytest.param(2, infinite_loss_in_third_step_of_one, marks=pytest.mark.slow),
+        (3, infinite_loss_in_third_step_of_one),
+    ],
+)
+def test_one_bad_process_makes_all_skip(home, tmp_path, zero, fault):
     """The step is dropped, and nothing but it."""
     values = recipe(home, on_nonfinite="skip")
     for name, way in (("zero", {"zero": zero}), ("fsdp", {"fsdp": True})):
         log, values = tmp_path / f"log-{name}", {**values, "output": str(tmp_path / name)}
-        assert train_together(values, log, before=nan_in_third_step_of_one, **way) == [0, 0], text_of(log)
+        assert train_together(values, log, before=fault, **way) == [0, 0], text_of(log)
         skipped = [line for line in metrics(tmp_path / name) if line["kind"] == "skipped"]
-        assert [line["step"] for line in skipped] == [3] and "model.layers.1.mlp" in skipped[0]["reason"]
+        assert [line["step"] for line in skipped] == [3]
+        assert fault is not nan_in_third_step_of_one or "model.layers.1.mlp" in skipped[0]["reason"]
     assert_close_weights(tmp_path / "fsdp", tmp_path / "zero")
 
 
@@ -226,3 +239,83 @@ def test_parameters_without_gradient_are_refused(home, tmp_path):
     assert re.search(
         r"ValueError: 6 trainable parameters get no gradient, first model\.layers\.0\.mlp", text_of(tmp_path / "log")
     )
+
+
+@pytest.mark.slow
+@stages
+def test_distillation_in_bf16(home, tmp_path, zero):
+    """The teacher computes in bf16 too."""
+    values = recipe(home, output=str(tmp_path / "two"), distill=str(home / "dense"), loss_chunk=16)
+    run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
+    codes = train_together({**values, "mixed_precision": "bf16"}, tmp_path / "log", zero=zero)
+    assert codes == [0, 0], text_of(tmp_path / "log")
+    assert_close_loss(tmp_path / "one", tmp_path / "two", rel=1e-2)
+
+
+@pytest.mark.slow
+@stages
+def test_accelerate_launches_it(home, alone, tmp_path, zero):
+    """The files of examples/, on CPUs."""
+    words = []
+    values = recipe(home, output=str(tmp_path / "run"), batch_size=1, gradient_accumulation=2)
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    file = EXAMPLES / f"deepspeed_zero{zero}.yaml"
+    launch = [
+        "--config_file",
+        str(file),
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
+    process = python(
+        "from accelerate.commands.launch import main; main()", *launch, "-m", "hf_sparse_attention.train", *words
+    )
+    text, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, text
+    assert_close_metrics(alone, tmp_path / "run")
+    assert_close_weights(alone, tmp_path / "run")
+
+
+REFUSED = [
+    ({"zero_optimization": {"stage": 1}}, {}, "zero_stage is 1"),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        {},
+        "offload_optimizer_device is cpu",
+    ),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "offload_param_device is nvme"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {}, "zero_hpz_partition_size"),
+    ({"optimizer": {"type": "AdamW"}}, {}, "optimizer of its own"),
+    ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
+    ({"fp16": {"enabled": True}}, {}, "mixed_precision is fp16"),
+    ({}, {"mixed_precision": "fp16"}, "mixed_precision is fp16"),
+    ({}, {"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+    ({"gradient_clipping": 0.5}, {}, r"gradient_clipping is 0\.5, train's clip is 1\.0"),
+    ({"gradient_accumulation_steps": 2}, {}, "gradient_accumulation_steps is 2, train's gradient_accumulation is 1"),
+    ({"zero_optimization": {"stage": 3}}, {"compile": True}, "ZeRO-3"),
+    ({}, {"cpu": False}, "use --cpu"),
+    ({}, {"map": "adaptive_entmax"}, "alpha_start 1.01"),
+]
+
+
+@pytest.mark.parametrize(("config", "changes", "message"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_what_is_refused(home, tmp_path, monkeypatch, config, changes, message):
+    environment = zero_environment(2)
+    whole = {**json.loads(environment.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE")), **config}
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", json.dumps(whole))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        run(home, **{**recipe(home, output=str(tmp_path / "run")), **changes})
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_under_zero3_is_refused(home, tmp_path, monkeypatch):
+    for name, value in {**zero_environment(3), "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="zero3_init_flag"):
+        run(home, **recipe(home, output=str(tmp_path / "run")))

@@ -197,6 +197,20 @@ def nan_in_third_step_of_one(rank: int) -> None:
     LlamaMLP.forward = broken
 
 
+def infinite_loss_in_third_step_of_one(rank: int) -> None:
+    """The last process's third loss is infinite, its gradients are not."""
+    from transformers.loss import loss_utils
+
+    entropy, calls = loss_utils.fixed_cross_entropy, []
+
+    def broken(*arguments, **keywords):
+        calls.extend([1] if torch.is_grad_enabled() else [])
+        bad = rank and torch.is_grad_enabled() and len(calls) == 3
+        return entropy(*arguments, **keywords) + (float("inf") if bad else 0.0)
+
+    loss_utils.fixed_cross_entropy = broken
+
+
 def leave_out_mlps(rank: int) -> None:
     """No MLP takes part, so none gets a gradient."""
     from transformers.models.llama.modeling_llama import LlamaMLP

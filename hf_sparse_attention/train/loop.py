@@ -53,7 +53,7 @@ from .run import (
 )
 from .state import read_state, save_state
 from .throughput import flops_per_token, peak_flops
-from .zero import GradientWatch, is_zero
+from .zero import GradientWatch, in_working_precision, is_zero
 
 
 def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
@@ -398,7 +398,7 @@ def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, acce
                 f"distill is {arguments.distill} with a vocabulary of {teacher.config.vocab_size}, the model has one "
                 f"of {plain.config.vocab_size}: their logits cannot be compared"
             )
-        teacher = teacher.requires_grad_(False).eval().to(accelerator.device)
+        teacher = in_working_precision(accelerator, teacher.requires_grad_(False).eval().to(accelerator.device))
         distillation = Distillation(teacher, arguments.distill_weight, arguments.distill_temperature)
     chunk_loss(plain, arguments.loss_chunk, distillation)
 

@@ -140,6 +140,15 @@ def configure(accelerator: Accelerator, arguments: TrainArguments) -> None:
         config["bf16"]["check_grad_overflow"] = True
 
 
+def in_working_precision(accelerator: Accelerator, frozen: nn.Module) -> nn.Module:
+    """A model that is not spread, such as a teacher, in the precision in which DeepSpeed computes: it knows no
+    autocast. Buffers, such as rotary frequencies, stay as they are."""
+    if wants_zero() and accelerator.mixed_precision == "bf16":
+        for parameter in frozen.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return frozen
+
+
 def is_zero(model: nn.Module) -> bool:
     """Whether DeepSpeed spread the model."""
     return any(hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping") for parameter in model.parameters())
