@@ -243,6 +243,19 @@ def test_parameters_without_gradient_are_refused(home, tmp_path):
 
 @pytest.mark.slow
 @stages
+def test_checkpoints_with_other_numbers_of_steps_are_refused(home, tmp_path, zero):
+    """DeepSpeed has one number for parameters that it steps together."""
+    values = recipe(home, output=str(tmp_path / "run"), resume="auto")
+    codes = train_together({**values, "batch_size": 4}, tmp_path / "log", count=1, before=leave_out_mlps)
+    assert codes == [0], text_of(tmp_path / "log")
+    forget_after(tmp_path / "run", 2)
+    assert train_together(values, tmp_path / "more", zero=zero) == [1, 1]
+    assert "made another number of steps" in text_of(tmp_path / "more"), text_of(tmp_path / "more")
+    assert [path.name for path in whole_states(tmp_path / "run" / "checkpoints")] == ["step-00000002"]
+
+
+@pytest.mark.slow
+@stages
 def test_distillation_in_bf16(home, tmp_path, zero):
     """The teacher computes in bf16 too."""
     values = recipe(home, output=str(tmp_path / "two"), distill=str(home / "dense"), loss_chunk=16)
@@ -289,6 +302,8 @@ REFUSED = [
     ),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "offload_param_device is nvme"),
     ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, {}, "zero_hpz_partition_size"),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, {}, "mics_shard_size"),
+    ({"curriculum_learning": {"enabled": True}}, {}, "curriculum of its own"),
     ({"optimizer": {"type": "AdamW"}}, {}, "optimizer of its own"),
     ({"torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
     ({"fp16": {"enabled": True}}, {}, "mixed_precision is fp16"),

@@ -23,15 +23,22 @@ OLDEST = "0.19.8"
 _REFUSED = {
     "optimizer": "an optimizer of its own: train has AdamW, leave it out",
     "scheduler": "a scheduler of its own: train has --schedule, leave it out",
+    "activation_checkpointing": "activation checkpointing of its own: use --gradient_checkpointing",
+    "amp.enabled": "amp: use mixed_precision: bf16",
     "torch_autocast.enabled": "torch_autocast: use mixed_precision: bf16",
     "bf16.bf16_master_weights_and_grads": "bf16 master weights: leave it out, they are kept in float32",
     "bf16.bf16_optimizer_states": "bf16 optimizer states: leave it out, they are kept in float32",
     "zero_optimization.zero_quantized_weights": "quantised weights: leave it out",
     "zero_optimization.zero_quantized_gradients": "quantised gradients: leave it out",
+    "zero_optimization.zenflow": "ZenFlow: leave it out",
     "tensor_parallel": "tensor parallelism: the map's parameters are per head and would be split wrongly",
     "compression_training": "compression: leave it out",
-    "zenflow": "ZenFlow: leave it out",
+    "curriculum_learning": "a curriculum of its own: use --block_size 1024:0.8,4096:0.2",
+    "data_efficiency": "data efficiency: leave it out",
+    "progressive_layer_drop": "progressive layer drop: leave it out",
 }
+# Numbers of DeepSpeed's configuration by which parameters would be shared out among some processes only.
+_SHARED_AMONG_FEW = ("zero_hpz_partition_size", "mics_shard_size")
 
 # DeepSpeed's name of what train has an option for.
 _SHARED = {
@@ -70,11 +77,11 @@ def check_zero(arguments: TrainArguments) -> None:
     from accelerate import DeepSpeedPlugin
 
     device = deepspeed.get_accelerator().device_name()
-    if arguments.cpu != (device == "cpu"):
-        raise ValueError(
-            "accelerate was configured for DeepSpeed, which "
-            + ("found no GPU: use --cpu" if device == "cpu" else f"runs on {device}: leave out --cpu")
-        )
+    if device == "cpu" and not arguments.cpu:
+        # Accelerate would not know of the other processes.
+        raise ValueError("accelerate was configured for DeepSpeed, which found no GPU: use --cpu")
+    if device != "cpu" and (arguments.cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")):
+        raise ValueError(f"DeepSpeed runs on {device}: leave out --cpu and use_cpu, or set DS_ACCELERATOR=cpu")
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "false").lower() in ("true", "1"):
         raise ValueError(
             "accelerate was configured for zero3_init_flag, under which the new parameters of a conversion begin "
@@ -96,8 +103,9 @@ def check_zero(arguments: TrainArguments) -> None:
                 f"DeepSpeed's {name}_device is {device}; it must be none: its own Adam would compute the steps. Use "
                 "FSDP2 with fsdp_offload_params"
             )
-    if (plugin.get_value("zero_optimization.zero_hpz_partition_size") or 1) != 1:
-        raise ValueError("DeepSpeed was configured for zero_hpz_partition_size: leave it out")
+    for name in _SHARED_AMONG_FEW:
+        if (plugin.get_value(f"zero_optimization.{name}") or 1) > 1:
+            raise ValueError(f"DeepSpeed was configured for {name}: leave it out")
     precision = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16") or plugin.get_value("fp16.enabled") is True:
         raise ValueError(
