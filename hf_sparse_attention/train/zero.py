@@ -116,8 +116,9 @@ def check_zero(arguments: TrainArguments) -> None:
             f"dtype is {arguments.dtype!r}; with DeepSpeed use float32, beside which mixed_precision: bf16 keeps what "
             "computes in bf16"
         )
-    if arguments.compile and stage == 3:
-        raise ValueError("compile does not go with ZeRO-3, which gathers parameters inside a layer: use zero_stage 2")
+    if arguments.compile:
+        # With ZeRO-2 the map's parameters of compiled layers went elsewhere, and nothing warned.
+        raise ValueError("compile does not go with DeepSpeed, which takes over gradients: leave it out, or use FSDP2")
     for key, option in _SHARED.items():
         asked, own = plugin.get_value(key, "auto"), getattr(arguments, option)
         if asked not in ("auto", own):
