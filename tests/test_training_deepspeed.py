@@ -175,7 +175,7 @@ def test_stages_on_two_processes(home, tmp_path, zero, recompute):
     "changes",
     [
         {"lora_rank": 2},
-        {"trained": "map"},
+        {"trained": "map", "clip": 0},
         {"map": "adaptive_entmax", "alpha_start": 1.1},
         {"block_size": "16:0.5,32:0.5"},
     ],

@@ -21,6 +21,7 @@ from .arguments import TrainArguments, check_arguments
 from .compilation import compile_parts, hold_rising_alpha
 from .data import held_out_batches, held_out_blocks, packed_tokens, rows_of_process, streamed_blocks, tensors_of
 from .distributed import (
+    all_agree,
     backward,
     check_launch,
     clip_gradients,
@@ -293,7 +294,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                 if accelerator.device.type == "cuda":
                     torch.cuda.empty_cache()
             if watch is not None:
-                watch.refuse_idle()
+                all_agree(accelerator, watch.close())
                 checked = True
             if report is None:
                 loss = accelerator.reduce(loss, "sum")

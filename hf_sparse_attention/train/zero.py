@@ -218,20 +218,16 @@ class GradientWatch:
 
         return hook
 
-    def refuse_idle(self) -> None:
-        """Ends it.
-
-        Raises:
-            ValueError: if a parameter got none. DeepSpeed would let it decay all the same, and nothing else does.
-        """
+    def close(self) -> ValueError | None:
+        """Ends it; returns an error if a parameter got none: DeepSpeed would let it decay, which nothing else does."""
         for handle in self.handles:
             handle.remove()
-        if self.idle:
-            name = next(iter(self.idle))
-            raise ValueError(
-                f"{len(self.idle)} trainable parameters get no gradient, first {name}, and DeepSpeed would step them "
-                "with the others: train less (--trained map or attention), or use DDP or FSDP2"
-            )
+        if not self.idle:
+            return None
+        return ValueError(
+            f"{len(self.idle)} trainable parameters get no gradient, first {next(iter(self.idle))}, and DeepSpeed "
+            "would step them with the others: train less (--trained map or attention), or use DDP or FSDP2"
+        )
 
 
 @dataclass(frozen=True)
@@ -322,7 +318,6 @@ def put_tensors(model: nn.Module, optimizer, tensors: dict[str, FlatPart | torch
             optimizer.optimizer.state[piece.flat]["step"].copy_(step)
     if stage_of(model) == 2:
         optimizer.update_lp_params()
-        optimizer._lazy_init_hp_params_optimizer_state()
         return
     # As after a step.
     optimizer._partition_all_parameters()
