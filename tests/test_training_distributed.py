@@ -1,7 +1,9 @@
 """Training on two gloo processes, DDP and FSDP2: the numbers of one process, and what is left when one dies."""
 
+import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from training_cases import (
     nan_in_third_step_of_one,
     options,
     run,
+    save_flat_parts,
     split_heads,
     train_together,
     weights,
@@ -23,7 +26,9 @@ from training_cases import (
 )
 from transformers import AutoModelForCausalLM
 
+from hf_sparse_attention.train import TrainArguments
 from hf_sparse_attention.train.distributed import check_launch
+from hf_sparse_attention.train.flat_parts import boxes
 from hf_sparse_attention.train.state import whole_states
 
 pytest.importorskip("accelerate")
@@ -49,7 +54,9 @@ def alone(home):
 
 
 def recipe(home, **changes):
-    common = {"steps": 6, "batch_size": 2, "eval_blocks": 3, "checkpoint_every": 2, "keep_checkpoints": 9}
+    # Checkpoints come after an evaluation, which leaves FSDP2's root gathered.
+    common = {"steps": 6, "batch_size": 2, "eval_every": 2, "eval_blocks": 3, "checkpoint_every": 2}
+    common |= {"keep_checkpoints": 9}
     return options(home, **{**common, **changes})
 
 
@@ -159,7 +166,28 @@ def test_tensor_parallelism(home, tmp_path, options, works):
         assert codes == [1, 1] and "tensor parallelism splits the heads" in text, text
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_flat_parts_of_checkpoints(tmp_path):
+    """What DeepSpeed's processes hold of a tensor is saved so that any other parts of it can be loaded."""
+    codes = train_together({"folder": str(tmp_path)}, tmp_path / "log", run=save_flat_parts)
+    assert codes == [0, 0], text_of(tmp_path / "log")
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (2, 2, 2, 3)])
+def test_boxes_of_flat_parts(shape):
+    """In their order they are the elements of every run, and few."""
+    whole = torch.arange(math.prod(shape)).view(shape)
+    for first in range(whole.numel() + 1):
+        for end in range(first, whole.numel() + 1):
+            found = boxes(shape, first, end)
+            values = [
+                whole[tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))]
+                for offsets, sizes in found
+            ]
+            assert [number for box in values for number in box.flatten().tolist()] == list(range(first, end))
+            assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 def test_accelerate_configs(name, monkeypatch):
     """accelerate reads the files of examples/, and train runs what it makes of them."""
     from accelerate.commands.config.config_args import load_config_from_file
@@ -168,8 +196,10 @@ def test_accelerate_configs(name, monkeypatch):
     for key, value in (config.get("fsdp_config") or {}).items():
         monkeypatch.setenv(key.upper() if key.startswith("fsdp") else f"FSDP_{key.upper()}", str(value).lower())
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(config["distributed_type"] == "FSDP").lower())
-    check_launch()
-    assert config["distributed_type"] == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[name]
+    check_launch(TrainArguments(model="-", output="-", train_data=["-"]))
+    way, _, stage = name.partition("_zero")
+    assert config["distributed_type"] == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[way]
+    assert not stage or config["deepspeed_config"]["zero_stage"] == int(stage)
 
 
 @pytest.mark.parametrize("fsdp", [True], ids=["fsdp2"])
@@ -185,7 +215,6 @@ def test_a_full_disk_stops_all(home, tmp_path, fsdp):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
         ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
@@ -201,3 +230,13 @@ def test_other_ways_are_refused(home, tmp_path, monkeypatch, environment, messag
     with pytest.raises(ValueError, match=message):
         run(home, output=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_is_not_installed(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    stages = [{"stage": "match", "steps": 3}, {"steps": 3}]
+    for changes in ({}, {"stages": stages}):
+        with pytest.raises(ImportError, match=r'pip install "hf-sparse-attention\[deepspeed\]"'):
+            run(home, output=str(tmp_path / "run"), **changes)
+        assert not (tmp_path / "run").exists()

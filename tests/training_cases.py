@@ -97,10 +97,23 @@ FSDP = {
 }  # fmt: skip
 
 
-def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = False, before=None, run=None) -> list[int]:
+def zero_environment(stage: int) -> dict:
+    """DeepSpeed's own configuration as accelerate hands it on; a small model is spread like a large one."""
+    small = {"stage3_param_persistence_threshold": 0, "sub_group_size": 1000} if stage == 3 else {}
+    config = {
+        "zero_optimization": {"stage": stage, **small},
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_micro_batch_size_per_gpu": "auto",
+    }  # fmt: skip
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(config)}
+
+
+def train_together(
+    values: dict, log: Path, *, count: int = 2, fsdp: bool = False, zero: int = 0, before=None, run=None
+) -> list[int]:
     """The same run in several gloo processes; returns their exit codes, 0 or 1 or minus the signal that ended one.
 
     Args:
+        zero: the stage of DeepSpeed's ZeRO, 0 for none.
         before: a function of this module, called with the process's number before it trains.
         run: a function of this module that is called with the values instead of training.
     """
@@ -112,6 +125,7 @@ def train_together(values: dict, log: Path, *, count: int = 2, fsdp: bool = Fals
     common = {
         "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, **(FSDP if fsdp else {}),
+        **(zero_environment(zero) if zero else {}),
     }  # fmt: skip
     running = []
     for rank in range(count):
@@ -183,6 +197,27 @@ def nan_in_third_step_of_one(rank: int) -> None:
     LlamaMLP.forward = broken
 
 
+def infinite_loss_in_third_step_of_one(rank: int) -> None:
+    """The last process's third loss is infinite, its gradients are not."""
+    from transformers.loss import loss_utils
+
+    entropy, calls = loss_utils.fixed_cross_entropy, []
+
+    def broken(*arguments, **keywords):
+        calls.extend([1] if torch.is_grad_enabled() else [])
+        bad = rank and torch.is_grad_enabled() and len(calls) == 3
+        return entropy(*arguments, **keywords) + (float("inf") if bad else 0.0)
+
+    loss_utils.fixed_cross_entropy = broken
+
+
+def leave_out_mlps(rank: int) -> None:
+    """No MLP takes part, so none gets a gradient."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    LlamaMLP.forward = lambda self, hidden: hidden
+
+
 def split_heads(values: dict) -> None:
     """A model split by tensor parallelism computes what the whole one does."""
     import warnings
@@ -198,6 +233,42 @@ def split_heads(values: dict) -> None:
     tokens = torch.arange(3, 35)[None]
     with torch.no_grad():
         torch.testing.assert_close(split(tokens).logits, whole(tokens).logits, atol=1e-5, rtol=1e-4)
+    torch.distributed.destroy_process_group()
+
+
+def save_flat_parts(values: dict) -> None:
+    """Two processes save a tensor and a matrix in flat parts of any length and load them in others."""
+    import torch.distributed.checkpoint as sharded
+
+    from hf_sparse_attention.train.flat_parts import FlatPart
+
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    whole = {"a/b.c": torch.randn(5, 3, 7), "d": torch.randn(11), "e": torch.randn(4, 4), "f": torch.tensor(3.0)}
+    for value in whole.values():
+        torch.distributed.broadcast(value, 0)
+
+    def parts(tensors: dict, cut: float) -> dict:
+        """What a process holds when the first one has the share `cut`."""
+        found = {}
+        for name, tensor in tensors.items():
+            place = int(cut * tensor.numel())
+            flat = tensor.flatten()[:place] if rank == 0 else tensor.flatten()[place:]
+            found[name] = FlatPart(tensor.shape, 0 if rank == 0 else place, flat) if tensor.ndim else tensor
+        return found
+
+    empty = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    for number, (save, load) in enumerate(((0.4, 0.73), (0.05, 1.0), (0.0, 0.31), (None, 0.55), (0.47, None))):
+        folder = f"{values['folder']}/{number}"
+        saved = whole if save is None else parts(whole, save)
+        sharded.save(saved, storage_writer=sharded.FileSystemWriter(folder))
+        loaded = {name: tensor.clone() for name, tensor in empty.items()}
+        loaded = loaded if load is None else parts(loaded, load)
+        sharded.load(loaded, storage_reader=sharded.FileSystemReader(folder))
+        wanted = whole if load is None else parts(whole, load)
+        for name, tensor in wanted.items():
+            same = torch.equal(getattr(loaded[name], "held", loaded[name]), getattr(tensor, "held", tensor))
+            assert same, (name, save, load)
     torch.distributed.destroy_process_group()
 
 

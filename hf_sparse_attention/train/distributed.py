@@ -1,5 +1,6 @@
-"""What accelerate launched enters (one process, DDP or FSDP2), leaves the accelerator of a run, a model and optimizer
-spread over the processes, and what of them one process needs whole: the gradient's norm, the parameters to save."""
+"""What accelerate launched enters (one process, DDP, FSDP2 or DeepSpeed), leaves the accelerator of a run, a model and
+optimizer spread over the processes, and what of them one process needs whole: the gradient's norm, the parameters to
+save."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from . import zero
 from .arguments import TrainArguments
 
 if TYPE_CHECKING:
@@ -17,10 +19,6 @@ if TYPE_CHECKING:
 
 # What accelerate may be told to run that train does not, and what to use instead.
 _REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": (
-        "DeepSpeed, under which train was never tested: FSDP2 shards the same (examples/accelerate/fsdp2.yaml; "
-        "ZeRO-2 is its fsdp_reshard_after_forward: false)"
-    ),
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM; use DDP or FSDP2",
     "PARALLELISM_CONFIG_TP_SIZE": (
         "tensor parallelism: the map's parameters are per head and would be split wrongly; use FSDP2"
@@ -30,7 +28,7 @@ _REFUSED = {
 }
 
 
-def check_launch() -> None:
+def check_launch(arguments: TrainArguments) -> None:
     """Raises ValueError for a way of running that accelerate was told and train does not know."""
     for name, reason in _REFUSED.items():
         value = os.environ.get(name, "").lower()
@@ -47,6 +45,8 @@ def check_launch() -> None:
                 "accelerate was configured for fsdp_cpu_ram_efficient_loading, under which all processes but the "
                 "first load nothing: set it to false"
             )
+    if zero.wants_zero():
+        zero.check_zero(arguments)
 
 
 def _wants_fsdp() -> bool:
@@ -58,14 +58,23 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
 
     Args:
         idles: whether some trainable parameters take no part in some steps, which DDP has to be told.
+
+    Raises:
+        ValueError: if DeepSpeed would step parameters that take no part.
     """
+    if idles and zero.wants_zero():
+        raise ValueError(
+            "DeepSpeed steps all parameters together, but a head learns its alpha only while alpha is above 1, and it "
+            "begins at 1: use --alpha_start 1.01, DDP or FSDP2"
+        )
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import DistributedType, ProjectConfiguration
+    from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 
     accelerator = Accelerator(
         cpu=arguments.cpu,
         mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation,
+        # As a number it would give way to the environment, where DeepSpeed's may be auto.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=arguments.gradient_accumulation),
         log_with=arguments.report_to or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idles)],
@@ -73,6 +82,8 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
     if accelerator.distributed_type == DistributedType.MULTI_CPU and _wants_fsdp():
         # Accelerate forgets FSDP on CPUs and would run DDP instead, in silence.
         _shard_on_cpus(accelerator)
+    if zero.wants_zero():
+        zero.configure(accelerator, arguments)
     if accelerator.distributed_type == DistributedType.FSDP:
         # Its own wrappers rename parameters; the layers' own checkpointing recomputes the same.
         accelerator.state.fsdp_plugin.activation_checkpointing = False
@@ -108,18 +119,49 @@ def spread(accelerator: Accelerator, model: nn.Module, optimizer, own_units: tup
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 spread the parameters: asked of the model, as accelerate forgets it once its state is read."""
+    """Whether no process has the model whole, as it is to be saved: asked of the model, as accelerate forgets it once
+    its state is read."""
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return zero.is_zero(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def clip_gradients(accelerator: Accelerator, model: nn.Module, most: float) -> torch.Tensor:
+def let_go(model: nn.Module) -> None:
+    """Leaves each process its part of the parameters. FSDP2 keeps its root gathered after a forward pass without a
+    backward one: its parameters are then others than those the optimizer steps."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def way_of(model: nn.Module, processes: int) -> str | None:
+    """What the model is spread by; None for one process alone."""
+    if zero.is_zero(model):
+        return f"DeepSpeed ZeRO-{zero.stage_of(model)}"
+    return ("FSDP2" if is_sharded(model) else "DDP") if processes > 1 else None
+
+
+def backward(accelerator: Accelerator, wrapped: nn.Module, share: torch.Tensor, *, passes: int, last: bool) -> None:
+    """Adds one of a step's `passes` to the gradients; `share` is this process's share of the step's mean loss."""
+    # What is already a share is divided by the processes, and by accelerate also by the passes.
+    if zero.is_zero(wrapped):
+        zero.backward(wrapped, share * accelerator.num_processes, last=last)
+    else:
+        accelerator.backward(share * (passes * accelerator.num_processes))
+
+
+def clip_gradients(
+    accelerator: Accelerator, model: nn.Module, wrapped: nn.Module, most: float, loss: torch.Tensor
+) -> torch.Tensor:
     """Clips to the norm `most` (0 does not clip) and returns the norm that was, of all processes' parts.
 
     Gradients with a norm that is not finite stay as they are: clipped, every one would be NaN and none told from which
-    layer it comes.
+    layer it comes. DeepSpeed clips in its step: it is taken here, and not if norm or `loss` is not finite.
     """
+    if zero.is_zero(model):
+        return zero.take_step(wrapped, loss)
     accelerator.unscale_gradients()
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -136,10 +178,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole_parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
     """Trainable parameters by name, whole, on the main process's CPU; empty elsewhere. Every process has to ask."""
-    gathered = {}
+    gathered, spread_by_zero = {}, zero.is_zero(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            value = whole(parameter.detach())
+            value = zero.whole_parameter(parameter) if spread_by_zero else whole(parameter.detach())
             if accelerator.is_main_process:
                 gathered[name] = value.cpu()
     return gathered

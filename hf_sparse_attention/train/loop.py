@@ -21,6 +21,8 @@ from .arguments import TrainArguments, check_arguments
 from .compilation import compile_parts, hold_rising_alpha
 from .data import held_out_batches, held_out_blocks, packed_tokens, rows_of_process, streamed_blocks, tensors_of
 from .distributed import (
+    all_agree,
+    backward,
     check_launch,
     clip_gradients,
     is_sharded,
@@ -28,6 +30,7 @@ from .distributed import (
     put_parameters,
     spread,
     wants_checkpointing,
+    way_of,
     whole_parameters,
 )
 from .faults import explain_no_memory, explain_not_finite, last_whole
@@ -51,6 +54,7 @@ from .run import (
 )
 from .state import read_state, save_state
 from .throughput import flops_per_token, peak_flops
+from .zero import GradientWatch, in_working_precision, is_zero
 
 
 def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
@@ -66,7 +70,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
         RuntimeError: if the loss is not finite or memory runs out, and `on_nonfinite` is stop.
     """
     arguments = check_arguments(arguments)
-    check_launch()
+    check_launch(arguments)
     try:
         from accelerate import PartialState
         from accelerate.tracking import filter_trackers
@@ -102,8 +106,12 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     check_block_size(source, settings, block_size)
     tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
     matches = arguments.stage == "match"
+    # At 1 a layer is the dense one, and there is nothing to match.
+    first_alpha = arguments.alpha_start or (LOWEST_ALPHA if matches else 1.0)
+    if settings is not None and arguments.alpha_schedule == "none":
+        first_alpha = settings.alpha
     # A head that learns its alpha takes no part while alpha is 1, which DDP has to be told.
-    idles = settings is not None and settings.map == "adaptive_entmax"
+    idles = settings is not None and settings.map == "adaptive_entmax" and first_alpha == 1
     accelerator = make_accelerator(arguments, output, idles=idles)
     passes, processes = arguments.gradient_accumulation, accelerator.num_processes
     step_tokens = phases[0].batch_size * phases[0].block_size * passes * processes
@@ -182,8 +190,9 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     betas = (arguments.beta1, arguments.beta2)
     optimizer = torch.optim.AdamW(groups, betas=betas, fused=fused_adamw(accelerator.device))
     layers = [layer for _, layer in matched(model)]
+    flops = [None if matches else flops_per_token(model, phase.block_size) for phase in phases]
     wrapped, optimizer = spread(accelerator, model, optimizer, own_units=tuple({type(layer) for layer in layers}))
-    counts["spread"] = ("FSDP2" if is_sharded(model) else "DDP") if processes > 1 else None
+    counts["spread"] = way_of(model, processes)
     if matches:
         # Before the random numbers of the run begin, and the same after a stop.
         measure_scales(wrapped, layers, tensors_of(watched, slice(None), accelerator.device))
@@ -207,8 +216,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     target = None if settings is None else settings.alpha
     alpha_of = partial(
         alpha_at, target=target, schedule=arguments.alpha_schedule, rise=rise,
-        # At 1 a layer is the dense one, and there is nothing to match.
-        start=arguments.alpha_start or (LOWEST_ALPHA if matches else 1.0), plateaus=arguments.alpha_plateaus,
+        start=first_alpha, plateaus=arguments.alpha_plateaus,
     )  # fmt: skip
 
     def begin_step(step: int) -> float | None:
@@ -251,7 +259,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
         evaluate(0)
     window, checked = run["window"], False
     window_begun, window_tokens = time.perf_counter(), 0
-    flops, peak = None if matches else flops_per_token(model, phases[0].block_size), peak_flops(accelerator.device)
+    peak = peak_flops(accelerator.device)
     wrapped.train()
     with tqdm(
         total=arguments.steps, initial=start, desc="train", unit="step", disable=not accelerator.is_main_process,
@@ -261,7 +269,6 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
             if phase != phase_at(phases, step):
                 phase = phase_at(phases, step)
                 data = walk(phase)
-                flops = None if matches else flops_per_token(model, phases[phase].block_size)
             alpha = begin_step(step)
             size, done = phases[phase].batch_size, step + 1
             mine = partial(rows_of_process, passes, size, accelerator)
@@ -270,28 +277,29 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
             loss = torch.zeros(len(layers) if matches else 1, device=accelerator.device)
             parts = [slice(part * size, (part + 1) * size) for part in range(passes)]
             report = norm = None
+            watch = None if checked or not is_zero(model) else GradientWatch(model)
             try:
                 for part in parts:
                     with accelerator.accumulate(wrapped):
                         # No attention mask and no cache: position_ids that restart are what keeps documents apart.
                         share = share_of_loss(tensors_of(batch, part, accelerator.device), labels)
-                        # Already a share of the step's mean, but accelerate divides by the parts and DDP and FSDP by
-                        # the processes.
-                        accelerator.backward(share.mean() * (passes * processes))
+                        backward(accelerator, wrapped, share.mean(), passes=passes, last=part is parts[-1])
                     loss += share.detach().float()
             except torch.OutOfMemoryError as error:
                 report = explain_no_memory(error, model, numbers, data, step=done)
                 # The other processes wait for this one's gradients: no step can be skipped by one of several.
-                if arguments.on_nonfinite == "stop" or processes > 1:
+                if arguments.on_nonfinite == "stop" or processes > 1 or is_zero(model):
                     raise RuntimeError(f"{report}. {last_whole(output)}") from error
                 accelerator.step = 0
                 if accelerator.device.type == "cuda":
                     torch.cuda.empty_cache()
+            if watch is not None:
+                all_agree(accelerator, watch.close())
+                checked = True
             if report is None:
-                norm = clip_gradients(accelerator, model, arguments.clip)
-                loss, norm = torch.cat([accelerator.reduce(loss, "sum"), norm.to(loss.device)[None]]).split(
-                    [len(loss), 1]
-                )
+                loss = accelerator.reduce(loss, "sum")
+                norm = clip_gradients(accelerator, model, wrapped, arguments.clip, loss)
+                loss, norm = torch.cat([loss, norm.to(loss.device)[None]]).split([len(loss), 1])
                 layer_losses, norm = loss.tolist(), norm.item()
                 loss = sum(layer_losses) / len(layer_losses)
                 # The scaler of fp16 skips a step with an infinite norm itself: that is how it finds its scale.
@@ -330,8 +338,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                     line["gradient_norm"] = None
                 line |= {"learning_rate": optimizer.param_groups[0]["lr"], "tokens": run["tokens"]}
                 timing = {"tokens_per_second": window_tokens / (now - window_begun), "seconds": earlier + now - begun}
-                if flops and peak:
-                    run["utilisation"] = timing["tokens_per_second"] * flops / (peak * processes)
+                if flops[phase] and peak:
+                    run["utilisation"] = timing["tokens_per_second"] * flops[phase] / (peak * processes)
                     timing["flop_utilisation"] = run["utilisation"]
                 metrics.write(
                     done, "train", **{key: value for key, value in line.items() if value is not None}, timing=timing
@@ -391,7 +399,7 @@ def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, acce
                 f"distill is {arguments.distill} with a vocabulary of {teacher.config.vocab_size}, the model has one "
                 f"of {plain.config.vocab_size}: their logits cannot be compared"
             )
-        teacher = teacher.requires_grad_(False).eval().to(accelerator.device)
+        teacher = in_working_precision(accelerator, teacher.requires_grad_(False).eval().to(accelerator.device))
         distillation = Distillation(teacher, arguments.distill_weight, arguments.distill_temperature)
     chunk_loss(plain, arguments.loss_chunk, distillation)
 

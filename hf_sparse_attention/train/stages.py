@@ -13,6 +13,7 @@ from transformers import HfArgumentParser
 
 from ..files import write_json
 from .arguments import TrainArguments, check_arguments
+from .distributed import check_launch
 from .loop import train_stage
 from .publish import check_push, push_run
 from .run import check_output, command_of, print_summary
@@ -122,6 +123,8 @@ def _train_stages(arguments: TrainArguments) -> dict:
     if arguments.resume not in ("never", "auto"):
         raise ValueError(f"resume is {arguments.resume!r}; with stages it is auto, which finds the stage, or never")
     stages = stages_of(arguments)
+    for stage in stages:
+        check_launch(stage)
     output = Path(arguments.output).expanduser()
     check_output(output, arguments)
     state = PartialState(cpu=arguments.cpu)

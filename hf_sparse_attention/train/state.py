@@ -21,7 +21,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..files import PARTIAL, explained_write, flush_folder, write_json
-from .distributed import all_agree
+from . import zero
+from .distributed import all_agree, let_go
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +51,9 @@ def save_state(
     path = folder / f"step-{step:08d}"
     partial = folder / f"{PARTIAL}{path.name}"
 
+    let_go(model)
+    tensors = _tensors(model, optimizer)
+
     def begin():
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -58,7 +62,7 @@ def save_state(
     def write_tensors():
         writer = sharded.FileSystemWriter(partial / TENSORS)
         with _alone_or_not(accelerator) as options:
-            sharded.save(_tensors(model, optimizer), storage_writer=writer, **options)
+            sharded.save(tensors, storage_writer=writer, **options)
 
     def write_rest():
         torch.save(_random_state(), partial / f"random-{accelerator.process_index}.pt")
@@ -74,9 +78,7 @@ def save_state(
             sizes = {str(file.relative_to(partial).as_posix()): file.stat().st_size for file in files}
             values = {name: value for name, value in data.items() if not isinstance(value, np.ndarray)}
             content = {"step": step, "data": values, "run": run, "files": sizes}
-            content["stepped"] = [
-                name for name, parameter in _trainable(model).items() if _moments(optimizer, parameter)
-            ]
+            content["stepped"] = [name for name in _trainable(model) if f"optimizer/{name}/step" in tensors]
             write_json(partial / STATE, content)
             flush_folder(partial)
             if path.exists():
@@ -150,6 +152,7 @@ def load_state(path: Path, accelerator: Accelerator, model: nn.Module, optimizer
         ValueError: if the model has other trainable parameters than the checkpoint.
     """
     state = read_state(path)
+    let_go(model)
     trainable = _trainable(model)
     reader = sharded.FileSystemReader(path / TENSORS)
     try:
@@ -160,18 +163,21 @@ def load_state(path: Path, accelerator: Accelerator, model: nn.Module, optimizer
     if different := sorted(names ^ set(trainable)):
         raise ValueError(f"{path} has other trainable parameters than the model, first {different[0]}")
     for name in sorted(names):
-        if tuple(saved[f"model/{name}"].size) != tuple(trainable[name].shape):
-            raise ValueError(
-                f"{path} has {name} of shape {tuple(saved[f'model/{name}'].size)}, the model of "
-                f"{tuple(trainable[name].shape)}"
-            )
-    for name in state["stepped"]:
-        _begin_moments(optimizer, trainable[name])
+        if tuple(saved[f"model/{name}"].size) != (shape := tuple(zero.shape_of(trainable[name]))):
+            raise ValueError(f"{path} has {name} of shape {tuple(saved[f'model/{name}'].size)}, the model of {shape}")
+    if zero.is_zero(model):
+        zero.begin_moments(model, _plain(optimizer), state["stepped"])
+    else:
+        for name in state["stepped"]:
+            _begin_moments(optimizer, trainable[name])
+    tensors = _tensors(model, optimizer)
     try:
         with _alone_or_not(accelerator) as options:
-            sharded.load(_tensors(model, optimizer), storage_reader=reader, **options)
+            sharded.load(tensors, storage_reader=reader, **options)
     except (CheckpointException, RuntimeError, OSError, EOFError) as error:
         raise OSError(f"{path} cannot be read: {error}") from error
+    if zero.is_zero(model):
+        zero.put_tensors(model, _plain(optimizer), tensors)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(torch.load(path / "scaler.pt", weights_only=True))
     numbers = path / f"random-{accelerator.process_index}.pt"
@@ -217,6 +223,8 @@ def _begin_moments(optimizer, parameter: nn.Parameter) -> None:
 
 def _tensors(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
     """Everything that torch saves and loads in place, by a name that no way of sharding changes."""
+    if zero.is_zero(model):
+        return zero.tensors_of(model, _plain(optimizer))
     tensors = {}
     for name, parameter in _trainable(model).items():
         tensors[f"model/{name}"] = parameter.detach()
