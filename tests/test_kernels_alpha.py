@@ -85,12 +85,13 @@ def test_an_alpha_per_head_below_and_above_two(alphas):
 
 @pytest.mark.parametrize("short_keys", [256, 0])
 def test_the_gradient_of_alpha_of_nearly_equal_weights(short_keys):
-    """It is a small part of three sums that cancel there: summed one by one they left 4 to 12 times the error."""
-    alpha = torch.tensor([1.2, 1.2], device=DEVICE, requires_grad=True)
-    for seed in range(4):
+    """It is a small part of sums that cancel there: summed one by one they left 6 to 19 times the error."""
+    # As many heads as make the root mean square of their errors more than a draw.
+    alpha = torch.full((8,), 1.1, device=DEVICE, requires_grad=True)
+    for seed in range(3):
         query, key, value, gradient = (
             randn(1, heads, 31, 8, seed=4 * seed + place, dtype=torch.float32)
-            for place, heads in enumerate((2, 1, 1, 2))
+            for place, heads in enumerate((8, 1, 1, 8))
         )
         with configured(short_keys=short_keys):
             check_against_reference(entmax_attention, 0.2 * query, key, value, gradient, alpha=alpha, causal=False)

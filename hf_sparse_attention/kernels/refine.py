@@ -17,7 +17,6 @@ from .tiles import (
     GENERAL,
     SPARSEMAX,
     entmax_parameters,
-    in_registers,
     key_scores,
     listed_start,
     load_block,
@@ -155,7 +154,6 @@ def _refine_kernel(
     STATE: tl.constexpr,
     TOLERANCE: tl.constexpr,
     ROOM: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
@@ -179,8 +177,6 @@ def _refine_kernel(
     row_mask = rows < queries
     dim_mask = (dims < head_dim)[None, :]
     q = tl.load(q_base + local[:, None] * stride_qn + dims[None, :], mask=row_mask[:, None] & dim_mask, other=0.0)
-    if IN_REGISTERS:
-        q = in_registers(q, BLOCK_D=BLOCK_D)
     if DESCRIPTORS:
         k_source = k_descriptor
     else:
@@ -347,9 +343,8 @@ def refined_threshold(call, bound, lists, save, strays=None):
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.refine if rows == TILE else config.refine_pairs
-        columns = launch.columns or config.inner
         _refine_kernel[(counts.numel(),)](
-            query, key, call.descriptor(key, columns), call.alpha_tensor, call.slopes, call.visible, call.mask,
+            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, bound, state, tau, *stray_pointers[:3],
             call.excess, call.scaling,
             *stray_pointers[3:],
@@ -358,14 +353,13 @@ def refined_threshold(call, bound, lists, save, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=columns,
+            BLOCK_N=config.inner,
             TILE=TILE,
             EXACT=exact,
             CURVED=curved,
             STATE=state.shape[-1],
             TOLERANCE=tolerance,
             ROOM=room,
-            IN_REGISTERS=launch.first_factor,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),

@@ -13,7 +13,7 @@ from .compiling import Kernel
 from .configurations import TILE, processors
 from .lists import Lists, Sparse
 from .maxima import visit_keys
-from .tiles import entmax_parameters, in_registers, row_ranges, weights
+from .tiles import entmax_parameters, row_ranges, weights
 
 # Tiles scanned at once for the lists, and Newton steps on the classes: more steps no longer tighten the bound.
 SCAN = 32
@@ -64,7 +64,6 @@ def _threshold_kernel(
     PRECISION: tl.constexpr,
     SCAN: tl.constexpr,
     STEPS: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     GROUPS: tl.constexpr = BLOCK_M // TILE
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
@@ -87,8 +86,6 @@ def _threshold_kernel(
         q_base += row_tile.to(tl.int64) * BLOCK_M * stride_qn
         q_mask = (rows < queries)[:, None] & (dims < head_dim)[None, :]
         q = tl.load(q_base + local_rows[:, None] * stride_qn + dims[None, :], mask=q_mask, other=0.0)
-        if IN_REGISTERS:
-            q = in_registers(q, BLOCK_D=BLOCK_D)
         if DESCRIPTORS:
             k_source = k_descriptor
         else:
@@ -329,7 +326,6 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
         DESCRIPTORS=call.descriptors,
         SCAN=SCAN,
         STEPS=STEPS,
-        IN_REGISTERS=config.threshold.first_factor,
         num_warps=config.threshold.warps,
         num_stages=config.threshold.stages,
         **config.threshold.limit(),

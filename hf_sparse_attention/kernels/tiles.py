@@ -41,20 +41,6 @@ def row_ranges(visible_ptr, stride_vn, rows, queries, keys, RANGE_KIND: tl.const
 
 
 @triton.jit
-def in_registers(rows, BLOCK_D: tl.constexpr):
-    """The same block, spread over the threads as tensor cores take their first factor: a product with one.
-
-    From shared memory a first factor of 64 columns' products takes as much of its bandwidth as the second.
-    """
-    if rows.dtype == tl.float32:
-        return rows
-    else:
-        dims = tl.arange(0, BLOCK_D)
-        one = tl.where(dims[:, None] == dims[None, :], 1.0, 0.0).to(rows.dtype)
-        return tl.dot(rows, one).to(rows.dtype)
-
-
-@triton.jit
 def masked_scores(
     dots,
     factor,

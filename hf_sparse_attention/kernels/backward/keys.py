@@ -201,8 +201,7 @@ def walk_keys(call, grad_out, by_keys, pairs, dkey, dvalue):
     batch, heads, queries, head_dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
     launch = config.key_gradient
-    columns = launch.columns or config.inner
-    query_descriptor, gradient_descriptor = call.descriptor(query, columns), call.descriptor(grad_out, columns)
+    query_descriptor, gradient_descriptor = call.descriptor(query), call.descriptor(grad_out)
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
@@ -216,7 +215,7 @@ def walk_keys(call, grad_out, by_keys, pairs, dkey, dvalue):
         TWO_WALKS=call.two_walks,
         DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,
         BLOCK=TILE,
-        BLOCK_N=columns,
+        BLOCK_N=config.inner,
         STRAYS=by_keys.room > 0,
         STRAY_STAGES=config.stray_stages,
         num_warps=launch.warps,

@@ -10,7 +10,6 @@ from ..strays import gather_rows, move_strays, stray_arguments, stray_weights
 from ..tiles import (
     alpha_slopes,
     entmax_parameters,
-    in_registers,
     key_scores,
     listed_start,
     load_block,
@@ -55,7 +54,6 @@ def _query_gradient_kernel(
     TWO_WALKS: tl.constexpr,
     ROOM: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
@@ -108,9 +106,6 @@ def _query_gradient_kernel(
     g_base = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh + first_row * stride_gn
     d_base = dq_ptr + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh + first_row * stride_dn
     do = tl.load(g_base + local[:, None] * stride_gn + dims[None, :], mask=tile_mask, other=0.0)
-    if IN_REGISTERS:
-        q = in_registers(q, BLOCK_D=BLOCK_D)
-        do = in_registers(do, BLOCK_D=BLOCK_D)
     tau = tl.load(tau_ptr + tau_rows, mask=row_mask, other=float("inf"))
     pieces = count * (TILE // BLOCK_N)
     if TWO_WALKS:
@@ -242,9 +237,8 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
-        columns = launch.columns or config.inner
         _query_gradient_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
+            query, key, value, call.descriptor(key), call.descriptor(value),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha, *stray_pointers[:3],
             by_keys.starts, by_keys.ends, by_keys.totals, by_keys.codes, by_keys.weights,
@@ -257,13 +251,12 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=columns,
+            BLOCK_N=config.inner,
             TILE=TILE,
             ALPHA_GRADIENT=dalpha is not None,
             TWO_WALKS=call.two_walks,
             ROOM=room,
             STRAY_STAGES=config.stray_stages,
-            IN_REGISTERS=launch.first_factor,
             num_warps=launch.warps,
             num_stages=launch.stages,
             **launch.limit(),
