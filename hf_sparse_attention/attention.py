@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from . import reference
 from .heads import merge_heads, other_heads, take_heads, take_key_heads
 from .maps import MAPS
-from .visible import visible_range
+from .softmax import softmax_attention
 
 # Shapes: B batch, H heads, G key heads, N queries, K keys, D head size. A mask is one of
 #   None                        causal over the first N keys (keys after them are unwritten cache)
@@ -27,8 +27,6 @@ from .visible import visible_range
 
 logger = logging.getLogger(__name__)
 
-# Entries of the masks that softmax with slopes or padding holds at a time; queries are taken in parts beyond.
-_MASK_ENTRIES = 2**26
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 _announced: set[str] = set()
 
@@ -120,58 +118,6 @@ def sparse_attention(query, key, value, *, pages=None, **arguments) -> tuple[tor
     return kernels.entmax_attention(query, key, value, pages=pages, **arguments)
 
 
-def _softmax_attention(query, key, value, *, scaling, causal, visible, slopes, mask):
-    """Softmax over the same keys, on SDPA, in memory linear in them. A query that sees no key gives zeros."""
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    # Causal SDPA aligns the first query with the first key, the contract the last with the last.
-    aligned = not causal or query.shape[2] == 1 or query.shape[2] == key.shape[2]
-    if visible is None and mask is None and slopes is None and aligned:
-        # A branch, not a comparison: with dynamic shapes that is a symbol, which SDPA does not take.
-        is_causal = True if causal and query.shape[2] > 1 else False  # noqa: SIM210
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scaling, **grouped)
-    from_last = visible is None and causal
-    if visible is None:
-        visible = visible_range(query.shape[2], key.shape[2], causal=causal, device=query.device)
-    queries, keys = query.shape[2], key.shape[2]
-    masks = max(visible.shape[0], 1 if mask is None else mask.shape[0]) * (1 if slopes is None else len(slopes))
-    step = queries if torch.compiler.is_compiling() else max(1, _MASK_ENTRIES // max(1, masks * keys))
-    pieces = []
-    for first in range(0, queries, step):
-        part = slice(first, first + step)
-        # Without a range the last query stands at the last key: keys after the last of these are not looked at.
-        last = max(1, min(keys, keys - queries + first + step)) if from_last else keys
-        pieces.append(
-            _masked_softmax(
-                query[:, :, part],
-                key[:, :, :last],
-                value[:, :, :last],
-                scaling=scaling,
-                visible=visible[:, part],
-                slopes=slopes,
-                mask=None if mask is None else mask[..., part, :last],
-                grouped=grouped,
-            )  # fmt: skip
-        )
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def _masked_softmax(query, key, value, *, scaling, visible, slopes, mask, grouped):
-    """Softmax over the keys that each query sees, on SDPA with a mask of all queries times all keys."""
-    start_B1N1, end_B1N1 = visible[:, None, :, None, 0], visible[:, None, :, None, 1]
-    key_K = torch.arange(key.shape[2], device=query.device)
-    seen = (key_K >= start_B1N1) & (key_K < end_B1N1)
-    if mask is not None:
-        seen = seen & mask
-    empty = ~seen.any(-1, keepdim=True)
-    # A row of -inf is NaN in some SDPA backends: let it see every key, and zero its output, hence its gradients.
-    bias = seen | empty
-    if slopes is not None:
-        penalty = slopes.float()[:, None, None] * (key_K - (end_B1N1 - 1))
-        bias = torch.where(bias, penalty, float("-inf")).to(query.dtype)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, **grouped)
-    return output.masked_fill(empty, 0)
-
-
 def sparse_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -246,7 +192,7 @@ def sparse_attention_forward(
 def _attend(query, key, value, *, alpha, page_bounds, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and tau; where alpha is 1 on SDPA, without tau."""
     if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
-        return _softmax_attention(query, key, value, **arguments), None
+        return softmax_attention(query, key, value, **arguments), None
     pages = None if page_bounds is None else page_bounds.bounds()
     return sparse_attention(query, key, value, alpha=alpha, pages=pages, **arguments)
 

@@ -21,7 +21,10 @@ POSITIONS = {
     "rope": "the dense model's own rotary positions",
     "nape": "half of the heads without positions, half with ALiBi slopes 1, 1/2, 1/3, ... (no rotary positions)",
     "nope": "no positions in attention at all",
+    "nape_scaled": "as nape, with the map's factor also on the heads with ALiBi",
 }
+# Schemes in which the second half of the heads has slopes.
+ALIBI = ("nape", "nape_scaled")
 LAYERS = {
     "all": "every attention layer",
     "full_attention": "layers without a sliding window; the others keep the dense model's softmax",

@@ -162,5 +162,5 @@ def alibi_slopes(heads: int, device: torch.device | None = None) -> torch.Tensor
 
 
 def scaled_heads(position: str, heads: int) -> int:
-    """How many heads, from the first, the map's factor multiplies: with NAPE only those without ALiBi."""
+    """How many heads, from the first, the map's factor multiplies: with `nape` only those without ALiBi."""
     return heads // 2 if position == "nape" else heads

@@ -1,5 +1,6 @@
 """The maps' factors and alphas against the papers' formulas, and configs that say what a model is."""
 
+import itertools
 import math
 
 import families
@@ -96,8 +97,32 @@ def test_nape_is_shift_invariant_where_rope_is_replaced():
     assert not torch.allclose(here, nowhere, atol=1e-3)
 
 
-@pytest.mark.parametrize("position", ["nape", "nope"])
-@pytest.mark.parametrize("name", list(hsa.MAPS))
+def test_the_factor_may_multiply_the_scores_of_all_heads():
+    """The same as on half of them while it is 1; then the heads with ALiBi differ too, by their scores alone."""
+    dense = families.dense_model("llama")
+    half, whole = (families.sparse_model(dense, "asentmax", position=name) for name in ("nape", "nape_scaled"))
+    ids = families.tokens(1, 9)
+    layer = models.attention_layers(whole)[0][1]
+    assert layer.has_alibi and layer.sparse_scale.delta_bias.shape == (4,)
+    seen = []
+    with torch.no_grad():
+        assert torch.equal(half(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
+        for factor in (1.0, 3.0):
+            layer.sparse_scale.delta_bias[3] = factor - 1
+            with hsa.attention.record(lambda module, query, key, tau, **rest: seen.append((query, key, rest))):
+                whole(ids, use_cache=False)
+    (query, _, rest), *_, (other, _, changed), _ = seen
+    torch.testing.assert_close(other[:, 3], 3 * query[:, 3])
+    assert torch.equal(other[:, :3], query[:, :3])
+    assert torch.equal(rest["slopes"], changed["slopes"]) and rest["slopes"].tolist() == [0, 0, 1, 0.5]
+    with pytest.raises(ValueError, match="map 'entmax' has no factor: choose 'nape'"):
+        families.sparse_model(dense, "entmax", position="nape_scaled")
+
+
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [*itertools.product(hsa.MAPS, ["nape", "nope"]), ("asentmax", "nape_scaled"), ("ssmax", "nape_scaled")],
+)
 def test_every_map_and_position_decodes_as_it_prefills(name, position):
     model = families.stir(families.sparse_model(families.dense_model("llama"), name, position=position))
     ids = families.tokens(2, 12)

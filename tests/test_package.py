@@ -20,7 +20,8 @@ LEAVES = {"config", "visible", "heads", "text", "files", "tables", "figures", "a
 ALLOWED = {
     "maps": {"config"},
     "reference": {"visible"},
-    "attention": {"maps", "reference", "kernels", "visible", "heads"},
+    "softmax": {"visible", "heads"},
+    "attention": {"maps", "reference", "kernels", "softmax", "visible", "heads"},
     "cache": {"kernels"},
     "models": {"attention", "cache", "maps", "config", "heads"},
 }

@@ -11,14 +11,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_sparse_attention import attention, cli
+from hf_sparse_attention import cli, softmax
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.config import POSITIONS
+from hf_sparse_attention.maps import alibi_slopes
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
-from hf_sparse_attention.train import TrainTaskArguments, task_loop, train_task
+from hf_sparse_attention.train import TrainTaskArguments, task_record, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_model import answer_loss, new_model
@@ -54,7 +55,7 @@ def learned(request, tmp_path_factory):
 
 def test_a_small_model_learns_to_copy(learned):
     output, summary = learned
-    (run,), (test,) = summary["runs"], summary["test"]
+    (run,), (test,) = summary["runs"], summary["tests"][summary["best"]]
     assert run["failed"] is None and summary["best"] == run["name"]
     assert test["length"] == 6 and test["samples"] == 300 and test["exact_match"] > 0.9
     assert run["validation"][0]["exact_match"] > 0.9
@@ -73,7 +74,7 @@ def test_what_was_trained_is_what_is_saved(learned):
     assert sparse["position"] == "nape" and sparse["train_length"] == 15
     assert (sparse["map"], sparse["alpha"]) in (("entmax", 1.0), ("asentmax", 1.5))
     test = score(model, make_task("copy", {"symbols": 6}).fixed_blocks(6, 300), batch_tokens=1000)
-    assert test == {key: summary["test"][0][key] for key in test}
+    assert test == {key: summary["tests"][summary["best"]][0][key] for key in test}
 
 
 def test_decoding_and_one_pass_find_the_same_samples(learned):
@@ -147,6 +148,10 @@ def test_score_counts_samples_and_halves_batches():
 def test_every_map_and_position_trains_every_parameter(name, position):
     arguments = options("unused", map=name, position=position)
     task = arguments.chosen_task()
+    if position == "nape_scaled" and name not in ("asentmax", "ssmax"):
+        with pytest.raises(ValueError, match="has no factor"):
+            new_model(arguments, task, 0)
+        return
     model = new_model(arguments, task, 0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     step = TaskStep(model, arguments, (32, task.width(6)), torch.device("cpu"))
@@ -263,7 +268,63 @@ def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
     alone = train_task(
         options(tmp_path / "out", steps=20, learning_rates=[1e30], warmup_steps=0, clip=0.0, resume="auto")
     )
-    assert alone["best"] is None and alone["test"] is None
+    assert alone["best"] is None and alone["tests"] == {}
+
+
+def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path):
+    """Bit for bit; one run diverges, and the others go on."""
+    grid = {"learning_rates": [1e-2, 3e-3, 1e30], "seeds": [1, 2], "clip": 0.0, "log_every": 5}
+    changes = {"steps": 20, "checkpoint_every": 10, "test_lengths": [6], "tested": "all", **grid}
+    one = train_task(options(tmp_path / "one", **changes))
+    for together in (4, 9):
+        output = tmp_path / str(together)
+        several = train_task(options(output, **changes, together=together))
+        assert several["best"] == one["best"]
+        assert set(several["tests"]) == set(one["tests"]) == {run["name"] for run in one["runs"] if not run["failed"]}
+        assert len(one["tests"]) == 4
+        for ours, other in zip(one["runs"], several["runs"], strict=True):
+            timed = {"seconds", "spans"}
+            assert {**ours, **{key: other[key] for key in timed}} == other
+            assert lines(tmp_path / "one" / ours["name"]) == lines(output / ours["name"])
+            if not ours["failed"]:
+                found = [weights(place / ours["name"] / "checkpoint.pt") for place in (tmp_path / "one", output)]
+                assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+
+
+def test_side_by_side_means_a_step_of_each_in_turn(tmp_path, monkeypatch):
+    call, order = TaskStep.__call__, []
+
+    def noted(self, batch, rate):
+        order.append(id(self.model))
+        call(self, batch, rate)
+
+    monkeypatch.setattr(TaskStep, "__call__", noted)
+    train_task(options(tmp_path / "out", steps=6, seeds=[0, 1, 2], together=2))
+    assert order[:12] == order[:2] * 6 and order[0] != order[1] and len(set(order[12:])) == 1
+
+
+def test_several_that_were_interrupted_go_on_exactly(tmp_path, monkeypatch):
+    changes = {"steps": 30, "checkpoint_every": 10, "log_every": 7, "seeds": [1, 2, 3], "together": 2}
+    whole = train_task(options(tmp_path / "whole", **changes))
+    call, calls = TaskStep.__call__, []
+
+    def interrupted(self, batch, rate):
+        calls.append(rate)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        call(self, batch, rate)
+
+    monkeypatch.setattr(TaskStep, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(options(tmp_path / "cut", **changes))
+    again = train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    # 15 and 14 steps of the two, the one that was cut, what was left after their checkpoints at 10, and the third run.
+    assert len(calls) == 30 + 20 + 20 + 30
+    assert [len(run["spans"]) for run in again["runs"]] == [2, 2, 1]
+    for run in whole["runs"]:
+        one, two = (weights(tmp_path / kind / run["name"] / "checkpoint.pt") for kind in ("whole", "cut"))
+        assert all(torch.equal(value, two[key]) for key, value in one.items())
+        assert lines(tmp_path / "whole" / run["name"]) == lines(tmp_path / "cut" / run["name"])
 
 
 def test_the_best_is_chosen_by_validation():
@@ -275,9 +336,9 @@ def test_the_best_is_chosen_by_validation():
         return {"name": name, "failed": failed, "validation": rows}
 
     runs = [run("a", (0.5, 0.9, 1.0)), run("b", (0.5, 0.95, 3.0)), run("c", (0.4, 1.0, 0.1)), run("d", failed="nan")]
-    assert task_loop._best(runs) == "b"
-    assert task_loop._best([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))]) == "b"
-    assert task_loop._best([run("d", failed="nan")]) is None
+    assert task_record.best_of(runs)["name"] == "b"
+    assert task_record.best_of([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))])["name"] == "b"
+    assert task_record.best_of([run("d", failed="nan")]) is None
 
 
 def test_low_precision_and_the_command_line(tmp_path, capsys):
@@ -328,6 +389,8 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"learning_rates": []}, "learning_rates is"),
         ({"learning_rates": [0.0]}, "all above 0"),
         ({"seeds": []}, "seeds is"),
+        ({"together": 0}, "together is 0"),
+        ({"tested": "none"}, "tested is 'none'"),
         ({"precision": "float16"}, "precision is 'float16'"),
         ({"device": "abacus"}, "device is 'abacus'"),
         ({"cuda_graph": True}, "cuda_graph needs a CUDA device"),
@@ -354,8 +417,8 @@ def test_what_else_is_in_output_is_respected(tmp_path):
 def test_every_option_is_an_option_of_the_run():
     """Each is either part of what a run is, or named among those that are not."""
     known = set(asdict(options("unused")))
-    assert known > task_loop.FREE
-    assert set(task_loop._identity(options("unused"))) == known - task_loop.FREE
+    assert known > task_record.FREE
+    assert set(task_record.identity_of(options("unused"))) == known - task_record.FREE
 
 
 @pytest.mark.slow
@@ -368,6 +431,18 @@ def test_a_compiled_step_gives_the_same_losses(tmp_path):
         for compiled in (False, True)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_captured_steps_side_by_side_give_the_same_losses(tmp_path):
+    """Each on a stream of its own, with memory of its own."""
+    found = []
+    for together in (1, 3):
+        changes = {"device": "cuda", "cuda_graph": True, "steps": 60, "seeds": [0, 1, 2], "together": together}
+        output = tmp_path / str(together)
+        names = [run["name"] for run in train_task(options(output, **changes))["runs"]]
+        found.append([line["loss"] for name in names for line in lines(output / name) if line["kind"] == "train"])
+    assert len(found[0]) == 18 and found[0] == pytest.approx(found[1], rel=0.05)
 
 
 @pytest.mark.gpu
@@ -384,7 +459,8 @@ def test_a_captured_step_gives_the_same_losses(tmp_path, name, compiled):
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "examples" / "reproduction").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "examples" / "reproduction"
+RECIPES = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "published.yaml"})
 
 
 def test_there_is_a_recipe_for_every_task():
@@ -422,13 +498,48 @@ def test_softmax_in_parts_of_the_queries_is_the_same(monkeypatch, position):
             sizes.append(0 if mask is None else mask.numel())
             return plain(query, key, value, **keywords)
 
-        monkeypatch.setattr(attention, "_MASK_ENTRIES", 1000)
+        monkeypatch.setattr(softmax, "_MASK_ENTRIES", 1000)
         monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
         parts = [model(**values).logits for values in inputs]
     assert 0 < max(sizes) <= 1000
     for one, other, values in zip(whole, parts, inputs, strict=True):
         kept = padding.bool() if values.get("attention_mask") is padding else torch.ones_like(padding).bool()
         torch.testing.assert_close(one[kept], other[kept], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (8, 2), (2, 1), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_softmax_of_the_near_keys_alone_is_the_same(monkeypatch, heads, key_heads, dtype):
+    """Heads with slopes leave out keys whose weight is 0, and none whose weight is not; gradients too."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = alibi_slopes(heads).to(dtype) * 8
+    for queries, keys, size in ((300, 300, 1.0), (257, 311, 0.1), (300, 300, 30.0)):
+        query = torch.randn(2, heads, queries, 8, generator=generator, dtype=dtype) * size
+        key, value = torch.randn(2, 2, key_heads, keys, 8, generator=generator, dtype=dtype)
+        # A single key that is large enough to be seen from afar.
+        key[0, -1, 40] *= 20
+        found, read = [], []
+        plain = F.scaled_dot_product_attention
+
+        def counted(query, key, value, plain=plain, read=read, **keywords):
+            read.append(query.shape[1] * query.shape[2] * key.shape[2])
+            return plain(query, key, value, **keywords)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+        for near_from in (10**9, 100):
+            monkeypatch.setattr(softmax, "_NEAR_FROM", near_from)
+            inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+            arguments = {"scaling": 0.3, "causal": True, "visible": None, "slopes": slopes, "mask": None}
+            output = softmax.softmax_attention(*inputs, **arguments)
+            output.square().sum().backward()
+            found.append([output, *(tensor.grad for tensor in inputs)])
+            read.append(None)
+        monkeypatch.undo()
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-12 if dtype == torch.float64 else 1e-4, rtol=1e-4)
+        whole, near = sum(read[: read.index(None)]), sum(read[read.index(None) + 1 : -1])
+        if dtype == torch.float32 and size < 1:
+            assert near < whole
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):

@@ -9,7 +9,7 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import tables
-from ..config import LAYERS, POSITIONS, SparseAttentionConfig
+from ..config import ALIBI, LAYERS, POSITIONS, SparseAttentionConfig
 from ..maps import MAPS
 from ..results import mean_over_depths, remarks, sections
 from . import recipe
@@ -237,7 +237,7 @@ def _licence(licence: Licence) -> str:
 
 def _papers(settings: SparseAttentionConfig) -> list[str]:
     papers = [MAPS[settings.map].paper]
-    if settings.position == "nape":
+    if settings.position in ALIBI:
         papers.append(MAPS["asentmax"].paper)
     return list(dict.fromkeys(papers))
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..attention import is_own_matrix, is_range, visible_entries
 from ..cache import check_layer, page_bounds
-from ..config import SparseAttentionConfig
+from ..config import ALIBI, SparseAttentionConfig
 from ..heads import merge_heads, other_heads
 from ..maps import MAPS, AdaptiveAlpha, alibi_slopes, scaled_heads
 from .configuration import layer_window, sparse_heads
@@ -30,11 +30,13 @@ class SparseAttention:
         self.alpha = settings.alpha if is_sparse else 1.0
         self.sparse_scale = self.sparse_alpha = self.sparse_heads = None
         # A layer that its family runs without positions keeps that.
-        self.has_alibi = is_sparse and rotates and settings.position == "nape"
+        self.has_alibi = is_sparse and rotates and settings.position in ALIBI
         if not is_sparse:
             return
-        if settings.position == "nape" and heads < 2:
-            raise ValueError(f"position 'nape' needs at least 2 heads, the model has {heads}")
+        if settings.position in ALIBI and heads < 2:
+            raise ValueError(f"position {settings.position!r} needs at least 2 heads, the model has {heads}")
+        if settings.position == "nape_scaled" and row.scale is None:
+            raise ValueError(f"position is 'nape_scaled', but map {settings.map!r} has no factor: choose 'nape'")
         chosen = sparse_heads(config, self.layer_idx)
         self.sparse_heads = chosen if len(chosen) < heads else None
         self.scaled_heads = chosen[: scaled_heads(settings.position if rotates else "nope", len(chosen))]

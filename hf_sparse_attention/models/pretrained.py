@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from ..attention import return_weights
 from ..cache import check_cache
-from ..config import SparseAttentionConfig
+from ..config import ALIBI, SparseAttentionConfig
 from ..maps import MAPS, NEW_MODULES
 from .classes import family_of, sparse_class
 from .configuration import sparse_config, sparse_layers
@@ -180,7 +180,7 @@ def _check_split(config: PreTrainedConfig, kwargs: dict) -> None:
         return
     settings = SparseAttentionConfig.from_model_config(config)
     row = MAPS[settings.map]
-    if row.scale is not None or row.learned_alpha or settings.position == "nape" or settings.heads != "all":
+    if row.scale is not None or row.learned_alpha or settings.position in ALIBI or settings.heads != "all":
         chosen = "" if settings.heads == "all" else f" and heads {settings.heads}"
         raise ValueError(
             f"tensor parallelism splits the heads between processes, but {settings.map} with positions "

@@ -103,7 +103,11 @@ def by_length(results: dict, cells: list[dict]) -> Figure:
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     across = min(3, len(tasks))
     down = -(-len(tasks) // across)
-    figure = Figure(figsize=(4.4 * across, 3.4 * down + 0.4), layout="constrained")
+    labels = [model["label"] for model in results["models"]]
+    # A letter is a twelfth of an inch wide, a line a fifth high.
+    columns = max(1, min(4, len(labels), int(4.4 * across / (0.7 + max(map(len, labels)) / 12))))
+    height = 3.4 * down + 0.2 * -(-len(labels) // columns) + 0.2
+    figure = Figure(figsize=(4.4 * across, height), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
     handles = {}
     for axes, task in zip(grid.flat, tasks, strict=False):
@@ -118,6 +122,7 @@ def by_length(results: dict, cells: list[dict]) -> Figure:
                     points.append((length, 100 * mean["exact_match"], 100 * mean["standard_error"]))
             if points:
                 style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+                style["linestyle"] = "-" if index < len(COLOURS) else (0, (4, 2))
                 at, shares, errors = zip(*points, strict=True)
                 line = axes.errorbar(at, shares, yerr=errors, capsize=3, linewidth=1.8, markersize=4, **style)
                 handles.setdefault(model["label"], line)
@@ -126,7 +131,9 @@ def by_length(results: dict, cells: list[dict]) -> Figure:
         _length_axis(axes, lengths)
     for axes in grid.flat[len(tasks) :]:
         axes.set_visible(False)
-    legend = figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False)
+    legend = figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure

@@ -8,5 +8,6 @@ from .arguments import TrainArguments
 from .stages import train_model
 from .task_arguments import TrainTaskArguments
 from .task_loop import train_task
+from .task_table import TableArguments, table_of_runs
 
-__all__ = ["TrainArguments", "TrainTaskArguments", "train_model", "train_task"]
+__all__ = ["TableArguments", "TrainArguments", "TrainTaskArguments", "table_of_runs", "train_model", "train_task"]

@@ -12,6 +12,7 @@ from .recipe import SCHEDULES
 MAPS = ("softmax", *SPECIFICATIONS)
 PRECISIONS = ("float32", "bfloat16")
 STARTS = ("neutral", "normal")
+TESTED = ("best", "all")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -65,6 +66,12 @@ class TrainTaskArguments:
     cuda_graph: bool = field(
         default=False, metadata=_help("capture the whole step as a CUDA graph, so that no kernel waits for Python")
     )
+    together: int = field(
+        default=1,
+        metadata=_help(
+            "runs side by side on the device, a step of each in turn; with cuda_graph their kernels overlap"
+        ),
+    )
     device: str = field(default="auto", metadata=_help("auto, cpu, cuda or cuda:N"))
     log_every: int = field(default=100, metadata=_help("steps between lines of metrics.jsonl; the loss is read then"))
     validate_every: int = field(
@@ -76,7 +83,10 @@ class TrainTaskArguments:
     )
     validation_samples: int = field(default=200, metadata=_help("validation samples of a length"))
     test_lengths: list[int] = field(
-        default_factory=list, metadata=_help("lengths the best run is tested on at the end (default: none)")
+        default_factory=list, metadata=_help("lengths of the test at the end (default: none)")
+    )
+    tested: str = field(
+        default="best", metadata=_help("what is tested: best (the run that validation prefers), or all of the grid")
     )
     test_samples: int = field(default=1000, metadata=_help("test samples of a length, from the fixed set's beginning"))
     batch_tokens: int = field(default=65_536, metadata=_help("tokens per batch of validation and test"))
@@ -129,7 +139,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     at_least = {
         "layers": 1, "hidden_size": 1, "heads": 1, "ffn_size": 1, "steps": 1, "batch_size": 1, "warmup_steps": 0,
         "weight_decay": 0, "clip": 0, "log_every": 1, "validate_every": 0, "validation_samples": 1, "test_samples": 1,
-        "batch_tokens": 1, "checkpoint_every": 0,
+        "batch_tokens": 1, "checkpoint_every": 0, "together": 1,
     }  # fmt: skip
     for name, least in at_least.items():
         if not (value := getattr(arguments, name)) >= least:
@@ -139,7 +149,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
             raise ValueError(f"{name} is {value}; it must be from 0 to 1")
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
-        "scale_start": STARTS, "resume": ("auto", "never"),
+        "scale_start": STARTS, "resume": ("auto", "never"), "tested": TESTED,
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:

@@ -1,0 +1,60 @@
+"""What is kept of a run of train-task, read by all who look at runs: what it is, how good it is, how that is shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import tables
+from .task_arguments import TrainTaskArguments
+
+# Options that may differ between the runs of a folder, and when one goes on: they change what is looked at or how
+# fast it goes, not what is trained.
+FREE = {
+    "output", "learning_rates", "seeds", "device", "compile", "cuda_graph", "together", "log_every",
+    "validate_every", "validation_lengths", "validation_samples", "test_lengths", "test_samples", "tested",
+    "batch_tokens", "checkpoint_every", "resume", "overwrite",
+}  # fmt: skip
+
+
+def identity_of(arguments: TrainTaskArguments) -> dict:
+    """What must be the same for runs to be compared, and for one to go on."""
+    return json.loads(json.dumps({name: value for name, value in asdict(arguments).items() if name not in FREE}))
+
+
+def best_of(runs: list[dict]) -> dict | None:
+    """The run with the most exact answers, then right tokens, then the lowest loss, mean over validation lengths."""
+
+    def rank(run: dict) -> tuple:
+        lines = run["validation"]
+        if run["failed"] or any("missing" in line for line in lines):
+            return (-1.0, -1.0, -math.inf)
+        mean = [sum(line[name] for line in lines) / len(lines) for name in ("exact_match", "token_accuracy", "loss")]
+        return (mean[0], mean[1], -mean[2])
+
+    best = max(runs, key=rank)
+    return None if best["failed"] else best
+
+
+def share(line: dict | None) -> str:
+    """Exact match in %, with its standard error where that is not 0.0."""
+    if line is None or "missing" in line:
+        return tables.MISSING
+    error = tables.number(100 * line["standard_error"], 1)
+    return tables.number(100 * line["exact_match"], 1) + ("" if error == "0.0" else f" ±{error}")
+
+
+def read_record(folder: Path) -> dict:
+    """What is in a run's run.json.
+
+    Raises:
+        OSError: if it cannot be read as one.
+    """
+    file = folder / "run.json"
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        return {**saved, "identity": dict(saved["identity"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error

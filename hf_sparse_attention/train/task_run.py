@@ -1,0 +1,179 @@
+"""One run of train-task: a model of a learning rate and seed, its metrics, checkpoints and record, in a folder of its
+own. It is a generator that pauses after every step, so that several runs can go side by side in one process."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Generator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from ..files import flush_file, whole_folder, write_bytes, write_json, write_text
+from ..loading import count_parameters
+from ..tasks.exact_match import score
+from ..tasks.samples import SyntheticTask
+from .recipe import rate_at
+from .task_arguments import TrainTaskArguments
+from .task_model import new_model
+from .task_record import identity_of, read_record
+from .task_step import TaskStep, working_precision
+
+logger = logging.getLogger(__name__)
+
+
+def train_run(
+    folder: Path,
+    arguments: TrainTaskArguments,
+    task: SyntheticTask,
+    device: torch.device,
+    rate: float,
+    seed: int,
+    bar: tqdm,
+) -> Generator[None, None, dict]:
+    """Trains a run from its beginning or where it stopped, pausing after every step; returns what is in its run.json.
+
+    Raises:
+        OSError: if its files are damaged.
+    """
+    if arguments.overwrite and (folder / "run.json").is_file():
+        shutil.rmtree(folder)
+    record = {"name": folder.name, "learning_rate": rate, "seed": seed, "identity": identity_of(arguments)}
+    if (folder / "run.json").is_file():
+        saved = read_record(folder)
+        if saved.get("finished"):
+            logger.info("%s is finished and kept", folder)
+            bar.update(arguments.steps)
+            return _validated_as_asked(folder, saved, arguments, task, device)
+    model = new_model(arguments, task, seed).to(device)
+    record["parameters"] = count_parameters(model)
+    record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    lengths = arguments.training_lengths()
+    step = TaskStep(model, arguments, (arguments.batch_size, task.width(lengths[1])), device)
+    start, spans = 0, []
+    if (folder / "checkpoint.pt").is_file():
+        start, spans = _load_checkpoint(folder / "checkpoint.pt", step, device)
+        bar.update(start)
+    earlier = sum(end - begin for begin, end in spans)
+    write_json(folder / "run.json", {**record, "finished": False})
+    _keep_metrics(folder / "metrics.jsonl", start)
+    begun, failed, window_begun, window, done = time.time(), None, time.perf_counter(), 0, start
+    model.train()
+    for done in range(start + 1, arguments.steps + 1):
+        batch = task.training_batch(done - 1, seed=seed, batch=arguments.batch_size, lengths=lengths)
+        share = rate_at(
+            done - 1, steps=arguments.steps, schedule=arguments.schedule, warmup=arguments.warmup_steps,
+            final=arguments.final_share,
+        )  # fmt: skip
+        step(batch, rate * share)
+        window += 1
+        bar.update()
+        last = done == arguments.steps
+        if done % arguments.log_every == 0 or last:
+            loss, norm = step.read_loss()
+            now = time.perf_counter()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                failed = f"loss {loss}, gradient norm {norm} in the steps up to {done}"
+                bar.total -= arguments.steps - done
+                break
+            line = {"kind": "train", "loss": loss, "gradient_norm": norm, "learning_rate": rate * share}
+            timing = {"steps_per_second": window / (now - window_begun), "seconds": earlier + time.time() - begun}
+            _write_metrics(folder / "metrics.jsonl", done, **line, timing=timing)
+            bar.set_postfix_str(f"{folder.name} loss {loss:.4f}", refresh=False)
+            window_begun, window = now, 0
+        pause = time.perf_counter()
+        if arguments.validate_every and done % arguments.validate_every == 0 and not last:
+            step.wait()
+            for line in _validate(model, arguments, task):
+                _write_metrics(folder / "metrics.jsonl", done, kind="validation", **line)
+            model.train()
+        if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or last):
+            _save_checkpoint(folder, step, done, [*spans, [begun, time.time()]])
+        window_begun += time.perf_counter() - pause
+        yield
+    spans = [*spans, [begun, time.time()]]
+    record |= {"steps": done, "seconds": sum(end - begin for begin, end in spans), "spans": spans, "failed": failed}
+    record |= {"validation": [], "validation_of": _validation_of(arguments)}
+    if failed is None:
+        with whole_folder(folder / "model", replace=True) as place:
+            model.save_pretrained(place)
+            write_json(place / "task.json", {"task": task.name, "settings": asdict(task), "lengths": list(lengths)})
+        record["validation"] = _validate(model, arguments, task)
+        for line in record["validation"]:
+            _write_metrics(folder / "metrics.jsonl", arguments.steps, kind="validation", **line)
+    else:
+        logger.warning("%s failed: %s", folder, failed)
+    write_json(folder / "run.json", {**record, "finished": True})
+    return {**record, "finished": True}
+
+
+def _validated_as_asked(
+    folder: Path, saved: dict, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device
+) -> dict:
+    """A finished run, validated anew if other lengths or samples are asked for than it was validated on."""
+    if saved["failed"] or saved["validation_of"] == _validation_of(arguments):
+        return saved
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
+    saved |= {"validation": _validate(model, arguments, task), "validation_of": _validation_of(arguments)}
+    write_json(folder / "run.json", saved)
+    return saved
+
+
+def _validation_of(arguments: TrainTaskArguments) -> list:
+    return [arguments.validated_lengths(), arguments.validation_samples]
+
+
+def _validate(model, arguments: TrainTaskArguments, task: SyntheticTask) -> list[dict]:
+    model.eval()
+    found = []
+    for length in arguments.validated_lengths():
+        blocks = task.fixed_blocks(length, arguments.validation_samples, split="validation")
+        with working_precision(arguments, model.device):
+            found.append({"length": length, **score(model, blocks, batch_tokens=arguments.batch_tokens)})
+    return found
+
+
+def _load_checkpoint(file: Path, step: TaskStep, device: torch.device) -> tuple[int, list]:
+    """Takes up a checkpoint; returns the steps done and when they were: [begin, end] of each time."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        step.load(state["step"])
+        return state["done"], state["spans"]
+    # PyTorch has no error of its own for a damaged file.
+    except Exception as error:
+        raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
+
+
+def _save_checkpoint(folder: Path, step: TaskStep, done: int, spans: list) -> None:
+    # A checkpoint is never ahead of the lines.
+    if (folder / "metrics.jsonl").exists():
+        flush_file(folder / "metrics.jsonl")
+    content = io.BytesIO()
+    torch.save({"step": step.state(), "done": done, "spans": spans}, content)
+    write_bytes(folder / "checkpoint.pt", content.getvalue())
+
+
+def _keep_metrics(file: Path, start: int) -> None:
+    """Leaves the lines up to a step, so that no step is there twice."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if start and file.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= start:
+                lines.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            # A line cut off by the end of the process that wrote it.
+            continue
+    write_text(file, "".join(lines))
+
+
+def _write_metrics(file: Path, step: int, **values) -> None:
+    with open(file, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"step": step, **values}) + "\n")

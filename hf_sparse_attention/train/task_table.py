@@ -1,0 +1,299 @@
+"""Runs of train-task -> a table of them all, one of those that validation prefers, and a picture of these by length.
+Runs that differ in nothing but rate and seed belong together, whatever folders they lie in.
+
+hf-sparse-attention table --runs runs --published examples/reproduction/published.yaml --output_dir table
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import tables
+from ..files import write_bytes, write_text
+from ..tasks.synthetic import SYNTHETIC
+from .task_arguments import MAPS, TrainTaskArguments
+from .task_record import best_of, read_record, share
+
+
+@dataclass(frozen=True)
+class TableArguments:
+    """Options of `table`: runs of train-task, side by side."""
+
+    runs: list[str] = field(metadata={"help": "folders that hold outputs of train-task, at any depth"})
+    output_dir: str = field(default="table", metadata={"help": "folder for table.md and table.png"})
+    published: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of numbers to stand beside the runs': percent of exact matches by task, name and length"
+        },
+    )
+    figure: bool = field(default=True, metadata={"help": "draw table.png (needs matplotlib)"})
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Runs of one task that differ in rate and seed alone.
+
+    Args:
+        label: its map, and what else is not as in most of the task's runs.
+        runs: each as in its run.json, with `tests`, its lines of test.json by length; in order of rate and seed.
+        best: the one of them that validation prefers, or None.
+    """
+
+    label: str
+    identity: dict
+    runs: list[dict]
+    best: dict | None
+
+    def place(self) -> tuple:
+        """What it is sorted by: those that differ in their map alone first, in the order of the maps."""
+        return self.label != self.identity["map"], MAPS.index(self.identity["map"])
+
+
+def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
+    """Writes table.md and table.png, prints the best runs, and returns them by task: label, run.json and tests.
+
+    Raises:
+        ValueError: if there is no run, the same one twice, or runs of one map were validated on different samples.
+        OSError: if a file of a run is damaged.
+    """
+    if arguments.figure:
+        from ..tasks import pictures
+    published = {} if arguments.published is None else _published(Path(arguments.published))
+    by_task = _grouped(_read(arguments.runs))
+    output = Path(arguments.output_dir).expanduser()
+    blocks, shown = ["# Runs of train-task"], []
+    for task, groups in by_task.items():
+        lengths = sorted({length for group in groups for run in group.runs for length in run["tests"]})
+        best = _best_table(groups, lengths, published.get(task, {}))
+        blocks += [f"## {task}", _settings(groups), tables.markdown(*best), _time(groups)]
+        blocks += [tables.markdown(*_every_run(groups, lengths))]
+        header, rows = best
+        # Bold is Markdown's.
+        shown += [task, tables.plain(header, [[cell.strip("*") for cell in row] for row in rows]), ""]
+    if len(by_task) > 1:
+        blocks += ["## All tasks", _time([group for groups in by_task.values() for group in groups])]
+    found = {task: [{"label": group.label, **group.best} for group in groups if group.best] for task, groups in
+             by_task.items()}  # fmt: skip
+    if arguments.figure and (content := _cells(found)):
+        groups = sorted((group for groups in by_task.values() for group in groups), key=_Group.place)
+        labels = dict.fromkeys(group.label for group in groups if group.best)
+        figure = pictures.by_length({"models": [{"label": label} for label in labels]}, content)
+        write_bytes(output / "table.png", pictures.picture(figure))
+        blocks.insert(1, "![exact match by length](table.png)")
+    write_text(output / "table.md", "\n\n".join(blocks) + "\n")
+    print("\n".join(shown))
+    return found
+
+
+def _read(folders: list[str]) -> list[dict]:
+    found = {}
+    for name in folders:
+        folder = Path(name).expanduser()
+        files = sorted(folder.rglob("run.json"))
+        if not files:
+            raise ValueError(f"{folder} holds no run of train-task (no run.json)")
+        for file in files:
+            run = {**read_record(file.parent), "folder": file.parent, "tests": _tests(file.parent)}
+            same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
+            other = found.setdefault(same, run)
+            if other["folder"].resolve() == file.parent.resolve():
+                continue
+            if run["finished"] and other["finished"]:
+                raise ValueError(
+                    f"{other['folder']} and {file.parent} are the same run, trained twice: leave one of them out"
+                )
+            # One that was cut off says nothing that the whole one does not.
+            found[same] = run if run["finished"] else other
+    return list(found.values())
+
+
+def _tests(folder: Path) -> dict[int, dict]:
+    file = folder / "test.json"
+    if not file.is_file():
+        return {}
+    try:
+        return {line["length"]: line for line in json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{file} is damaged ({error}): remove it, and test the run again with --resume auto") from error
+
+
+def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
+    """Groups by task, in the order in which tasks and maps are listed elsewhere."""
+    found: dict[str, dict[str, list[dict]]] = {}
+    for run in runs:
+        same = json.dumps(run["identity"], sort_keys=True)
+        found.setdefault(run["identity"]["task"], {}).setdefault(same, []).append(run)
+    by_task = {}
+    for task in sorted(found, key=list(SYNTHETIC).index):
+        identities = [own[0]["identity"] for own in found[task].values()]
+        keys = dict.fromkeys(key for identity in identities for key in identity)
+        usual = {key: _usual([identity.get(key) for identity in identities]) for key in keys}
+        groups = [_group(own, usual) for own in found[task].values()]
+        by_task[task] = sorted(groups, key=_Group.place)
+    return by_task
+
+
+def _usual(values: list):
+    """The most frequent value, of several the first."""
+    return json.loads(Counter(map(json.dumps, values)).most_common(1)[0][0])
+
+
+def _group(runs: list[dict], usual: dict) -> _Group:
+    runs = sorted(runs, key=lambda run: (run["learning_rate"], run["seed"]))
+    identity = runs[0]["identity"]
+    unusual = [f"{key} {value}" for key, value in identity.items() if key != "map" and value != usual[key]]
+    done = [run for run in runs if run["finished"]]
+    sound = [run for run in done if not run["failed"]]
+    for run in sound:
+        if run["validation_of"] != sound[0]["validation_of"]:
+            raise ValueError(
+                f"{sound[0]['folder']} and {run['folder']} were not validated on the same lengths and number of "
+                "samples: call train-task for both again with --resume auto and the same ones"
+            )
+    return _Group(", ".join([identity["map"], *unusual]), identity, runs, best_of(done) if done else None)
+
+
+def _settings(groups: list[_Group]) -> str:
+    """What is the same for all groups of a task, and how their numbers are to be read."""
+    shared = [
+        f"{key} {value}" for key, value in groups[0].identity.items()
+        if key not in ("task", "map") and value not in (None, []) and all(
+            group.identity.get(key) == value for group in groups
+        )
+    ]  # fmt: skip
+    runs = [run for group in groups for run in group.runs]
+    validated = dict.fromkeys(
+        f"{samples:,} other samples of each of the lengths {', '.join(f'{length:,}' for length in lengths)}"
+        for lengths, samples in (run["validation_of"] for run in runs if run.get("validation"))
+    )
+    counts = sorted({line["samples"] for run in runs for line in run["tests"].values() if "samples" in line})
+    tested = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
+    return (
+        f"Trained with: {', '.join(shared)}. Exact match in %"
+        + (f" of {tested} test samples a length, ± standard error unless it is 0.0" if counts else "")
+        + f"; validation, which chooses the best: its mean over {' or '.join(validated)}."
+    )
+
+
+def _longest(group: _Group) -> int:
+    """Longest training length."""
+    return TrainTaskArguments(
+        output="", **{key: group.identity[key] for key in ("task", "task_settings", "lengths")}
+    ).training_lengths()[1]
+
+
+def _length_header(groups: list[_Group], lengths: list[int]) -> list[str]:
+    longest = {_longest(group) for group in groups}
+    if len(longest) > 1:
+        return [f"{length:,}" for length in lengths]
+    return [f"{length:,} ({length / min(longest):g}x)" for length in lengths]
+
+
+def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tuple[list[str], list[list[str]]]:
+    """A row per group, its best run, and the published ones; the highest of a length in bold."""
+    lengths = sorted({*lengths, *(length for numbers in published.values() for length in numbers)})
+    rows = []
+    for group in groups:
+        if group.best is None:
+            rows.append([group.label, *[tables.MISSING] * (len(lengths) + 3)])
+            continue
+        tests = [share(group.best["tests"].get(length)) for length in lengths]
+        rows.append(
+            [group.label, f"{group.best['learning_rate']:g}", str(group.best["seed"]), _mean(group.best), *tests]
+        )
+    for column, length in enumerate(lengths, 4):
+        shares = [(group.best or {"tests": {}})["tests"].get(length, {}).get("exact_match", -1.0) for group in groups]
+        for row, value in zip(rows, shares, strict=True):
+            if value == max(shares) >= 0:
+                row[column] = f"**{row[column]}**"
+    for name, numbers in published.items():
+        found = [tables.number(numbers[length], 1) if length in numbers else tables.MISSING for length in lengths]
+        rows.append([name, *[tables.MISSING] * 3, *found])
+    return ["best run of", "rate", "seed", "validation", *_length_header(groups, lengths)], rows
+
+
+def _every_run(groups: list[_Group], lengths: list[int]) -> tuple[list[str], list[list[str]]]:
+    """A row per run, failures too; the best of each group in bold."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            remark = "" if run["finished"] else "not finished"
+            row = [group.label, f"{run['learning_rate']:g}", str(run["seed"])]
+            row += [f"{run['steps']:,}", f"{run['seconds']:.0f}"] if run["finished"] else [tables.MISSING] * 2
+            row += [_mean(run), *(share(run["tests"].get(length)) for length in lengths)]
+            if run is group.best:
+                row = [f"**{cell}**" for cell in row]
+            rows.append([*row, run.get("failed") or remark])
+    header = ["run", "rate", "seed", "steps", "seconds", "validation", *_length_header(groups, lengths), "remark"]
+    return header, rows
+
+
+def _mean(run: dict) -> str:
+    """Mean exact match over the validation lengths."""
+    shares = [line.get("exact_match") for line in run.get("validation", [])]
+    return tables.MISSING if not shares or None in shares else f"{100 * sum(shares) / len(shares):.2f}"
+
+
+def _time(groups: list[_Group]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    failed = sum(bool(run.get("failed")) for run in runs)
+    unfinished = sum(not run["finished"] for run in runs)
+    spans = [span for run in runs for span in run.get("spans", [])]
+    spans += [line["span"] for run in runs for line in run["tests"].values() if "span" in line]
+    # Runs that an earlier version recorded have no times, only how long they took.
+    alone = sum(run.get("seconds", 0.0) for run in runs if "spans" not in run)
+    devices = sorted({run["device"] for run in runs if "device" in run})
+    return (
+        f"Runs: {len(runs)}; failed: {failed}; not finished: {unfinished}. Time in which at least one was trained or "
+        f"tested: {_minutes(covered(spans) + alone)}; sum of the runs' own: "
+        f"{_minutes(sum(run.get('seconds', 0.0) for run in runs))}" + (f" ({', '.join(devices)})." if devices else ".")
+    )
+
+
+def covered(spans: list[list[float]]) -> float:
+    """Seconds that lie in at least one of the spans [begin, end]."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _cells(found: dict[str, list[dict]]) -> list[dict]:
+    """The best runs' tests as evaluate's cells, which the picture is drawn of."""
+    return [
+        {"model": run["label"], "task": task, **line}
+        for task, runs in found.items() for run in runs for line in run["tests"].values() if "exact_match" in line
+    ]  # fmt: skip
+
+
+def _published(file: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """Exact match in % by task, name and length.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it holds something else.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = {
+            task: {
+                str(name): {int(at): float(value) for at, value in numbers.items()} for name, numbers in rows.items()
+            }
+            for task, rows in content.items()
+        }
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not hold numbers by task, name and length: {error}") from error
+    if unknown := sorted(set(found) - set(SYNTHETIC)):
+        raise ValueError(f"{file} has numbers of {', '.join(unknown)}; tasks are {', '.join(SYNTHETIC)}")
+    return found

@@ -1,0 +1,246 @@
+"""Runs of train-task as a table and a picture."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hf_sparse_attention import cli
+from hf_sparse_attention.arguments import parse_arguments
+from hf_sparse_attention.tasks import pictures
+from hf_sparse_attention.tasks.synthetic import SYNTHETIC
+from hf_sparse_attention.train import TableArguments, TrainTaskArguments, table_of_runs, train_task
+from hf_sparse_attention.train.task_arguments import check_task_arguments
+from hf_sparse_attention.train.task_record import identity_of
+from hf_sparse_attention.train.task_table import covered
+
+
+def record(folder, rate, seed, validation, *, test=(), task="copy", **changes):
+    """Writes what train-task would of a run with these numbers; validation is one share, test {length: share}."""
+    fields = {key: changes.pop(key) for key in ("failed", "finished", "spans", "device", "seconds") if key in changes}
+    place = folder / f"rate-{rate!r}-seed-{seed}"
+    place.mkdir(parents=True)
+    samples = changes.pop("validation_samples", 200)
+    line = {"length": 64, "exact_match": validation, "token_accuracy": 0.5, "loss": 1.0}
+    run = {
+        "name": place.name, "learning_rate": rate, "seed": seed, "steps": 100, "seconds": 30.0, "failed": None,
+        "identity": identity_of(TrainTaskArguments(task=task, output="", **changes)),
+        "validation": [] if fields.get("failed") else [line], "validation_of": [[64], samples], "finished": True,
+    }  # fmt: skip
+    (place / "run.json").write_text(json.dumps({**run, **fields}))
+    rows = [
+        {"length": length, "wanted": 100, "samples": 100, "exact_match": value, "standard_error": 0.012}
+        for length, value in dict(test).items()
+    ]
+    if rows:
+        (place / "test.json").write_text(json.dumps(rows))
+
+
+def made(folder, **options):
+    """table.md of the runs below a folder, and its tables as lists of rows of cells."""
+    options = {"runs": [str(folder)], "output_dir": str(folder / "table"), "figure": False, **options}
+    table_of_runs(TableArguments(**options))
+    text = (folder / "table" / "table.md").read_text()
+    blocks = [block for block in text.split("\n\n") if block.startswith("|")]
+    return text, [[[cell.strip() for cell in row[1:-1].split("|")] for row in block.splitlines()] for block in blocks]
+
+
+def test_runs_become_a_table_and_a_picture(tmp_path, capsys):
+    """From runs as they are trained, by the command line, with every number of their files."""
+    summaries = {}
+    for name in ("softmax", "entmax"):
+        summaries[name] = train_task(TrainTaskArguments(
+            task="copy", task_settings=["symbols=6"], lengths=[4, 6], layers=1, hidden_size=32, heads=4, ffn_size=32,
+            batch_size=8, learning_rates=[1e-2, 1e-3], device="cpu", steps=4, map=name, output=str(tmp_path / name),
+            validation_lengths=[6], validation_samples=20, test_lengths=[6, 12], test_samples=20, tested="all",
+        ))  # fmt: skip
+    words = ["table", "--runs", str(tmp_path / "softmax"), str(tmp_path / "entmax")]
+    assert cli.main([*words, "--output", str(tmp_path / "table")]) == 0
+    text = (tmp_path / "table" / "table.md").read_text()
+    assert "best run of" in capsys.readouterr().out and "![exact match by length](table.png)" in text
+    assert (tmp_path / "table" / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert "6 (1x) | 12 (2x)" in text and "Runs: 4; failed: 0; not finished: 0" in text and "(cpu)" in text
+    assert "of 20 test samples a length" in text and "20 other samples of each of the lengths 6." in text
+    for name, summary in summaries.items():
+        assert set(summary["tests"]) == {run["name"] for run in summary["runs"]}
+        for run in summary["runs"]:
+            shares = [f"{100 * line['exact_match']:.1f}" for line in summary["tests"][run["name"]]]
+            bold = re.escape("**" if run["name"] == summary["best"] else "")
+            numbers = f"{bold} \\| ".join(bold + re.escape(share) + "[ ±.0-9]*" for share in shares)
+            assert re.search(f"^\\| {bold}{name}{bold} \\| {bold}{run['learning_rate']:g}.*{numbers}", text, re.M)
+
+
+def test_the_best_is_of_its_map_whatever_folder_it_lies_in(tmp_path):
+    record(tmp_path / "first", 1e-3, 0, 0.8, test={64: 1.0, 4096: 0.7}, map="entmax")
+    record(tmp_path / "second", 1e-3, 1, 0.9, test={64: 0.9, 4096: 0.1}, map="entmax")
+    record(tmp_path / "other", 2e-3, 0, 0.2, test={64: 0.5, 4096: 0.3}, map="softmax")
+    _, (best, every) = made(tmp_path)
+    assert best[0] == ["best run of", "rate", "seed", "validation", "64 (1x)", "4,096 (64x)"]
+    assert best[2:] == [
+        ["softmax", "0.002", "0", "20.00", "50.0 ±1.2", "**30.0 ±1.2**"],
+        ["entmax", "0.001", "1", "90.00", "**90.0 ±1.2**", "10.0 ±1.2"],
+    ]
+    assert [row[0].startswith("**") for row in every[2:]] == [True, False, True]
+
+
+def test_failures_and_unfinished_runs_are_listed(tmp_path):
+    record(tmp_path / "a", 1e-3, 0, 0.5, test={64: 0.5})
+    record(tmp_path / "a", 1e30, 0, 0.0, failed="loss nan")
+    record(tmp_path / "a", 2e-3, 0, 0.0, finished=False)
+    record(tmp_path / "b", 1e30, 0, 0.0, failed="loss inf", map="entmax")
+    record(tmp_path / "c", 1e-3, 0, 0.0, finished=False, map="ssmax")
+    text, (best, every) = made(tmp_path)
+    assert "Runs: 5; failed: 2; not finished: 2." in text
+    assert {row[0]: row[4] for row in best[2:]} == {"asentmax": "**50.0 ±1.2**", "entmax": "-", "ssmax": "-"}
+    remarks = {(row[0].strip("*"), row[1].strip("*")): row[-1] for row in every[2:]}
+    assert remarks["asentmax", "1e+30"] == "loss nan" and remarks["asentmax", "0.002"] == "not finished"
+    assert remarks["entmax", "1e+30"] == "loss inf" and remarks["asentmax", "0.001"] == ""
+
+
+def test_a_run_that_was_cut_off_and_repeated_counts_once(tmp_path):
+    for order in ("ab", "ba"):
+        record(tmp_path / order / order[0], 1e-3, 0, 0.0, finished=False)
+        record(tmp_path / order / order[1], 1e-3, 0, 0.5, test={64: 0.5})
+        text, (best, every) = made(tmp_path / order)
+        assert len(every) == 3 and best[2][-1] == "**50.0 ±1.2**" and "Runs: 1; failed: 0; not finished: 0" in text
+
+
+def test_what_differs_is_part_of_the_name(tmp_path):
+    record(tmp_path / "a", 1e-3, 0, 0.5)
+    record(tmp_path / "b", 1e-3, 0, 0.5, map="softmax")
+    record(tmp_path / "c", 1e-3, 0, 0.5, map="softmax", position="rope")
+    record(tmp_path / "d", 1e-3, 0, 0.5, scale_start="normal", warmup_steps=7)
+    text, (best, _) = made(tmp_path)
+    assert [row[0] for row in best[2:]] == [
+        "softmax", "asentmax", "softmax, position rope", "asentmax, scale_start normal, warmup_steps 7",
+    ]  # fmt: skip
+    settings = re.search("Trained with: (.*)", text)[1]
+    assert "steps 10000" in settings and "position" not in settings and "warmup_steps" not in settings
+
+
+def test_tasks_stand_apart_and_multiples_are_of_the_training_length(tmp_path):
+    record(tmp_path / "a", 1e-3, 0, 0.5, test={128: 0.5, 2048: 0.1}, task="local_count")
+    record(tmp_path / "b", 1e-3, 0, 0.5, test={64: 0.5, 96: 0.1}, task="reverse")
+    text, tables = made(tmp_path)
+    assert re.findall("^## (.*)", text, flags=re.M) == ["reverse", "local_count", "All tasks"]
+    assert tables[0][0][-2:] == ["64 (1x)", "96 (1.5x)"] and tables[2][0][-2:] == ["128 (1x)", "2,048 (16x)"]
+
+
+def test_time_that_runs_share_is_counted_once(tmp_path):
+    assert covered([]) == 0 and covered([[0, 5], [3, 4], [4, 7], [10, 11]]) == 8
+    record(tmp_path / "a", 1e-3, 0, 0.5, spans=[[0, 300], [600, 900]], seconds=600, device="NVIDIA H200")
+    record(tmp_path / "a", 2e-3, 0, 0.5, spans=[[0, 450]], seconds=450, device="NVIDIA H200")
+    assert "12.5 min; sum of the runs' own: 17.5 min (NVIDIA H200)." in made(tmp_path)[0]
+
+
+def test_published_numbers_stand_below_the_runs(tmp_path):
+    record(tmp_path / "runs", 1e-3, 0, 0.5, test={64: 0.5})
+    file = tmp_path / "published.yaml"
+    file.write_text("copy:\n  'softmax, someone': {64: 100, 4096: 85.5}\nsort:\n  theirs: {128: 1}\n")
+    _, (best, every) = made(tmp_path, published=str(file))
+    assert best[0][-2:] == ["64 (1x)", "4,096 (64x)"] and every[0][-2] == "64 (1x)"
+    assert [row[-2:] for row in best[2:]] == [["**50.0 ±1.2**", "-"], ["100.0", "85.5"]]
+    for text, message in (
+        ("copy: 5", "does not hold numbers"),
+        ("count: {a: {1: 2}}", "numbers of count"),
+        ("- [", "does not hold numbers"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            made(tmp_path, published=str(file))
+
+
+def test_the_picture_has_a_panel_a_task_and_a_line_a_map(tmp_path, monkeypatch):
+    for number, name in enumerate(("softmax", "asentmax")):
+        for task in ("copy", "sort", "reverse", "2back"):
+            lines = {64: 1.0, 128: 0.5 - 0.1 * number, 256: 0.2}
+            record(tmp_path / f"{task}-{name}", 1e-3, 0, 0.5, test=lines, task=task, map=name)
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    table_of_runs(TableArguments(runs=[str(tmp_path)], output_dir=str(tmp_path / "out")))
+    shown = [axes for axes in drawn[0].axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == ["reverse", "copy", "sort", "2back"]
+    for axes in shown:
+        assert axes.get_xscale() == "log"
+        assert [container.lines[0].get_ydata().tolist() for container in axes.containers] == [
+            pytest.approx([100, 50, 20]), pytest.approx([100, 40, 20])
+        ]  # fmt: skip
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["softmax", "asentmax"]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no run of train-task"):
+        made(tmp_path)
+    record(tmp_path / "a", 1e-3, 0, 0.5)
+    made(tmp_path, runs=[str(tmp_path), str(tmp_path / "a")])
+    record(tmp_path / "b", 2e-3, 0, 0.5, validation_samples=50)
+    with pytest.raises(ValueError, match="not validated on the same lengths"):
+        made(tmp_path)
+    record(tmp_path / "c", 1e-3, 0, 0.6)
+    with pytest.raises(ValueError, match="are the same run, trained twice"):
+        made(tmp_path)
+    (tmp_path / "a" / "rate-0.001-seed-0" / "test.json").write_text("[1]")
+    with pytest.raises(OSError, match="test.json is damaged"):
+        made(tmp_path, runs=[str(tmp_path / "a")])
+    (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text("{}")
+    with pytest.raises(OSError, match="run.json is damaged"):
+        made(tmp_path, runs=[str(tmp_path / "a")])
+
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "reproduction" / "run.sh"
+
+
+def commands(tmp_path, *words, **environment):
+    """The commands that run.sh calls, in which `ssmax` cannot be trained, and its exit code."""
+    fake = tmp_path / "hf-sparse-attention"
+    fake.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*"\ncase "$*" in *ssmax*) exit 3 ;; esac\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+    ended = subprocess.run(["sh", str(SCRIPT), *words], capture_output=True, text=True, env=environment)
+    return [line.split() for line in ended.stdout.splitlines()], ended.returncode
+
+
+@pytest.mark.parametrize("task", SYNTHETIC)
+def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
+    found, code = commands(tmp_path, task, "maps", "rope", "ablations")
+    assert code == 1 and {words[0] for words in found[:-1]} == {"0"} and len(found) == 11
+    outputs = []
+    for words in found[:-1]:
+        assert words[1] == "train-task"
+        arguments = parse_arguments(TrainTaskArguments, words[2:], program="")
+        check_task_arguments(arguments)
+        assert arguments.task == task and len(arguments.learning_rates) == 4 and arguments.resume == "auto"
+        # The paper's own rate is among them.
+        plain = parse_arguments(TrainTaskArguments, [*words[2:4], "--output", ""], program="")
+        assert plain.learning_rates[0] == pytest.approx(arguments.learning_rates[1])
+        assert arguments.warmup_steps == (0 if "no-warmup" in arguments.output else arguments.steps // 20)
+        outputs.append((arguments.output, arguments.map, arguments.position, arguments.scale_start))
+    assert outputs[1:3] + outputs[5:8] == [
+        (f"runs/{task}/ssmax", "ssmax", "nape", "neutral"),
+        (f"runs/{task}/entmax", "entmax", "nape", "neutral"),
+        (f"runs/{task}/softmax-rope", "softmax", "rope", "neutral"),
+        (f"runs/{task}/asentmax-rope", "asentmax", "rope", "neutral"),
+        (f"runs/{task}/asentmax-normal", "asentmax", "nape", "normal"),
+    ]
+    assert found[-1][:3] == ["table", "--runs", f"runs/{task}"]
+
+
+def test_rows_go_on_several_cards_and_one_that_fails_stops_no_other(tmp_path):
+    found, code = commands(
+        tmp_path, "sort", "softmax", "ssmax", "entmax", "asentmax", CARDS="1 3", STEPS="400", SEEDS="0 1",
+        OPTIONS="--checkpoint_every 0", OUT="elsewhere",
+    )  # fmt: skip
+    maps = {words[words.index("--map") + 1]: words[0] for words in found[:-1]}
+    assert code == 1 and maps == {"softmax": "1", "entmax": "1", "ssmax": "3", "asentmax": "3"}
+    assert "--steps 400 --warmup_steps 20" in " ".join(found[0]) and "--seeds 0 1 --tested" in " ".join(found[0])
+    assert found[-1][:3] == ["table", "--runs", "elsewhere/sort"]
+    assert commands(tmp_path, "sort", "softmax")[1] == 0 and commands(tmp_path, "nothing") == ([], 2)
+
+
+def test_the_published_numbers_are_read(tmp_path):
+    record(tmp_path / "runs", 1e-3, 0, 0.5, test={4096: 0.5})
+    _, (best, _) = made(tmp_path, published=str(SCRIPT.parent / "published.yaml"))
+    assert {row[0]: row[-1] for row in best}["asentmax, paper"] == "86.6"
