@@ -339,6 +339,10 @@ def test_the_best_is_chosen_by_validation():
     assert task_record.best_of(runs)["name"] == "b"
     assert task_record.best_of([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))])["name"] == "b"
     assert task_record.best_of([run("d", failed="nan")]) is None
+    # A run without a number is no best one, also where no other is sound.
+    silent = {**run("e"), "validation": [{"length": 8, "missing": "the loss is not finite"}]}
+    assert task_record.best_of([silent, run("d", failed="nan")]) is None
+    assert task_record.best_of([silent, run("a", (0.0, 0.0, 9.0))])["name"] == "a"
 
 
 def test_low_precision_and_the_command_line(tmp_path, capsys):
@@ -412,6 +416,17 @@ def test_what_else_is_in_output_is_respected(tmp_path):
     assert (tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt").read_text() == "mine"
     with pytest.raises(FileExistsError, match="is a file"):
         train_task(options(tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt"))
+
+
+@pytest.mark.parametrize("other", [{"learning_rates": [0.5]}, {"seeds": [1]}])
+def test_the_folder_of_another_run_is_not_taken_for_this_one(tmp_path, other):
+    """Copied or renamed, it would stand in the table with a rate and a seed it never had."""
+    train_task(options(tmp_path / "out", steps=2))
+    arguments = options(tmp_path / "out", steps=2, resume="auto", **other)
+    name = f"rate-{arguments.learning_rates[0]!r}-seed-{arguments.seeds[0]}"
+    (tmp_path / "out" / "rate-0.01-seed-0").rename(tmp_path / "out" / name)
+    with pytest.raises(ValueError, match="was trained otherwise \\((learning_rate 0.01 then, 0.5|seed 0 then, 1) now"):
+        train_task(arguments)
 
 
 def test_every_option_is_an_option_of_the_run():
