@@ -182,6 +182,7 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
         "data": data,
         "models": [_describe(label, checkpoint) for label, checkpoint in checkpoints.items()],
         "lengths": arguments.lengths,
+        "depths": arguments.depths or list(DEPTHS),
         "tasks": list(dict.fromkeys(cell.task.name for cell in cells)),
         "cells": [],
         "other_cells": [],

@@ -38,14 +38,21 @@ def tasks_of(results: dict) -> list[str]:
 
 def lacking(results: dict) -> list[str]:
     """Cells that were asked for and are not computed, in words: none in a run that came to its end."""
-    found = {(cell["model"], cell["task"], cell["length"]) for cell in results["cells"]}
+    found = {(cell["model"], cell["task"], cell["length"], cell.get("depth")) for cell in results["cells"]}
     return [
         f"{task} of {model['label']}" + (f" at {length}" if length is not None else "")
         for model in results["models"]
         for task in tasks_of(results)
         for length in _lengths(results, task)
-        if (model["label"], task, length) not in found
+        if any((model["label"], task, length, depth) not in found for depth in _depths(results, task))
     ]
+
+
+def _depths(results: dict, task: str) -> list[float | None]:
+    """Depths of a task; None alone for one that has none."""
+    found = {cell["depth"] for cell in results["cells"] if cell["task"] == task and cell.get("depth") is not None}
+    # Older files do not say which were asked for.
+    return results.get("depths", sorted(found)) if found else [None]
 
 
 def _lengths(results: dict, task: str) -> list[int | None]:
