@@ -293,7 +293,7 @@ def _cell(
     arguments, label: str, checkpoint: Checkpoint, task: Task | HarnessTask, length: int | None, inputs: Inputs
 ) -> Cell:
     dtype = arguments.dtype if arguments.dtype != "auto" else str(checkpoint.config.dtype)
-    parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, inputs.sha256]
+    parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, inputs.sha256, inputs.measure]
     return Cell(label, task, length, inputs, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 

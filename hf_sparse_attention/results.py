@@ -176,12 +176,15 @@ def markdown(results: dict) -> str:
         cells = [cell for cell in results["cells"] if cell["length"] == length and cell.get("positions")]
         if cells:
             header = ["tokens before"] + [cell["model"] for cell in cells]
+            # Where a tokenizer puts several tokens before a text, the first ranges are others.
+            buckets = [{(bucket["start"], bucket["end"]): bucket for bucket in cell["positions"]} for cell in cells]
             rows = [
-                [_range(bucket)] + [
-                    tables.with_error(cell["positions"][index]["loss"], cell["positions"][index]["standard_error"], 3)
-                    for cell in cells
+                [_range(start, end)] + [
+                    tables.with_error(own[start, end]["loss"], own[start, end]["standard_error"], 3)
+                    if (start, end) in own else tables.MISSING
+                    for own in buckets
                 ]
-                for index, bucket in enumerate(cells[0]["positions"])
+                for start, end in sorted({place for own in buckets for place in own})
             ]  # fmt: skip
             blocks.append(f"## Loss by position, windows of {length:,} tokens\n\n{tables.markdown(header, rows)}")
     blocks += [f"## {title}\n\n{tables.markdown(header, rows)}" for title, header, rows in _by_depth(results)]
@@ -211,6 +214,6 @@ def _by_depth(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
-def _range(bucket: dict) -> str:
-    first, last = bucket["start"], bucket["end"] - 1
+def _range(start: int, end: int) -> str:
+    first, last = start, end - 1
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"

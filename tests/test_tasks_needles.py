@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse_attention import cli, evaluate
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
+from hf_sparse_attention.figures import Figure
 from hf_sparse_attention.results import lacking, markdown, sections, tasks_of, terminal
-from hf_sparse_attention.tasks import TASKS, TokenizedText, harness, perplexity
+from hf_sparse_attention.tasks import TASKS, TokenizedText, harness, perplexity, pictures
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.harness import HarnessTask, harness_inputs, harness_tasks, needle_documents
 from hf_sparse_attention.tasks.haystack import SENTENCES, Haystack, sentences_of
@@ -269,6 +270,16 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
                                                                     "data": [], "concatenate": False}))  # fmt: skip
     assert {cell["fingerprint"] for cell in other["cells"]}.isdisjoint(cell["fingerprint"] for cell in needle)
     assert len(other["other_cells"]) == len(first["cells"])
+
+
+def test_a_length_without_all_of_its_depths_is_no_point_of_the_picture(monkeypatch):
+    cell = {"model": "m", "task": "needle", "exact_match": 1.0, "standard_error": 0.0}
+    cells = [{**cell, "length": length, "depth": depth} for length in (100, 200) for depth in (0.0, 1.0)]
+    cells[3] = {"model": "m", "task": "needle", "length": 200, "depth": 1.0, "missing": "no memory"}
+    drawn = {}
+    monkeypatch.setattr(pictures, "by_length", lambda results, cells: drawn.setdefault("cells", cells) and Figure())
+    assert set(pictures.draw({"models": [{"label": "m"}], "cells": cells})) == {"depth.png", "exact_match.png"}
+    assert drawn["cells"] == cells[:2]
 
 
 def test_needles_in_the_users_own_text(home, tmp_path):  # noqa: F811

@@ -40,6 +40,7 @@ class Inputs:
         score: (model, *, batch_tokens, progress) -> a dict of numbers, or {"missing": reason}.
         depth: share of the context before what is asked, or None.
         missing: why there are none.
+        measure: what else the numbers follow from: models that differ in it alone saw the same tokens.
     """
 
     count: int
@@ -49,6 +50,7 @@ class Inputs:
     score: Callable[..., dict]
     depth: float | None = None
     missing: str | None = None
+    measure: str = ""
 
 
 @dataclass
@@ -120,6 +122,8 @@ class Sources:
             place={"windows": len(windows), "tokens": windows.scored, "documents": windows.documents},
             score=partial(_score_windows, windows),
             missing=None if len(windows) else f"{reason} {length:,} tokens",
+            # Tokenizers that drop accents or know few words give different texts the same tokens.
+            measure="" if windows.bytes is None else _sha256(windows.bytes.tolist()),
         )
 
     def _needle_inputs(
