@@ -171,7 +171,7 @@ def test_decoding_and_one_pass_agree_on_needles(stories_tokenizer):  # noqa: F81
         for _ in range(new_tokens):
             following = model(tokens).logits[:, tokens.shape[1] - 1].argmax(-1)
             tokens = torch.cat([tokens, following[:, None]], dim=1)
-        return tokens.numpy()
+        return tokens.numpy(), np.ones(len(tokens), dtype=bool)
 
     forced_model = Knows()
     plain_forward = forced_model.forward

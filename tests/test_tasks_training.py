@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,19 @@ def test_score_counts_samples_and_halves_batches():
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     assert "not finite" in score(model, task.fixed_blocks(6, 5), batch_tokens=100)["missing"]
+
+
+@pytest.mark.parametrize("name", ["copy", "2back"])
+def test_a_model_without_numbers_answers_nothing_wrong(name):
+    """The largest of logits with a NaN among them is a token too: decoding would go on, and count as a mistake."""
+    task = make_task(name, {"symbols": 6})
+    model = new_model(options("unused", task=name), task, 0).eval()
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    blocks = list(task.fixed_blocks(6, 60))
+    for answer, what in ((teacher_forced, "loss"), (partial(generated, tags=task.tags), "logits")):
+        found = score(model, blocks, batch_tokens=200, answer=answer)
+        assert list(found) == ["missing"] and f"the {what}" in found["missing"] and "60 of 60" in found["missing"]
 
 
 @pytest.mark.parametrize("name", MAPS)
