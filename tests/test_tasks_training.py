@@ -20,7 +20,7 @@ from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
-from hf_sparse_attention.train import TrainTaskArguments, task_record, train_task
+from hf_sparse_attention.train import TrainTaskArguments, task_record, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_model import answer_loss, new_model
@@ -271,6 +271,25 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="was trained otherwise \\(hidden_size 32 then, 64 now"):
         train_task(options(tmp_path / "cut", **changes, resume="auto", hidden_size=64))
     assert "validation 6" in capsys.readouterr().out
+
+
+def test_a_run_interrupted_in_its_last_validation_has_each_line_once(tmp_path, monkeypatch):
+    changes = {"steps": 6, "checkpoint_every": 3, "validate_every": 3, "validation_lengths": [5, 6]}
+    train_task(options(tmp_path / "whole", **changes))
+    write = task_run.write_json
+
+    def interrupted(path, content):
+        if content.get("finished"):
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(task_run, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(options(tmp_path / "cut", **changes))
+    monkeypatch.undo()
+    train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    name = "rate-0.01-seed-0"
+    assert lines(tmp_path / "whole" / name) == lines(tmp_path / "cut" / name)
 
 
 def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
