@@ -435,6 +435,33 @@ def test_lm_eval_runs_our_files_and_a_users_on_a_model_object(home, tmp_path):  
         harness_tasks(["mine"], str(tmp_path / "nowhere"))
 
 
+def test_a_users_task_of_lm_eval_is_what_all_of_its_files_say(tmp_path):
+    pytest.importorskip("lm_eval")
+    files = {
+        "mine.yaml": "include: base.yaml\ntask: mine\n",
+        "base.yaml": "dataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path / 'far' / 'rows.json'}\n"
+        "output_type: loglikelihood\ntest_split: test\ndoc_to_text: !function words.text\n",
+        "words.py": "def text(row):\n    return row['question']\n",
+        "../far/rows.json": '{"question": "a", "answer": "b"}\n',
+    }
+    for folder in ("own", "far"):
+        (tmp_path / folder).mkdir()
+    for name, text in files.items():
+        (tmp_path / "own" / name).write_text(text)
+    seen = []
+    for name in (None, None, *files):
+        if name is not None:
+            with open(tmp_path / "own" / name, "a") as file:
+                file.write("\n")
+        (task,) = harness_tasks(["mine"], str(tmp_path / "own"))
+        seen.append(task.version)
+    assert seen[0] == seen[1] and len(set(seen)) == 1 + len(files)
+    # lm-eval's own are not read anew: they are those of its version.
+    ours, theirs = harness_tasks(["hsa_passkey", "niah_single_1"])
+    assert ours.version != theirs.version
+
+
 def test_a_length_that_lm_eval_does_not_report(tmp_path):
     task = HarnessTask("lm_eval:niah", tmp_path, True, [4096], "1")
     assert (
