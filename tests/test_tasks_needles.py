@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from test_evaluate import TEXTS, byte_tokenizer, home, stories_tokenizer  # noqa: F401
+from tokenizers import Tokenizer, models, pre_tokenizers
 from training_cases import dense_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_sparse_attention import cli, evaluate
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
@@ -20,7 +21,7 @@ from hf_sparse_attention.tasks import TASKS, TokenizedText, harness, perplexity,
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.harness import HarnessTask, harness_inputs, harness_tasks, needle_documents
 from hf_sparse_attention.tasks.haystack import SENTENCES, Haystack, sentences_of
-from hf_sparse_attention.tasks.needles import NEEDLES, TooShort, make_prompt, needle_samples
+from hf_sparse_attention.tasks.needles import NAMES, NEEDLES, TooShort, make_prompt, needle_samples
 from hf_sparse_attention.tasks.random_bits import RandomBits
 from hf_sparse_attention.tasks.samples import NO_TARGET
 from hf_sparse_attention.tasks.windows import Windows
@@ -470,6 +471,18 @@ def test_a_length_that_lm_eval_does_not_report(tmp_path):
     )
     with pytest.raises(ValueError, match="reports lengths 4096 alone, not 100"):
         harness_inputs(task, 100, None, 0, tmp_path, None)
+
+
+@pytest.mark.parametrize("known", [(), ("00000", "11111")])
+def test_needles_that_a_tokenizer_cannot_tell_apart_are_refused(home, tmp_path, known):  # noqa: F811
+    """All numbers would be one unknown token, and every answer right that is it."""
+    words = ["<unk>", *" ".join(SENTENCES).split(), *NAMES, *known]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(dict.fromkeys(words))}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = dense_folder(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    with pytest.raises(ValueError, match="no tokens of their own for the numbers"):
+        evaluate_models(arguments(tmp_path / "out", folder, tasks=["passkey"], lengths=[100], limit=1))
 
 
 def test_needles_of_a_models_without_its_own_tokenizer_are_refused(home, tmp_path):  # noqa: F811

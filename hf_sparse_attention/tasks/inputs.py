@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import NEEDLE, TEXT, Task, perplexity
 from .exact_match import generated, score, teacher_forced
 from .haystack import Haystack
-from .needles import NEEDLES, TooShort, needle_samples
+from .needles import NEEDLES, TooShort, check_tokenizer, needle_samples
 from .samples import SyntheticTask
 from .synthetic import make_task
 from .windows import TokenizedText, Windows
@@ -131,6 +131,7 @@ class Sources:
     ) -> Inputs:
         same = tokenizer_identity(tokenizer)
         if same not in self._haystacks:
+            check_tokenizer(name, tokenizer)
             documents = self.documents if self.haystack == "data" else None
             self._haystacks[same] = Haystack.of(documents, tokenizer)
         haystack = self._haystacks[same]
