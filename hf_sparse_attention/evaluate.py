@@ -182,6 +182,7 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
         "data": data,
         "models": [_describe(label, checkpoint) for label, checkpoint in checkpoints.items()],
         "lengths": arguments.lengths,
+        "depths": arguments.depths or list(DEPTHS),
         "tasks": list(dict.fromkeys(cell.task.name for cell in cells)),
         "cells": [],
         "other_cells": [],
@@ -292,7 +293,7 @@ def _cell(
     arguments, label: str, checkpoint: Checkpoint, task: Task | HarnessTask, length: int | None, inputs: Inputs
 ) -> Cell:
     dtype = arguments.dtype if arguments.dtype != "auto" else str(checkpoint.config.dtype)
-    parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, inputs.sha256]
+    parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, inputs.sha256, inputs.measure]
     return Cell(label, task, length, inputs, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 

@@ -38,14 +38,21 @@ def tasks_of(results: dict) -> list[str]:
 
 def lacking(results: dict) -> list[str]:
     """Cells that were asked for and are not computed, in words: none in a run that came to its end."""
-    found = {(cell["model"], cell["task"], cell["length"]) for cell in results["cells"]}
+    found = {(cell["model"], cell["task"], cell["length"], cell.get("depth")) for cell in results["cells"]}
     return [
         f"{task} of {model['label']}" + (f" at {length}" if length is not None else "")
         for model in results["models"]
         for task in tasks_of(results)
         for length in _lengths(results, task)
-        if (model["label"], task, length) not in found
+        if any((model["label"], task, length, depth) not in found for depth in _depths(results, task))
     ]
+
+
+def _depths(results: dict, task: str) -> list[float | None]:
+    """Depths of a task; None alone for one that has none."""
+    found = {cell["depth"] for cell in results["cells"] if cell["task"] == task and cell.get("depth") is not None}
+    # Older files do not say which were asked for.
+    return results.get("depths", sorted(found)) if found else [None]
 
 
 def _lengths(results: dict, task: str) -> list[int | None]:
@@ -169,12 +176,15 @@ def markdown(results: dict) -> str:
         cells = [cell for cell in results["cells"] if cell["length"] == length and cell.get("positions")]
         if cells:
             header = ["tokens before"] + [cell["model"] for cell in cells]
+            # Where a tokenizer puts several tokens before a text, the first ranges are others.
+            buckets = [{(bucket["start"], bucket["end"]): bucket for bucket in cell["positions"]} for cell in cells]
             rows = [
-                [_range(bucket)] + [
-                    tables.with_error(cell["positions"][index]["loss"], cell["positions"][index]["standard_error"], 3)
-                    for cell in cells
+                [_range(start, end)] + [
+                    tables.with_error(own[start, end]["loss"], own[start, end]["standard_error"], 3)
+                    if (start, end) in own else tables.MISSING
+                    for own in buckets
                 ]
-                for index, bucket in enumerate(cells[0]["positions"])
+                for start, end in sorted({place for own in buckets for place in own})
             ]  # fmt: skip
             blocks.append(f"## Loss by position, windows of {length:,} tokens\n\n{tables.markdown(header, rows)}")
     blocks += [f"## {title}\n\n{tables.markdown(header, rows)}" for title, header, rows in _by_depth(results)]
@@ -204,6 +214,6 @@ def _by_depth(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
-def _range(bucket: dict) -> str:
-    first, last = bucket["start"], bucket["end"] - 1
+def _range(start: int, end: int) -> str:
+    first, last = start, end - 1
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"

@@ -48,10 +48,9 @@ def candidates(wide: bool) -> dict[str, list[dict]]:
         "forward": [{"forward": launch} for launch in one] + [{"forward_pairs": launch} for launch in two],
         "query gradient": [{"query_gradient": launch} for launch in one]
         + [{"query_gradient_pairs": launch} for launch in two],
+        "pairs": [{"pair_tenths": tenths} for tenths in (0, 7)],
         "key gradient": [
-            {"key_gradient": launch, "split": split}
-            for launch in (Launch(4, 1), Launch(4, 2), Launch(8, 2))
-            for split in (False, True)
+            {"key_gradient": launch} for launch in (Launch(4, 1), Launch(4, 2), Launch(4, 3), Launch(8, 2))
         ],
         "inner": [{"inner": columns} for columns in (TILE, TILE // 2)],
     }

@@ -24,11 +24,12 @@ TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
 
 def _compile(function, arguments, keywords):
     bound = inspect.signature(function.fn).bind(*arguments, **{k: v for k, v in keywords.items() if k not in OPTIONS})
+    bound.apply_defaults()
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, (name, value)) in enumerate(zip(function.params, bound.arguments.items(), strict=True)):
         wide = [["tt.divisibility", 16]]
@@ -98,6 +99,7 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
     from hf_sparse_attention.kernels import decode
 
     decode.run_passes.__globals__["processors"] = lambda index: 132
+    decode.run_passes.__globals__["overlapping"] = lambda index: {"launch_pdl": True}
     dtype = getattr(torch, name)
     query = torch.empty(1, heads, queries, dim, dtype=dtype)
     key = torch.empty(1, key_heads, keys, dim, dtype=dtype)
@@ -113,17 +115,17 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
     return launches(call)
 
 
-def training(limit=0, length=1024):
-    """The launches of a causal training call in bfloat16 with the configuration of an H200."""
+def training(limit=0, length=1024, save=True, **changes):
+    """The launches of a causal training call in bfloat16 for an H200, or of its forward alone."""
     from hf_sparse_attention.kernels import configurations, gather, operators, threshold
 
     gather.processors = threshold.processors = lambda index: 132
     row = configurations.MEASURED[(9, 2, 128)]
-    operators.configuration = lambda *arguments: dataclasses.replace(row, stray_limit=limit)
+    operators.configuration = lambda *arguments: dataclasses.replace(row, stray_limit=limit, **changes)
     query, key = (torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
     call = operators.describe(query, key, key, 1.5, None, 128**-0.5, True, None, None, None)
     look = lambda compiled: _resources(compiled) | {"serialized": int(serialized(compiled))}  # noqa: E731
-    return launches(lambda: operators._launch_all(call, True), look)
+    return launches(lambda: operators._launch_all(call, save), look)
 
 
 def main(words):

@@ -95,9 +95,9 @@ def test_nothing_is_timed_without_a_gpu(what, capsys):
 
 
 def test_changes_name_numbers_switches_and_launches():
-    found = fields_of("stray_limit=64,split=true,forward=4:3,refine=8:2:128")
-    assert found == {"stray_limit": 64, "split": True, "forward": Launch(4, 3), "refine": Launch(8, 2, 128)}
-    for text in ("stray_limit", "forward=4:x", "split=yes", "forward=1:2:3:4"):
+    found = fields_of("stray_limit=64,stray_forward=true,forward=4:3,refine=8:2:128")
+    assert found == {"stray_limit": 64, "stray_forward": True, "forward": Launch(4, 3), "refine": Launch(8, 2, 128)}
+    for text in ("stray_limit", "forward=4:x", "stray_forward=yes", "forward=1:2:3:4:5"):
         with pytest.raises(ValueError, match="changes has|Launch"):
             check_arguments(parsed("--changes", text))
 

@@ -38,7 +38,7 @@ def test_rows_tables_and_files(tmp_path, capsys):
 
     rows = decode.benchmark_decoding(arguments, device="cpu", timer=timer, shape=families.COMMON)
     saved = json.loads((tmp_path / "out" / "decode.json").read_text())
-    assert saved["rows"] + saved["generation"] == rows and saved["device"] == "cpu"
+    assert saved["rows"] + saved["generation"] + saved["memory"] == rows and saved["device"] == "cpu"
     steps = saved["rows"]
     names = [decode.OURS, decode.BOUNDED, "eager"]
     assert [row["implementation"] for row in steps] == names * 4
@@ -52,8 +52,56 @@ def test_rows_tables_and_files(tmp_path, capsys):
     assert [row["length"] for row in generated] == [128] * 3 + [256] * 3
     assert all(row["tokens_per_second"] > 0 for row in generated) and generated[0]["ratio"] == 1
     text = capsys.readouterr().out
-    assert "pages read" in text and "tokens/s" in text
+    assert "pages read" in text and "tokens/s" in text and "ms at 128" in text and "MiB" in text
     assert (tmp_path / "out" / "decode.png").stat().st_size > 1000
+
+
+def test_memory_is_that_of_what_the_caches_hold(tmp_path):
+    """Keys and values take 8 bytes an entry; bounds add two rows and a number per page, a growing cache room."""
+    rows = decode.memory_rows(small(tmp_path), 16384, "cpu")
+    assert [row["cache"] for row in rows] == [
+        "DynamicCache", "BoundedDynamicCache", "StaticCache", "BoundedStaticCache",
+    ]  # fmt: skip
+    plain, growing, static, bounded = (row["bytes"] for row in rows)
+    assert plain == 2 * 16384 * 16 * 8 and static - plain < 64
+    assert bounded - static == 2 * 256 * (2 * 16 * 4 + 4) + 4
+    assert rows[1]["ratio"] == growing / plain < 1.07 and rows[3]["ratio"] == bounded / static < 1.02
+
+
+def test_growth_is_between_the_shortest_and_the_longest_cache():
+    rows = [
+        {"implementation": "ours", "batch": 1, "noise": 0.1, "length": length, "ms": ms, "support": 70.0}
+        for length, ms in ((1024, 0.25), (64, 0.1), (256, 0.2))
+    ]
+    lines = decode.growth_table(rows).splitlines()
+    assert lines[0].split("  ")[-1].strip() == "support" and "ms at 64" in lines[0] and "ms at 1024" in lines[0]
+    assert lines[2].split() == ["ours", "1", "0.10", "0.100", "0.250", "2.50", "70", "->", "70"]
+
+
+@pytest.mark.parametrize("fault", ["refusal", "wrong"])
+def test_what_our_kernels_do_not_compute_raises(tmp_path, monkeypatch, fault):
+    """Of the others it is told in the table."""
+
+    def attend(query, key, value, **arguments):
+        if fault == "refusal":
+            raise RuntimeError("out of resource: shared memory")
+        return torch.zeros_like(query), None
+
+    monkeypatch.setattr("hf_sparse_attention.kernels.entmax_attention", attend)
+    with pytest.raises(RuntimeError, match="out of resource" if fault == "refusal" else "away from float64"):
+        decode.benchmark_decoding(small(tmp_path, new_tokens=0), device="cpu", timer=lambda call: float(len(call())))
+
+
+def test_what_others_do_not_compute_stands_in_the_table(tmp_path, monkeypatch, capsys):
+    def refuse(*arguments):
+        raise RuntimeError("No available kernel")
+
+    monkeypatch.setattr(decode, "_eager", refuse)
+    rows = decode.benchmark_decoding(
+        small(tmp_path, new_tokens=0), device="cpu", timer=lambda call: float(len(call()))
+    )
+    assert [row.get("refused") for row in rows if row.get("implementation") == "eager"] == ["No available kernel"] * 4
+    assert "No available kernel" in capsys.readouterr().out
 
 
 def test_inputs_are_those_of_the_training_benchmark(tmp_path):

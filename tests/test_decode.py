@@ -20,8 +20,9 @@ from hf_sparse_attention import attention, reference  # noqa: E402
 from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
+from hf_sparse_attention.kernels.decode import launch, output, scores, threshold  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
-from hf_sparse_attention.kernels.decode.launch import listed_pages, run_passes  # noqa: E402
+from hf_sparse_attention.kernels.decode.launch import bounds_of_pages, run_passes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -63,6 +64,18 @@ def bounds_of(key, length=None):
     return lower, upper, radius
 
 
+def spied_pages(monkeypatch):
+    """A list that comes to hold the pages each call reads for its first row tile: those above its bound of tau."""
+    read = []
+
+    def spy(call, pages, maxima, bound, *arguments):
+        bounds_of_pages(call, pages, maxima, bound, *arguments)
+        read.append((maxima[0] > bound[0][:, None]).any(0).nonzero().flatten().tolist())
+
+    monkeypatch.setitem(run_passes.__globals__, "bounds_of_pages", spy)
+    return read
+
+
 @torch.no_grad()
 def check(case, pages):
     def attend(query, key, value, **arguments):
@@ -73,13 +86,21 @@ def check(case, pages):
 
 # Seed 0 has alpha 4 and a key whose score is 4e-7 above tau: float32's rounding decides its weight, for both.
 @pytest.mark.parametrize("seed", range(1, 60) if CUDA else (1, 2, 3, 4, 6))
-@pytest.mark.parametrize("pages", [False, True], ids=["plain", "pages"])
-def test_random_calls(seed, pages, poisoned):  # noqa: F811
+@pytest.mark.parametrize("how", ["plain", "in small pieces", "pages"])
+def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
+    if how == "in small pieces":
+        # As with many tiles: the newest and the oldest keys come first, whatever is taken at once is not all, and some
+        # rows of a program have few keys, others many.
+        monkeypatch.setattr(scores, "LEAST_TILES", 1)
+        monkeypatch.setattr(output, "AT_ONCE", 256)
+        monkeypatch.setattr(threshold, "HELD", 2)
+        monkeypatch.setattr(threshold, "SEARCHED", 4)
+        monkeypatch.setattr(threshold, "AT_ONCE", 128)
     check(
         random_case(
             seed + 1000, device=DEVICE, lengths=LENGTHS, few=FEW, dtypes=DTYPES, budget=1 << (20 if CUDA else 14)
         ),
-        pages,
+        how == "pages",
     )
 
 
@@ -118,18 +139,36 @@ def test_values_without_weight_are_not_read(alpha, poisoned):  # noqa: F811
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0, 3.0])
+def test_scores_below_a_bound_from_the_newest_keys_are_not_written(alpha, monkeypatch):
+    """Nor read: what is there before would be the largest score of all."""
+    kernel, written = scores.scores_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            def run(*arguments, **keywords):
+                stored = arguments[list(kernel.arg_names).index("scores_ptr")].fill_(1e4)
+                kernel[grid](*arguments, **keywords)
+                written.append((stored != 1e4).any(-1).float().mean().item())
+
+            return run
+
+    monkeypatch.setattr(scores, "scores_kernel", Spy())
+    query, key, value = randn(1, 1, 1, 16, seed=1), randn(1, 1, 1000, 16, seed=2), randn(1, 1, 1000, 16, seed=3)
+    key[:, :, -20:] += query * 3
+    expected = entmax_attention(query, key, value, alpha=alpha)
+    monkeypatch.setattr(scores, "LEAST_TILES", 1)
+    found = entmax_attention(query, key, value, alpha=alpha)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert written[0] > written[1] > 0
+
+
 def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # noqa: F811
     codes = randn(1, 1, 12, 16, seed=4) * 3
     key = (codes.repeat_interleave(TILE, 2) + randn(1, 1, 12 * TILE, 16, seed=5) * 0.1)[:, :, :-10]
     query, value = (codes[:, :, 3:4] / 2).repeat(1, 2, 1, 1), randn(*key.shape, seed=6)
     expected, expected_tau = entmax_attention(query, key, value)
-    pages, counts = bounds_of(key), []
-
-    def spy(*arguments):
-        counts.append(listed_pages(*arguments))
-        return counts[-1]
-
-    monkeypatch.setitem(run_passes.__globals__, "listed_pages", spy)
+    pages, read = bounds_of(key), spied_pages(monkeypatch)
     broken_key, broken_value = key.clone(), value.clone()
     for page in range(11):
         if page != 3:
@@ -137,7 +176,7 @@ def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # n
             broken_value[:, :, page * TILE : (page + 1) * TILE] = torch.nan
     found, tau = entmax_attention(query, broken_key, broken_value, pages=pages)
     # The page aimed at, and the last one, which is not whole; seeds may be read elsewhere, but weigh nothing.
-    assert counts[0][0][0, : counts[0][1][0]].tolist() == [3, 11]
+    assert read == [[3, 11]]
     assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
 
 
@@ -148,6 +187,9 @@ def test_bounds_that_do_not_help_rest_and_are_tried_again():
     expected = entmax_attention(query, key, value)[0]
     for left in (page_kernels.REST, page_kernels.REST - 1):
         found = entmax_attention(query, key, value, pages=(lower, upper, radius, idle))[0]
+        if left < page_kernels.REST:
+            # While they rest nothing is different.
+            assert torch.equal(found, expected)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
         assert idle.item() == left
         # While they rest they are not read: wrong ones change nothing.
@@ -222,17 +264,10 @@ def test_keys_that_are_no_numbers_are_not_hidden():
     lower, upper, radius = bounds_of(key)
     assert radius[0, 0, 1].isnan() and not radius[0, 0, 0].isnan()
     assert lower[0, 0, 1, 3].isnan() and upper[0, 0, 1, 3].isnan() and not lower[0, 0, 0].isnan().any()
-    call_maxima = {}
-
-    def spy(call, pages, maxima, *arguments):
-        result = listed_pages(call, pages, maxima, *arguments)
-        call_maxima["listed"] = result[0][0, : result[1][0]].tolist()
-        return result
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run_passes.__globals__, "listed_pages", spy)
+        read = spied_pages(patch)
         entmax_attention(query, key, value, pages=(lower, upper, radius))
-    assert 1 in call_maxima["listed"]
+    assert 1 in read[0]
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -340,6 +375,24 @@ def test_a_cuda_graph_replays_as_the_cache_fills(pages):
         query.copy_(randn(2, 8, 1, 64, seed=length))
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_launches_that_overlap_see_what_was_written_before_them(monkeypatch):
+    """Calls of many shapes one after the other, none waited for, beside calls whose kernels do not overlap."""
+
+    def run():
+        results = []
+        for seed in range(60):
+            case = random_case(seed, device=DEVICE, lengths=(1, 333, 5000, 40000), few=FEW, dtypes=(HALF,))
+            pages = bounds_of(case.key) if seed % 2 else None
+            results += [entmax_attention(case.query, case.key, case.value, pages=pages, **case.arguments)]
+        return results
+
+    first, again = run(), run()
+    monkeypatch.setattr(launch, "overlapping", lambda device: {})
+    for expected, *found in zip(run(), first, again, strict=True):
+        assert all(torch.equal(one, other) for result in found for one, other in zip(result, expected, strict=True))
 
 
 @pytest.fixture

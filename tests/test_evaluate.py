@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import NAMES, dense_model, sparse_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from training_cases import STORIES, dense_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -90,6 +90,48 @@ def test_windows_know_the_bytes_they_predict(stories_tokenizer, byte_tokenizer):
     whole = TokenizedText.of([TEXTS[1]], stories_tokenizer)
     length = whole.total + 1
     assert whole.windows(length).bytes.tolist() == [len(document)]
+
+
+def test_what_the_tokenizer_puts_before_a_text_is_not_scored(byte_tokenizer, monkeypatch):
+    """Some put two tokens there: that the second follows the first says nothing of the text."""
+    backend = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<one>", "<two>"])
+    pieces = [(name, backend.token_to_id(name)) for name in ("<one>", "<two>")]
+    backend.post_processor = processors.TemplateProcessing(single="<one> <two> $A", special_tokens=pieces)
+    text = TokenizedText.of(["abcdefghij"], PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert len(text.prefix) == 2
+    windows = text.windows(7)
+    assert windows.scored == 2 * 5 and windows.bytes.tolist() == [5, 5]
+    losses = torch.tensor([[100.0, 1, 2, 3, 4, 5]] * 2)
+    monkeypatch.setattr(perplexity, "token_losses", lambda model, tokens: losses)
+    found = perplexity.score(None, windows, batch_tokens=100)
+    assert found["loss"] == 3 and found["last_quarter"] == 5 and found["perplexity"] == pytest.approx(math.exp(3))
+    assert found["bits_per_byte"] == pytest.approx(3 / math.log(2))
+    places = [(bucket["start"], bucket["end"], bucket["loss"]) for bucket in found["positions"]]
+    assert places == [(2, 3, 1), (3, 4, 2), (4, 6, 3.5), (6, 7, 5)]
+    plain = perplexity.score(None, Windows(windows.tokens, None, 1), batch_tokens=100)
+    # Beside a model whose tokenizer puts one there: every row has the ranges of its own.
+    cell = {"task": "perplexity", "length": 7, "note": None, "windows": 2, "tokens": 10, "tokens_sha256": ""}
+    shown = markdown({
+        "models": [{"label": "two"}, {"label": "one"}], "lengths": [7], "arguments": {}, "data": {"documents": 0},
+        "cells": [{"model": "two", **cell, **found}, {"model": "one", **cell, **plain}],
+    })  # fmt: skip
+    assert "| 1 | - | 100.000 ±0.000 |\n| 2 | 1.000 ±0.000 | 1.000 ±0.000 |" in shown
+
+
+def test_bits_per_byte_are_of_the_text_even_where_its_tokens_are_those_of_another(home, tmp_path):
+    """A tokenizer that knows few words gives different texts the same tokens."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = dense_folder(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    found = []
+    for word in ("dog", "hippopotamus"):
+        (tmp_path / "text.txt").write_text(f"a {word} " * 40)
+        changes = {"models": [str(folder)], "data": [str(tmp_path / "text.txt")], "lengths": [16]}
+        found += evaluate_models(arguments(home, tmp_path / "out", **changes))["cells"]
+    assert found[0]["tokens_sha256"] == found[1]["tokens_sha256"] and found[0]["loss"] == found[1]["loss"]
+    assert found[0]["bits_per_byte"] > 2 * found[1]["bits_per_byte"]
 
 
 def test_a_limit_draws_with_the_seed_and_a_smaller_one_is_a_part(stories_tokenizer):

@@ -1,6 +1,5 @@
 """The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -13,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from bounds import check_against_reference, run  # noqa: E402
+from bounds import OUTPUT_FACTOR, check_against_reference, ratio, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 
 from hf_sparse_attention import reference  # noqa: E402
@@ -137,17 +136,55 @@ def test_tiles_that_ranges_cut_and_tiles_they_do_not(name, slopes, poisoned):
     check_against_reference(entmax_attention, query / 4, key, value, gradient, visible=visible, **arguments)
 
 
-def test_causal_tiles_may_be_walked_apart_too(monkeypatch, poisoned):
-    query, key, value, gradient = (randn(1, heads, 200, 16, dtype=torch.float32, seed=heads) for heads in (2, 1, 1, 2))
-    expected = run(entmax_attention, query, key, value, gradient)
-    choose = operators.configuration
+def test_no_queries_are_walked_together_without_pairs(monkeypatch, poisoned):
+    walked = []
+    attend = operators.attend
     monkeypatch.setattr(
-        operators, "configuration", lambda *arguments: dataclasses.replace(choose(*arguments), split=True)
+        operators,
+        "attend",
+        lambda call, point, lists, *rest: walked.append(lists) or attend(call, point, lists, *rest),
     )
-    found = run(entmax_attention, query, key, value, gradient)
-    assert torch.equal(found.gradients["query"], expected.gradients["query"])
-    for name in ("key", "value"):
-        torch.testing.assert_close(found.gradients[name], expected.gradients[name], rtol=1e-5, atol=1e-5)
+    tensors = [randn(1, heads, 200, 16, seed=heads) for heads in (2, 1, 1, 2)]
+    for tenths in (7, 0):
+        with configurations.configured(threshold_rows=128, pair_tenths=tenths, stray_limit=16):
+            check_against_reference(entmax_attention, *tensors)
+    assert (walked[0].counts < 0).any() and len(list(walked[0].walks())) == 2
+    assert (walked[1].counts > 0).all() and len(list(walked[1].walks())) == 1
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.333, 1.75])
+def test_a_forward_alone_divides_by_the_sum_of_the_weights(alpha, poisoned, monkeypatch):
+    """So it is in bfloat16, of which the interpreter has no products: float16 is held to half of that rounding."""
+    monkeypatch.setattr(operators.Call, "sums_means", lambda self, save: save)
+    for size, length, strays in ((0.2, 250, 0), (1.0, 200, 60)):
+        query, key, value = (randn(1, heads, length, 32, seed=heads, dtype=torch.float16) for heads in (2, 1, 1))
+        query = size * query
+        arguments = {"alpha": alpha}
+        if strays:
+            ends = torch.arange(1, length + 1, device=DEVICE) * (torch.arange(length, device=DEVICE) % 7 > 0)
+            arguments["visible"] = torch.stack([(ends - 150).clamp(min=0), ends], -1)[None].int()
+        with configurations.configured(stray_limit=strays, stray_forward=True), torch.no_grad():
+            out, tau = entmax_attention(query, key, value, **arguments)
+        _, own_tau = reference.attention(query, key, value, **arguments)
+        exact, exact_tau = reference.attention(query.double(), key.double(), value.double(), **arguments)
+        assert torch.equal(torch.isposinf(tau), torch.isposinf(exact_tau))
+        seen = torch.isfinite(exact_tau)
+        ratio("tau", tau[seen], own_tau[seen], exact_tau[seen], OUTPUT_FACTOR, scale=1.0)
+        assert torch.isfinite(out).all() and (out[~seen] == 0).all()
+        assert (out - exact).norm() <= 0.5 * (exact.bfloat16() - exact).norm()
+
+
+def test_who_sums_the_values_under_u():
+    def sums(dtype, alpha, save):
+        tensors = [torch.empty(1, 2, 300, 32, dtype=dtype, device="meta")] * 3
+        per_head = torch.empty(2, device="meta") if alpha == 0 else None
+        return operators.describe(*tensors, alpha, per_head, 0.1, True, None, None, None).sums_means(save)
+
+    for alpha in (1.5, 2.0, 1.333):
+        assert not sums(torch.bfloat16, alpha, save=False) and sums(torch.bfloat16, alpha, save=True)
+        assert sums(torch.float16, alpha, save=False) and sums(torch.float32, alpha, save=False)
+    # Of an alpha per head nobody knows on the host that it is at most 2.
+    assert sums(torch.bfloat16, 0, save=False)
 
 
 def test_rows_that_see_nothing_are_zero(poisoned):

@@ -166,14 +166,14 @@ def test_strays_at_every_alpha(alpha, short_lists, collected, poisoned):  # noqa
     assert (collected[0][-1].counts[..., ::2] > 0).any()
 
 
-def test_alpha_per_head_has_its_gradient(short_lists, poisoned):  # noqa: F811
+def test_alpha_per_head_has_its_gradient(short_lists, collected, poisoned):  # noqa: F811
     query, key, value, gradient = (randn(1, heads, 140, 16, seed=heads) for heads in (2, 1, 1, 2))
     alpha = torch.tensor([1.4, 2.0], device=DEVICE, requires_grad=True)
     attend = functools.partial(run, entmax_attention, 3 * query, key, value, gradient, alpha=alpha)
     plain = attend().gradients["alpha"]
     with configured(stray_limit=64):
         found = attend().gradients["alpha"]
-    assert not torch.equal(found, plain) and torch.allclose(found, plain, rtol=1e-5)
+    assert (collected[-1][-1].counts > 0).any() and torch.allclose(found, plain, rtol=1e-5)
 
 
 def test_strays_can_be_left_to_calls_with_a_backward(short_lists, collected):
@@ -272,19 +272,20 @@ def test_a_graph_can_be_walked_twice_and_without_the_setting(short_lists):
 
 
 @pytest.mark.parametrize("stray_limit", [0, 64])
-def test_a_map_that_tells_whole_tiles_is_walked_with_and_without_the_setting(stray_limit, short_lists):
+def test_whole_tiles_that_the_map_tells_give_the_causal_gradients(stray_limit, short_lists):
     query, key, value = (2 * randn(1, heads, 200, 16, seed=heads).requires_grad_() for heads in (2, 1, 1))
+    ends = torch.arange(1, 201, device=DEVICE)
+    visible = torch.stack([torch.zeros_like(ends), ends], -1)[None].int()
     with configured(stray_limit=stray_limit):
-        out, _ = entmax_attention(query, key, value)
-        plain = torch.autograd.grad(out.float().square().sum(), (query, key, value))
-        with configured(split=True):
-            out, _ = entmax_attention(query, key, value)
-            split = torch.autograd.grad(out.float().square().sum(), (query, key, value), retain_graph=True)
-        left = torch.autograd.grad(out.float().square().sum(), (query, key, value))
-    for one, two, three in zip(plain, split, left, strict=True):
+        causal, told = (
+            torch.autograd.grad(
+                entmax_attention(query, key, value, visible=ranges)[0].float().square().sum(), (query, key, value)
+            )
+            for ranges in (None, visible)
+        )
+    for one, two in zip(causal, told, strict=True):
         # The order of the sums over the tiles is another.
         assert (two.double() - one.double()).norm() < 4 * torch.finfo(HALF).eps * one.double().norm()
-        assert torch.equal(three, one)
 
 
 @pytest.mark.parametrize("length", [70, 260])
@@ -303,7 +304,7 @@ def test_configured_ends_with_its_block_and_no_row_is_on_unmeasured():
         assert configurations.configuration(device, 2, 128).stray_limit == 7
         raise KeyError
     assert configurations.configuration(device, 2, 128) == plain
-    for changes in ({"stray_limits": 7}, {"stray_limit": -1}, {"stray_room": 0}, {"inner": 48}, {"split": 1}):
+    for changes in ({"stray_limits": 7}, {"stray_limit": -1}, {"stray_room": 0}, {"inner": 48}, {"pair_tenths": 11}):
         with pytest.raises(ValueError, match=next(iter(changes))), configured(**changes):
             pass
     with pytest.raises(ValueError, match="inner"), configured(inner=16), configured(stray_limit=64):

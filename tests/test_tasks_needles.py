@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from test_evaluate import TEXTS, byte_tokenizer, home, stories_tokenizer  # noqa: F401
+from tokenizers import Tokenizer, models, pre_tokenizers
 from training_cases import dense_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_sparse_attention import cli, evaluate
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
+from hf_sparse_attention.figures import Figure
 from hf_sparse_attention.results import lacking, markdown, sections, tasks_of, terminal
-from hf_sparse_attention.tasks import TASKS, TokenizedText, harness, perplexity
+from hf_sparse_attention.tasks import TASKS, TokenizedText, harness, perplexity, pictures
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.harness import HarnessTask, harness_inputs, harness_tasks, needle_documents
 from hf_sparse_attention.tasks.haystack import SENTENCES, Haystack, sentences_of
-from hf_sparse_attention.tasks.needles import NEEDLES, TooShort, make_prompt, needle_samples
+from hf_sparse_attention.tasks.needles import NAMES, NEEDLES, TooShort, make_prompt, needle_samples
 from hf_sparse_attention.tasks.random_bits import RandomBits
 from hf_sparse_attention.tasks.samples import NO_TARGET
 from hf_sparse_attention.tasks.windows import Windows
@@ -170,7 +172,7 @@ def test_decoding_and_one_pass_agree_on_needles(stories_tokenizer):  # noqa: F81
         for _ in range(new_tokens):
             following = model(tokens).logits[:, tokens.shape[1] - 1].argmax(-1)
             tokens = torch.cat([tokens, following[:, None]], dim=1)
-        return tokens.numpy()
+        return tokens.numpy(), np.ones(len(tokens), dtype=bool)
 
     forced_model = Knows()
     plain_forward = forced_model.forward
@@ -271,6 +273,16 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
     assert len(other["other_cells"]) == len(first["cells"])
 
 
+def test_a_length_without_all_of_its_depths_is_no_point_of_the_picture(monkeypatch):
+    cell = {"model": "m", "task": "needle", "exact_match": 1.0, "standard_error": 0.0}
+    cells = [{**cell, "length": length, "depth": depth} for length in (100, 200) for depth in (0.0, 1.0)]
+    cells[3] = {"model": "m", "task": "needle", "length": 200, "depth": 1.0, "missing": "no memory"}
+    drawn = {}
+    monkeypatch.setattr(pictures, "by_length", lambda results, cells: drawn.setdefault("cells", cells) and Figure())
+    assert set(pictures.draw({"models": [{"label": "m"}], "cells": cells})) == {"depth.png", "exact_match.png"}
+    assert drawn["cells"] == cells[:2]
+
+
 def test_needles_in_the_users_own_text(home, tmp_path):  # noqa: F811
     changes = {"tasks": ["passkey"], "lengths": [200], "depths": [0.5], "limit": 2}
     own = evaluate_models(
@@ -335,8 +347,13 @@ def test_options_are_used_or_refused(changes, message):
 def test_a_run_that_was_cut_off_says_what_it_lacks(home, tmp_path):  # noqa: F811
     changes = {"tasks": ["needle", "passkey"], "lengths": [100, 200], "limit": 1}
     results = evaluate_models(arguments(tmp_path / "out", home / "dense", **changes))
-    results["cells"] = [cell for cell in results["cells"] if cell["task"] == "needle"]
+    cells = results["cells"]
+    # A mean over some of the depths is not the mean over depths.
+    for kept in ([cells[0]], cells[:4], cells[1:]):
+        assert lacking({**results, "cells": kept})[0] == "needle of dense at 100"
+    results["cells"] = [cell for cell in cells if cell["task"] == "needle"]
     assert lacking(results) == ["passkey of dense at 100", "passkey of dense at 200"]
+    assert not lacking({**results, "cells": cells})
     for show in (markdown, terminal):
         assert "passkey" in show(results)
     assert [title for title, _, _ in sections(results)][0].startswith("needle")
@@ -419,6 +436,33 @@ def test_lm_eval_runs_our_files_and_a_users_on_a_model_object(home, tmp_path):  
         harness_tasks(["mine"], str(tmp_path / "nowhere"))
 
 
+def test_a_users_task_of_lm_eval_is_what_all_of_its_files_say(tmp_path):
+    pytest.importorskip("lm_eval")
+    files = {
+        "mine.yaml": "include: base.yaml\ntask: mine\n",
+        "base.yaml": "dataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path / 'far' / 'rows.json'}\n"
+        "output_type: loglikelihood\ntest_split: test\ndoc_to_text: !function words.text\n",
+        "words.py": "def text(row):\n    return row['question']\n",
+        "../far/rows.json": '{"question": "a", "answer": "b"}\n',
+    }
+    for folder in ("own", "far"):
+        (tmp_path / folder).mkdir()
+    for name, text in files.items():
+        (tmp_path / "own" / name).write_text(text)
+    seen = []
+    for name in (None, None, *files):
+        if name is not None:
+            with open(tmp_path / "own" / name, "a") as file:
+                file.write("\n")
+        (task,) = harness_tasks(["mine"], str(tmp_path / "own"))
+        seen.append(task.version)
+    assert seen[0] == seen[1] and len(set(seen)) == 1 + len(files)
+    # lm-eval's own are not read anew: they are those of its version.
+    ours, theirs = harness_tasks(["hsa_passkey", "niah_single_1"])
+    assert ours.version != theirs.version
+
+
 def test_a_length_that_lm_eval_does_not_report(tmp_path):
     task = HarnessTask("lm_eval:niah", tmp_path, True, [4096], "1")
     assert (
@@ -427,6 +471,18 @@ def test_a_length_that_lm_eval_does_not_report(tmp_path):
     )
     with pytest.raises(ValueError, match="reports lengths 4096 alone, not 100"):
         harness_inputs(task, 100, None, 0, tmp_path, None)
+
+
+@pytest.mark.parametrize("known", [(), ("00000", "11111")])
+def test_needles_that_a_tokenizer_cannot_tell_apart_are_refused(home, tmp_path, known):  # noqa: F811
+    """All numbers would be one unknown token, and every answer right that is it."""
+    words = ["<unk>", *" ".join(SENTENCES).split(), *NAMES, *known]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(dict.fromkeys(words))}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = dense_folder(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    with pytest.raises(ValueError, match="no tokens of their own for the numbers"):
+        evaluate_models(arguments(tmp_path / "out", folder, tasks=["passkey"], lengths=[100], limit=1))
 
 
 def test_needles_of_a_models_without_its_own_tokenizer_are_refused(home, tmp_path):  # noqa: F811

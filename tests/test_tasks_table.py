@@ -121,6 +121,19 @@ def test_what_differs_is_part_of_the_name(tmp_path):
     assert "steps 10000" in settings and "position" not in settings and "warmup_steps" not in settings
 
 
+def test_an_option_newer_than_a_run_is_not_taken_for_the_usual_one(tmp_path):
+    """Two different things never have one name."""
+    record(tmp_path / "new", 1e-3, 0, 0.5, test={64: 0.5})
+    record(tmp_path / "control", 1e-3, 0, 0.5, map="softmax")
+    record(tmp_path / "old", 1e-3, 0, 0.9, test={64: 0.9})
+    file = tmp_path / "old" / "rate-0.001-seed-0" / "run.json"
+    run = json.loads(file.read_text())
+    del run["identity"]["scale_start"]
+    file.write_text(json.dumps(run))
+    _, (best, _) = made(tmp_path)
+    assert sorted(row[0] for row in best[2:]) == ["asentmax", "asentmax, scale_start unknown", "softmax"]
+
+
 def test_tasks_stand_apart_and_multiples_are_of_the_training_length(tmp_path):
     record(tmp_path / "a", 1e-3, 0, 0.5, test={128: 0.5, 2048: 0.1}, task="local_count")
     record(tmp_path / "b", 1e-3, 0, 0.5, test={64: 0.5, 96: 0.1}, task="reverse")

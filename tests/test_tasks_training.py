@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
-from hf_sparse_attention.train import TrainTaskArguments, task_record, train_task
+from hf_sparse_attention.train import TrainTaskArguments, task_record, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_model import answer_loss, new_model
@@ -143,6 +144,19 @@ def test_score_counts_samples_and_halves_batches():
     assert "not finite" in score(model, task.fixed_blocks(6, 5), batch_tokens=100)["missing"]
 
 
+@pytest.mark.parametrize("name", ["copy", "2back"])
+def test_a_model_without_numbers_answers_nothing_wrong(name):
+    """The largest of logits with a NaN among them is a token too: decoding would go on, and count as a mistake."""
+    task = make_task(name, {"symbols": 6})
+    model = new_model(options("unused", task=name), task, 0).eval()
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    blocks = list(task.fixed_blocks(6, 60))
+    for answer, what in ((teacher_forced, "loss"), (partial(generated, tags=task.tags), "logits")):
+        found = score(model, blocks, batch_tokens=200, answer=answer)
+        assert list(found) == ["missing"] and f"the {what}" in found["missing"] and "60 of 60" in found["missing"]
+
+
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_map_and_position_trains_every_parameter(name, position):
@@ -259,6 +273,25 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
     assert "validation 6" in capsys.readouterr().out
 
 
+def test_a_run_interrupted_in_its_last_validation_has_each_line_once(tmp_path, monkeypatch):
+    changes = {"steps": 6, "checkpoint_every": 3, "validate_every": 3, "validation_lengths": [5, 6]}
+    train_task(options(tmp_path / "whole", **changes))
+    write = task_run.write_json
+
+    def interrupted(path, content):
+        if content.get("finished"):
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(task_run, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(options(tmp_path / "cut", **changes))
+    monkeypatch.undo()
+    train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    name = "rate-0.01-seed-0"
+    assert lines(tmp_path / "whole" / name) == lines(tmp_path / "cut" / name)
+
+
 def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
     summary = train_task(options(tmp_path / "out", steps=20, learning_rates=[1e30, 1e-3], warmup_steps=0, clip=0.0))
     sound, broken = summary["runs"]
@@ -339,6 +372,10 @@ def test_the_best_is_chosen_by_validation():
     assert task_record.best_of(runs)["name"] == "b"
     assert task_record.best_of([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))])["name"] == "b"
     assert task_record.best_of([run("d", failed="nan")]) is None
+    # A run without a number is no best one, also where no other is sound.
+    silent = {**run("e"), "validation": [{"length": 8, "missing": "the loss is not finite"}]}
+    assert task_record.best_of([silent, run("d", failed="nan")]) is None
+    assert task_record.best_of([silent, run("a", (0.0, 0.0, 9.0))])["name"] == "a"
 
 
 def test_low_precision_and_the_command_line(tmp_path, capsys):
@@ -412,6 +449,17 @@ def test_what_else_is_in_output_is_respected(tmp_path):
     assert (tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt").read_text() == "mine"
     with pytest.raises(FileExistsError, match="is a file"):
         train_task(options(tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt"))
+
+
+@pytest.mark.parametrize("other", [{"learning_rates": [0.5]}, {"seeds": [1]}])
+def test_the_folder_of_another_run_is_not_taken_for_this_one(tmp_path, other):
+    """Copied or renamed, it would stand in the table with a rate and a seed it never had."""
+    train_task(options(tmp_path / "out", steps=2))
+    arguments = options(tmp_path / "out", steps=2, resume="auto", **other)
+    name = f"rate-{arguments.learning_rates[0]!r}-seed-{arguments.seeds[0]}"
+    (tmp_path / "out" / "rate-0.01-seed-0").rename(tmp_path / "out" / name)
+    with pytest.raises(ValueError, match="was trained otherwise \\((learning_rate 0.01 then, 0.5|seed 0 then, 1) now"):
+        train_task(arguments)
 
 
 def test_every_option_is_an_option_of_the_run():

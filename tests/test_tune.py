@@ -110,7 +110,7 @@ def test_files_that_hold_something_else_are_refused(text, reason, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("inner", 48), ("inner", "64"), ("threshold_rows", 256), ("split", 1), ("forward", 4)]
+    ("name", "value"), [("inner", 48), ("inner", "64"), ("threshold_rows", 256), ("stray_forward", 1), ("forward", 4)]
 )
 def test_values_no_kernel_takes_are_refused(name, value):
     row = configurations.to_row(*KEY, present())["configuration"]

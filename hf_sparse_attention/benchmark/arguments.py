@@ -39,7 +39,18 @@ KINDS = {
     "model": Kind(
         "one training step of a whole model beside the same model with softmax (also: --model FOLDER)",
         _ATTENTION
-        | {"repeats", "model", "shape", "maps", "text", "compile", "checkpointing", "optimizer", "kernel_times"},
+        | {
+            "repeats",
+            "model",
+            "shape",
+            "maps",
+            "text",
+            "compile",
+            "checkpointing",
+            "optimizer",
+            "changes",
+            "kernel_times",
+        },
         (8192,),
     ),
     "packing": Kind(
@@ -105,7 +116,7 @@ class BenchmarkArguments:
     )
     changes: list[str] = field(
         default_factory=list,
-        metadata=_help("attention: kernel configurations to time as well, like stray_limit=64,split=true,forward=4:3"),
+        metadata=_help("attention and model: kernel configurations to time as well, like stray_limit=64,forward=4:3"),
     )
     kernel_times: bool = field(
         default=False, metadata=_help("attention and model: also print the time of each kernel")
@@ -240,7 +251,7 @@ def shape_of(fields_of_config: list[str]) -> dict[str, int | float]:
 
 
 def fields_of(change: str) -> dict:
-    """stray_limit=64,split=true,forward=4:3 -> names and values; 4:3 stands for a `Launch` of 4 warps and 3 stages."""
+    """stray_limit=64,stray_forward=true,forward=4:3 -> names and values; 4:3 is a `Launch` of 4 warps, 3 stages."""
     from ..kernels.configurations import Launch
 
     def value_of(text):
@@ -251,4 +262,4 @@ def fields_of(change: str) -> dict:
     try:
         return {name: value_of(value) for name, value in (part.split("=") for part in change.split(","))}
     except (TypeError, ValueError):
-        raise ValueError(f"changes has {change!r}; write it like stray_limit=64,split=true,forward=4:3") from None
+        raise ValueError(f"changes has {change!r}; write it like stray_limit=64,forward=4:3") from None

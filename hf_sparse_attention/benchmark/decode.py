@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from .. import reference
-from ..cache import BoundedStaticCache, update_page_bounds
+from ..cache import BoundedDynamicCache, BoundedStaticCache, update_page_bounds
 from ..tables import number, plain
+from .ours import difference, tolerance
 from .rows import write_rows
 from .timing import median, replay
 
@@ -37,7 +38,11 @@ OURS, BOUNDED = "ours", "ours, page bounds"
 
 
 def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | None = None, shape=None) -> list[dict]:
-    """One row per cache length, batch, noise and implementation; and per length one of generation with each cache.
+    """One row per cache length, batch, noise and implementation; per length one of generation with each cache, and
+    one of the memory of each cache.
+
+    Raises:
+        RuntimeError, ValueError: what the kernels say where they do not compute the inputs, or are far from float64.
 
     Args:
         arguments: a `BenchmarkArguments`.
@@ -49,12 +54,16 @@ def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | Non
     timer = timer or (lambda call: median(replay(call), arguments.repeats))
     with decoding(True):
         rows, generated = _measure(arguments, device, timer, shape or ONE_BILLION)
-    folder = write_rows(arguments, device, "decode.json", rows=rows, generation=generated)
+    memory = [row for length in arguments.cache_lengths for row in memory_rows(arguments, length, device)]
+    folder = write_rows(arguments, device, "decode.json", rows=rows, generation=generated, memory=memory)
     print(step_table(rows))
+    if len(arguments.cache_lengths) > 1:
+        print(growth_table(rows))
     if generated:
         print(generation_table(generated))
+    print(memory_table(memory))
     _picture(rows, folder / "decode.png")
-    return rows + generated
+    return rows + generated + memory
 
 
 def _measure(arguments, device, timer, shape) -> tuple[list[dict], list[dict]]:
@@ -134,25 +143,32 @@ def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[
     rows = []
     for name, call in calls.items():
         row = {**common, "implementation": name}
-        known = name in (*SOFTMAX, "eager")
-        try:
-            # The time of softmax does not depend on the noise.
-            if known and (length, batch, name) in softmax:
-                row["ms"] = softmax[length, batch, name]
-            else:
-                row["ms"] = softmax[length, batch, name] = timer(call)
-            if not known:
-                row["error"] = ((call()[:1].double() - exact).norm() / exact.norm()).item()
-                row["support"] = support.double().mean().item()
-                row["milliseconds_of_kernels"] = _kernel_milliseconds(call) if device == "cuda" else {}
+        if name in (OURS, BOUNDED):
+            # What ours do not compute raises: it is a fault here, where another kernel may have its reasons.
+            row["ms"] = timer(call)
+            row["error"] = difference([call()[:1]], [exact])
+            if not row["error"] < tolerance(query.dtype):
+                raise RuntimeError(f"{name}: the attention is {row['error']:.1e} away from float64")
+            row["support"] = support.double().mean().item()
+            row["milliseconds_of_kernels"] = _kernel_milliseconds(call) if device == "cuda" else {}
             if name == BOUNDED:
                 row["pages_read"] = share_of_pages_read(query, key, pages, alpha=alpha)
-            if row["ms"]:
-                row["keys_per_second_tb"] = bytes_of_keys / row["ms"] / 1e9
-        except (RuntimeError, ValueError, NotImplementedError) as error:
-            row["refused"] = str(error).splitlines()[0][:200]
+        else:
+            # The time of softmax does not depend on the noise.
+            if (length, batch, name) not in softmax:
+                softmax[length, batch, name] = _timed_or_refused(timer, call)
+            row |= softmax[length, batch, name]
+        if row.get("ms"):
+            row["keys_per_second_tb"] = bytes_of_keys / row["ms"] / 1e9
         rows.append(row)
     return rows
+
+
+def _timed_or_refused(timer: Callable, call: Callable) -> dict:
+    try:
+        return {"ms": timer(call)}
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return {"refused": str(error).splitlines()[0][:200]}
 
 
 def _sdpa(backend, query, key, value):
@@ -230,6 +246,43 @@ def _generation_rows(arguments, length: int, device: str, shape: dict) -> list[d
     return rows
 
 
+def memory_rows(arguments, length: int, device: str) -> list[dict]:
+    """Bytes that a layer of each cache holds after a prompt of `length` - 1 tokens and one token more.
+
+    A growing cache with bounds has just made its room then: its ratio to the cache without is at its largest.
+    """
+    dim, dtype = arguments.head_dim, getattr(torch, arguments.dtype)
+    config = LlamaConfig(
+        num_hidden_layers=1, num_attention_heads=arguments.heads, num_key_value_heads=arguments.kv_heads,
+        head_dim=dim, hidden_size=arguments.heads * dim,
+    )  # fmt: skip
+    makers = {
+        DynamicCache: lambda: DynamicCache(config=config),
+        BoundedDynamicCache: lambda: BoundedDynamicCache(config),
+        StaticCache: lambda: StaticCache(config=config, max_cache_len=length),
+        BoundedStaticCache: lambda: BoundedStaticCache(config, max_cache_len=length),
+    }
+    rows = []
+    for kind, make in makers.items():
+        cache = make()
+        for tokens in (length - 1, 1):
+            states = torch.zeros(1, arguments.kv_heads, tokens, dim, dtype=dtype, device=device)
+            cache.update(states, states, 0)
+        rows.append({"cache": kind.__name__, "length": length, "bytes": _bytes_held(cache.layers[0])})
+    for plain_cache, bounded in (rows[:2], rows[2:]):
+        bounded["ratio"] = bounded["bytes"] / plain_cache["bytes"]
+    return rows
+
+
+def _bytes_held(layer) -> int:
+    """The storage of all tensors of a cache's layer; views of one storage count once."""
+    tensors = []
+    for value in vars(layer).values():
+        tensors += [one for one in (value if isinstance(value, tuple) else (value,)) if torch.is_tensor(one)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
 def _entmax(alpha: float):
     from ..config import SparseAttentionConfig
 
@@ -272,6 +325,35 @@ def step_table(rows: list[dict]) -> str:
              "-" if pages is None else f"{pages:.1%}", number(row.get("support"), 0), error]
         )  # fmt: skip
     return plain(header, cells)
+
+
+def growth_table(rows: list[dict]) -> str:
+    """What a step takes at the shortest and the longest cache, beside the keys with weight there."""
+    ends = [pick(row["length"] for row in rows) for pick in (min, max)]
+    cells = []
+    for name, batch, noise in dict.fromkeys((row["implementation"], row["batch"], row["noise"]) for row in rows):
+        first, last = (
+            next(
+                row
+                for row in rows
+                if (row["implementation"], row["batch"], row["noise"], row["length"]) == (name, batch, noise, length)
+            )
+            for length in ends
+        )
+        times = last["ms"] / first["ms"] if first.get("ms") and last.get("ms") else None
+        support = " -> ".join(number(row.get("support"), 0) for row in (first, last))
+        cells.append([name, str(batch), number(noise, 2), number(first.get("ms"), 3), number(last.get("ms"), 3),
+                      number(times), support])  # fmt: skip
+    return plain(["implementation", "batch", "noise", *(f"ms at {end}" for end in ends), "times", "support"], cells)
+
+
+def memory_table(rows: list[dict]) -> str:
+    """What one layer of each cache holds; a ratio is to the cache without bounds."""
+    return plain(
+        ["cache", "tokens", "MiB", "ratio"],
+        [[row["cache"], str(row["length"]), number(row["bytes"] / 2**20, 1), number(row.get("ratio"), 4)]
+         for row in rows],
+    )  # fmt: skip
 
 
 def generation_table(rows: list[dict]) -> str:

@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ..config import SparseAttentionConfig
 from ..loading import find_model, load_model
 from ..models import dense_config, new_parameter_names, sparse_config
 from ..text import encode_documents, load_tokenizer, read_documents
-from .arguments import shape_of
+from .arguments import fields_of, shape_of
 from .inputs import BLOCK, DTYPES
 from .rows import table, write_rows
 from .timing import kernel_times, median, seconds, synchronize
@@ -53,12 +53,14 @@ class Variant:
         config: dense for softmax, else sparse.
         backend: a context in which SDPA takes a certain one of its kernels.
         optional: whether torch may refuse it.
+        changes: fields of the kernels' `Configuration` that have other values.
     """
 
     name: str
     config: PreTrainedConfig
     backend: Callable[[], AbstractContextManager] = nullcontext
     optional: bool = False
+    changes: dict = field(default_factory=dict)
 
     @property
     def is_sparse(self) -> bool:
@@ -171,7 +173,25 @@ def _variants(arguments, config: PreTrainedConfig, device: str) -> list[Variant]
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         variants.append(Variant(CUDNN, dense, partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION), optional=True))
-    return variants + [Variant(name, each) for name, each in sparse.items()]
+    changes = {"": {}} | {f", {change}": fields_of(change) for change in arguments.changes}
+    for changed in changes.values():
+        # Refuses what is no field before anything is timed.
+        with _configured(changed):
+            pass
+    return variants + [
+        Variant(name + words, each, changes=changed)
+        for name, each in sparse.items()
+        for words, changed in changes.items()
+    ]
+
+
+def _configured(changes: dict) -> AbstractContextManager:
+    """Without changes nothing is imported: the kernels need Triton."""
+    if not changes:
+        return nullcontext()
+    from ..kernels.configurations import configured
+
+    return configured(**changes)
 
 
 def _build(config: PreTrainedConfig, dtype: torch.dtype, device: str) -> nn.Module:
@@ -212,8 +232,11 @@ def _measure(arguments, variant: Variant, weights, tokens, device: str, backend:
         # Where the kernels do not compute a call, it raises.
         stack.enter_context(implementation("triton" if device == "cuda" else "auto"))
         stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
-        # Its key does not say which kernel SDPA is to take: cuDNN's row would be that of what is on disk.
+        stack.enter_context(_configured(variant.changes))
+        # Their keys do not say which kernel SDPA is to take, nor how ours are configured: a row would be that of what
+        # is on disk.
         stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
         synchronize(device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

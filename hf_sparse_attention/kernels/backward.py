@@ -13,11 +13,11 @@ from .configurations import TILE
 from .edges import edge_scores, seen_by_all, sees, turn_start, turns
 from .strays import add_strays, gather_rows, move_strays, stray_arguments, stray_weights
 from .tiles import (
+    alpha_slopes,
     entmax_parameters,
     key_scores,
     listed_start,
     load_block,
-    logarithm,
     masked_scores,
     row_ranges,
     weights,
@@ -166,13 +166,12 @@ def _query_gradient_kernel(
     tl.store(pair_ptr + pair_rows + 1, delta, mask=rows < padded)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Sums over the keys of g p, g p log p and p log p, for the gradient of alpha; and of u and g u, from the same
-    # products: where one key holds the weight their mean cancels against the first, a stored mean would not.
+    # Sums over the keys, for the gradient of alpha: (g - delta) m and m, where m is how alpha moves a weight, and
+    # (g - delta) u and u, from the same products: how far delta is off the mean of g, as a stored mean errs.
     gain = tl.zeros((BLOCK_M,), tl.float32)
-    slopes = tl.zeros((BLOCK_M,), tl.float32)
+    move = tl.zeros((BLOCK_M,), tl.float32)
     slope_gain = tl.zeros((BLOCK_M,), tl.float32)
-    gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
-    entropy = tl.zeros((BLOCK_M,), tl.float32)
+    slopes = tl.zeros((BLOCK_M,), tl.float32)
     seen_start, seen_end = seen_by_all(start, end, keys)
     for index in range(0, turns(pieces)):
         first = turn_start(lists, index, pieces, key_tiles, TILE=TILE, BLOCK_N=BLOCK_N)
@@ -190,16 +189,15 @@ def _query_gradient_kernel(
             v_source, batch, head // GROUP, first, stride_wn, dims, keys, head_dim,
             BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
         )  # fmt: skip
-        gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
         if ALPHA_GRADIENT:
-            p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
-            gain += tl.sum(gradient * p, 1)
-            slopes += tl.sum(u, 1)
+            moves = alpha_slopes(p, u, alpha_head - 1.0, ALPHA_KIND=ALPHA_KIND)
+            gain += tl.sum(gradient * moves, 1)
+            move += tl.sum(moves, 1)
             slope_gain += tl.sum(gradient * u, 1)
-            gain_entropy += tl.sum(gradient * p_log, 1)
-            entropy += tl.sum(p_log, 1)
-        ds = u * (gradient - delta[:, None])
+            slopes += tl.sum(u, 1)
+        ds = u * gradient
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     if ROOM > 0:
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
@@ -209,15 +207,14 @@ def _query_gradient_kernel(
             )  # fmt: skip
             k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
-            gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            gradient = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
             if ALPHA_GRADIENT:
-                p_log = p * (0.6931471805599453 * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND))
-                gain += tl.sum(gradient * p, 1)
-                slopes += tl.sum(u, 1)
+                moves = alpha_slopes(p, u, alpha_head - 1.0, ALPHA_KIND=ALPHA_KIND)
+                gain += tl.sum(gradient * moves, 1)
+                move += tl.sum(moves, 1)
                 slope_gain += tl.sum(gradient * u, 1)
-                gain_entropy += tl.sum(gradient * p_log, 1)
-                entropy += tl.sum(p_log, 1)
-            ds = u * (gradient - delta[:, None])
+                slopes += tl.sum(u, 1)
+            ds = u * gradient
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
             move_strays(
                 p, ds, entries, held, chosen, (head % GROUP) * queries + row_tile * BLOCK_M + own,
@@ -231,8 +228,8 @@ def _query_gradient_kernel(
     )
     if ALPHA_GRADIENT:
         inverse = 1.0 / (alpha_head - 1.0)
-        mean_gain = slope_gain / tl.where(slopes > 0, slopes, 1.0)
-        dalpha = (gain - mean_gain) * inverse * inverse - (gain_entropy - mean_gain * entropy) * inverse
+        off = slope_gain / tl.where(slopes > 0, slopes, 1.0)
+        dalpha = (gain - off * move) * inverse * inverse
         tl.store(dalpha_ptr + tau_rows, tl.where(tau < float("inf"), dalpha, 0.0), mask=row_mask)
 
 
@@ -335,7 +332,6 @@ def _key_gradient_kernel(
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    SPLIT: tl.constexpr,
     STRAYS: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -384,6 +380,7 @@ def _key_gradient_kernel(
         list_row = head_index.to(tl.int64) * key_tiles + key_tile
         lists = list_ptr + list_row * query_tiles
         PIECES: tl.constexpr = BLOCK // BLOCK_N
+        SPLIT: tl.constexpr = RANGE_KIND == 2
         if SPLIT:
             whole = tl.load(count_ptr + list_row * 2) * PIECES
             total = whole + tl.load(count_ptr + list_row * 2 + 1) * PIECES
@@ -441,8 +438,9 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
+        columns = launch.columns or config.inner
         _query_gradient_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key), call.descriptor(value),
+            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha, *stray_pointers[:3], *moved_pointers,
             call.excess, call.scaling,
@@ -454,7 +452,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             ALPHA_GRADIENT=alpha_gradient,
             TWO_WALKS=call.two_walks,
@@ -464,8 +462,9 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
             num_stages=launch.stages,
             **launch.limit(),
         )  # fmt: skip
-    query_descriptor, gradient_descriptor = call.descriptor(query), call.descriptor(grad_out)
     launch = config.key_gradient
+    columns = launch.columns or config.inner
+    query_descriptor, gradient_descriptor = call.descriptor(query, columns), call.descriptor(grad_out, columns)
     _key_gradient_kernel[(batch * groups * call.key_tiles,)](
         query, key, value, grad_out, query_descriptor, gradient_descriptor,
         call.alpha_tensor, call.slopes, call.visible, call.mask,
@@ -478,8 +477,7 @@ def gradients(call, grad_out, tau, mean, lists, alpha_gradient, strays=None):
         TWO_WALKS=call.two_walks,
         DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,
         BLOCK=TILE,
-        BLOCK_N=config.inner,
-        SPLIT=call.split,
+        BLOCK_N=columns,
         STRAYS=strays is not None,
         STRAY_STAGES=config.stray_stages,
         num_warps=launch.warps,

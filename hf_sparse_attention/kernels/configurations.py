@@ -18,11 +18,13 @@ TILE = 64
 
 @dataclass(frozen=True)
 class Launch:
-    """Warps per program, depth of the software pipeline, and the most registers a thread may take (0: no limit)."""
+    """Warps per program, depth of the software pipeline, the most registers a thread may take (0: no limit), and how
+    many columns of a listed tile are taken at once (0: `inner` of the configuration), where the kernel walks tiles."""
 
     warps: int
     stages: int
     registers: int = 0
+    columns: int = 0
 
     def limit(self):
         """The keyword that limits the registers, where there is a limit."""
@@ -44,6 +46,9 @@ class Configuration:
     query_gradient: Launch
     query_gradient_pairs: Launch
     key_gradient: Launch
+    # The forward of calls that need no mean of the values under u: see `Call.sums_means`.
+    output: Launch
+    output_pairs: Launch
     # Tiles with at most so many (query, key) pairs above the bound, up to 255, are taken apart; 0: all are walked.
     stray_limit: int = 0
     # Whether calls without a backward have strays too: they win less there.
@@ -57,9 +62,9 @@ class Configuration:
     collect_programs: int = 4
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
-    # Whether the key gradient walks tiles seen whole without a mask even where only the diagonal cuts tiles; with
-    # visible ranges it always does.
-    split: bool = False
+    # Two tiles of queries are walked together where their lists have at most so many tenths of the tiles together that
+    # they have one by one, and threshold_rows covers both; 0: none are.
+    pair_tenths: int = 7
     # Calls of at most so many keys, and as many queries, are computed by `short/`; 0: none are.
     short_keys: int = 256
     # Queries a program of it takes at once, and keys of a block of its scores.
@@ -69,6 +74,11 @@ class Configuration:
     short_query_gradient: Launch = Launch(4, 1)
     short_key_gradient: Launch = Launch(4, 1)
     measured: str = ""
+
+    @property
+    def paired(self):
+        """Whether there are tiles of queries that are walked together."""
+        return self.threshold_rows > TILE and self.pair_tenths > 0
 
     @property
     def stray_rows(self):
@@ -93,6 +103,8 @@ def _default(element_size, block_dim):
         query_gradient=Launch(warps, stages),
         query_gradient_pairs=Launch(8, stages),
         key_gradient=Launch(warps, 1),
+        output=Launch(warps, stages),
+        output_pairs=Launch(8, stages),
         collect=Launch(warps, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
         # Where registers hold the scores without a spill.
@@ -110,19 +122,30 @@ _HOPPER = Configuration(
     threshold=Launch(8, 2, 128),
     threshold_programs=2,
     refine=Launch(4, 2, 128),
-    refine_pairs=Launch(8, 2, 128),
+    refine_pairs=Launch(8, 2, 80),
     forward=Launch(4, 3),
     forward_pairs=Launch(8, 3),
     query_gradient=Launch(4, 2),
     query_gradient_pairs=Launch(8, 3),
     key_gradient=Launch(4, 2),
+    output=Launch(4, 3),
+    output_pairs=Launch(8, 3),
     stray_limit=16,
     stray_forward=False,
     measured="NVIDIA H200",
 )
 
+# Of 64 dimensions a tile is half as large: what pairs save in traffic does not pay for the programs they cost.
+_HOPPER_64 = replace(
+    _HOPPER,
+    pair_tenths=0,
+    forward=Launch(4, 2, 168),
+    output=Launch(4, 2, 128),
+    query_gradient=Launch(4, 2, 128),
+    key_gradient=Launch(4, 3),
+)
 # (compute capability major, element size, padded head dimension) -> Configuration
-MEASURED = {(9, 2, 128): _HOPPER, (9, 2, 64): replace(_HOPPER, key_gradient=Launch(4, 3))}
+MEASURED = {(9, 2, 128): _HOPPER, (9, 2, 64): _HOPPER_64}
 
 
 # What `configured` has changed; of all threads, as the backward runs in one of its own.
@@ -187,6 +210,8 @@ def _checked(configuration):
             raise ValueError(f"{field.name} is {value!r}, not {given.__name__}")
     if configuration.threshold_rows not in (TILE, 2 * TILE) or configuration.threshold_columns not in (TILE, 2 * TILE):
         raise ValueError(f"threshold_rows and threshold_columns are {TILE} or {2 * TILE}")
+    if not 0 <= configuration.pair_tenths <= 10:
+        raise ValueError(f"pair_tenths is {configuration.pair_tenths}, not 0 to 10; 0 walks no queries together")
     if configuration.inner not in (16, 32, TILE):
         raise ValueError(f"inner is {configuration.inner}, not 16, 32 or {TILE}")
     if not 0 <= configuration.stray_limit <= 255:

@@ -1,7 +1,7 @@
 """query, key, value, tau and the listed tiles -> output and, for the backward, the mean of the values under u.
 
-The pass measures what the refinement has left of tau and corrects the output for it to first order:
-d p / d tau is -exponent u.
+The pass measures what the refinement has left of tau and corrects the output for it: with the mean to first order, as
+d p / d tau is -exponent u; where nobody else needs the mean by dividing by the sum of p.
 """
 
 import torch
@@ -60,6 +60,7 @@ def _forward_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     SAVE: tl.constexpr,
+    MEAN: tl.constexpr,
     ROOM: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +120,7 @@ def _forward_kernel(
     ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
     # An alpha that learns has a gradient in float32: its tau is as exact.
     CLAMPED: tl.constexpr = HALF and ALPHA_KIND != 0
-    PRECISE: tl.constexpr = HALF and SAVE and ALPHA_KIND == 2
+    PRECISE: tl.constexpr = HALF and (not MEAN or (SAVE and ALPHA_KIND == 2))
     slope_parts = tl.zeros((BLOCK_M, 4), tl.float32)
     acc_slope = tl.zeros((BLOCK_M, 8), tl.float32)
     seen_start, seen_end = seen_by_all(start, end, keys)
@@ -151,11 +152,12 @@ def _forward_kernel(
             BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
         )  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
-        if HALF:
-            acc_slope = tl.dot(rounded, ones, acc_slope)
-        else:
-            slope_sum += tl.sum(u, 1)
+        if MEAN:
+            acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
+            if HALF:
+                acc_slope = tl.dot(rounded, ones, acc_slope)
+            else:
+                slope_sum += tl.sum(u, 1)
     sums = tl.sum(parts, 1)
     support = tl.sum(support_parts, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
     if ROOM > 0:
@@ -173,11 +175,12 @@ def _forward_kernel(
                 support += tl.sum(on_support(u), 1)
             v = gather_rows(w_base + chosen.to(tl.int64) * stride_wn, held, dims, head_dim, EVEN_D=EVEN_D)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-            acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
-            if HALF:
-                acc_slope = tl.dot(rounded, ones, acc_slope)
-            else:
-                slope_sum += tl.sum(u, 1)
+            if MEAN:
+                acc_mean = tl.dot(rounded, v, acc_mean, input_precision=PRECISION)
+                if HALF:
+                    acc_slope = tl.dot(rounded, ones, acc_slope)
+                else:
+                    slope_sum += tl.sum(u, 1)
         # The strays may lie where the output goes.
         tl.debug_barrier()
 
@@ -187,9 +190,14 @@ def _forward_kernel(
     empty = tau >= 1e30
     steepness = tl.sum(slope_parts, 1) if PRECISE else slope_sum
     correction = last_step(sums, steepness, support, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
-    # Weights lose their share in u of what the sum of p is too much: then it is 1.
-    share = tl.where(correction == 0.0, 0.0, (sums - 1.0) / tl.where(slope_sum > 0, slope_sum, 1.0))
-    acc -= share[:, None] * acc_mean
+    if MEAN:
+        # Weights lose their share in u of what the sum of p is too much: then it is 1.
+        share = tl.where(correction == 0.0, 0.0, (sums - 1.0) / tl.where(slope_sum > 0, slope_sum, 1.0))
+        acc -= share[:, None] * acc_mean
+    else:
+        # What the sum of p is too much is taken from the weights in proportion, not from u: that errs by the product
+        # of what it is too much and how far the mean under u is from the output.
+        acc /= tl.where(sums > 0, sums, 1.0)[:, None]
     tau = tl.where(empty, float("inf"), tau + correction)
     tl.store(tau_ptr + tau_rows, tau, mask=row_mask)
     o_offsets = batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
@@ -211,11 +219,16 @@ def attend(call, point, lists, save, strays=None):
     # In float32 whatever the input: the backward subtracts its product from another.
     mean = torch.empty_like(out, dtype=torch.float32) if save else None
     tau = torch.empty_like(point)
+    means = call.sums_means(save)
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
-        launch = config.forward if rows == TILE else config.forward_pairs
+        if means:
+            launch = config.forward if rows == TILE else config.forward_pairs
+        else:
+            launch = config.output if rows == TILE else config.output_pairs
+        columns = launch.columns or config.inner
         _forward_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key), call.descriptor(value),
+            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, point, tau, out, mean, *stray_pointers[:3],
             call.excess, call.scaling,
@@ -226,9 +239,10 @@ def attend(call, point, lists, save, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             SAVE=save,
+            MEAN=means,
             ROOM=room,
             STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,

@@ -46,13 +46,19 @@ class Call:
     group: int
     block_dim: int
     two_walks: bool
-    # Whether the key gradient walks the tiles that every query sees whole apart from those that need a mask.
-    split: bool
     descriptors: bool
     constants: dict
     configuration: Configuration
     # Descriptors made so far: both kinds of rows and several kernels read the same tensors.
     made: dict = field(default_factory=dict)
+
+    def sums_means(self, save):
+        """Whether the forward sums the values under u: a backward (save) reads that, and it corrects the output.
+
+        Without it the output is right to bfloat16's digits where tau is refined as for a backward.
+        """
+        known = self.constants["ALPHA_KIND"] in (BELOW_2, ENTMAX15, SPARSEMAX)
+        return save or not known or self.query.dtype != torch.bfloat16
 
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
@@ -111,10 +117,13 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).view(torch.uint8)
         mask_strides = mask.stride()
+    row = configuration(query.device, query.element_size(), block_dim)
     precision = "tf32"
     if query.dtype == torch.float32:
         # Three tf32 products nearly keep float32's accuracy, but hold operands twice: too much for the widest heads.
-        precision = "tf32x3" if block_dim <= 128 else "ieee"
+        # Few keys have small tiles, whose products need no tensor cores.
+        plain = block_dim > 128 or is_short(row, query.shape[2], key.shape[2])
+        precision = "ieee" if plain else "tf32x3"
     constants = {
         "GROUP": query.shape[1] // key.shape[1],
         "ALPHA_KIND": power_kind,
@@ -128,7 +137,6 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         # Above alpha = 2 a slope hangs on the last bits of a score, which must come out alike in every kernel.
         "enable_fp_fusion": not alpha > 2,
     }
-    row = configuration(query.device, query.element_size(), block_dim)
     return Call(
         query=_rows(query),
         key=_rows(key),
@@ -148,7 +156,6 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         block_dim=block_dim,
         # Slopes u grow without bound at the edge of the support for alpha > 2, and float32 is held to float32.
         two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
-        split=visible is not None or row.split,
         descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
         constants=constants,
         configuration=row,
@@ -239,7 +246,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
     shapes = [(batch, heads, query_tiles, key_tiles), (batch, heads, query_tiles), (0,), (0,)]
-    if config.threshold_rows > TILE:
+    if config.paired:
         pairs = (queries + 2 * TILE - 1) // (2 * TILE)
         shapes[2:] = [(batch, heads, pairs, key_tiles), (batch, heads, pairs)]
     shapes.append((batch, heads, key_tiles, query_tiles))

@@ -320,12 +320,14 @@ def _refine_kernel(
 
 
 def refined_threshold(call, bound, lists, save, strays=None):
-    """A point next to tau (B, H, N), nearer for a backward (save); 1e30 in rows that see no key."""
+    """A point next to tau (B, H, N), nearer where the output is not corrected to first order; 1e30 without a key."""
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
     tau = torch.empty_like(bound)
-    # How much the sum of p may be off. The output is corrected to first order, so that it errs by the square of this;
-    # the mean of the values, which a backward reads in half precision, is not corrected: it errs by as much.
+    near = save or not call.sums_means(save)
+    # How much the sum of p may be off. Where the output is corrected to first order it errs by the square of this; the
+    # mean of the values, which a backward reads in half precision, is not corrected, and neither is an output that is
+    # only divided by the sum: they err by as much.
     kind = call.constants["ALPHA_KIND"]
     exact = query.dtype == torch.float32 or kind == GENERAL
     if exact:
@@ -333,16 +335,17 @@ def refined_threshold(call, bound, lists, save, strays=None):
     elif kind == SPARSEMAX:
         tolerance = 1e-2
     else:
-        tolerance = 5e-3 if save else 3e-2
+        tolerance = 5e-3 if near else 3e-2
     # The sum that makes a pass third order costs 2 instructions a score.
-    curved = kind < ENTMAX15 or (kind == ENTMAX15 and (exact or save))
+    curved = kind < ENTMAX15 or (kind == ENTMAX15 and (exact or near))
     slots = 8 if exact or kind != ENTMAX15 else 2
     state = torch.empty((batch, heads, queries, slots), dtype=torch.float32, device=query.device)
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)
         launch = config.refine if rows == TILE else config.refine_pairs
+        columns = launch.columns or config.inner
         _refine_kernel[(counts.numel(),)](
-            query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
+            query, key, call.descriptor(key, columns), call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, bound, state, tau, *stray_pointers[:3],
             call.excess, call.scaling,
             *stray_pointers[3:],
@@ -351,7 +354,7 @@ def refined_threshold(call, bound, lists, save, strays=None):
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             EXACT=exact,
             CURVED=curved,

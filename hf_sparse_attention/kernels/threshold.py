@@ -185,6 +185,7 @@ def _threshold_kernel(
     SPLIT: tl.constexpr,
     ROW_LIMIT: tl.constexpr,
     FEWEST: tl.constexpr,
+    PAIR_TENTHS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
@@ -366,24 +367,27 @@ def _threshold_kernel(
                     flag,
                     mask=chosen,
                 )
-            if GROUPS > 1:
+            if GROUPS > 1 and PAIR_TENTHS > 0:
                 either = tl.max(alive, 0)
                 pair_place = union + tl.cumsum(either, 0) - either
                 pair_list = pair_ptr + (head_index.to(tl.int64) * pair_rows + row_tile) * list_keys
                 tl.store(pair_list + pair_place, tiles.to(tl.int16), mask=either > 0)
                 union += tl.sum(either, 0)
-        if GROUPS > 1:
+        # Only rows by themselves have strays, which win more than pairs if more than a third of the tiles is sparse.
+        third = tl.sum(sparse, 0) * 3 > tl.sum(count, 0)
+        if GROUPS > 1 and PAIR_TENTHS > 0:
             # Rows that share most of their tiles are walked together, with half the traffic; the others by themselves.
-            together = (union > 0) & (union * 10 <= tl.sum(count, 0) * 7)
+            together = (union > 0) & (union * 10 <= tl.sum(count, 0) * PAIR_TENTHS)
             if ROW_LIMIT > 0:
-                # Only rows by themselves have strays: from a third of the tiles on these win more than pairs do.
-                together = together & (tl.sum(sparse, 0) * 3 <= tl.sum(count, 0))
+                together = together & (third == 0)
             tl.store(pair_count_ptr + head_index.to(tl.int64) * pair_rows + row_tile, tl.where(together, union, -1))
             count = tl.where(together, -1, count)
         tl.store(count_ptr + list_rows, count, mask=known)
         if ROW_LIMIT > 0:
             tl.store(stray_count_ptr + list_rows, tl.zeros((GROUPS,), tl.int32), mask=known)
             queued = (known & (count >= 0) & (sparse >= FEWEST)).to(tl.int32)
+            if GROUPS > 1 and PAIR_TENTHS == 0:
+                queued *= third.to(tl.int32)
             for member in tl.static_range(GROUPS):
                 if tl.sum(tl.where(group == member, queued, 0), 0) > 0:
                     # The order hangs on who comes first; nothing that is computed hangs on the order.
@@ -411,7 +415,7 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
     lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
     counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
     pairs = pair_counts = tile_map = sparse = alive_rows = queue = stray_counts = None
-    if rows > TILE:
+    if config.paired:
         pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
         pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
     counter = torch.zeros((2,), dtype=torch.int32, device=device)
@@ -443,9 +447,10 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
         BLOCK_N=config.threshold_columns,
         TILE=TILE,
         SAVE=save,
-        SPLIT=save and call.split,
+        SPLIT=save and call.visible is not None,
         ROW_LIMIT=row_limit,
         FEWEST=fewest,
+        PAIR_TENTHS=config.pair_tenths,
         DESCRIPTORS=call.descriptors,
         SCAN=SCAN,
         STEPS=STEPS,

@@ -138,6 +138,18 @@ def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr, CLAMPED: tl.constexpr = 
 
 
 @triton.jit
+def alpha_slopes(p, u, excess, ALPHA_KIND: tl.constexpr):
+    """(alpha-1)^2 dp/dalpha without the threshold's own movement: p - u + p y, y = -(alpha-1) log p; excess alpha - 1.
+
+    Near y = 0 that is what is left of three numbers which cancel: there the series of -p (exp(y) - 1 - y).
+    """
+    y = (-0.6931471805599453 * excess) * logarithm(tl.maximum(p, 1e-37), ALPHA_KIND=ALPHA_KIND)
+    series = 1 / 24 + y * (1 / 120 + y * (1 / 720 + y * (1 / 5040 + y * (1 / 40320))))
+    series = p * y * y * (0.5 + y * (1 / 6 + y * series))
+    return -tl.where(y < 0.5, series, u - p - p * y)
+
+
+@triton.jit
 def weights_and_curvature(x, tau, exponent, ALPHA_KIND: tl.constexpr, CLAMPED: tl.constexpr = False):
     """p and u as `weights` gives them and w = [x - tau]_+ ^ (exponent - 2) on the support, else 0."""
     if ALPHA_KIND == 15:

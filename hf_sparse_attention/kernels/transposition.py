@@ -57,8 +57,7 @@ def _transpose_kernel(
             flags = tl.load(map_ptr + cells + tiles, mask=tiles < query_tiles, other=0).to(tl.int32)
             # Most of a row is empty where documents are short.
             if tl.max(flags, 0) > 0:
-                # The forward may have been configured otherwise, and have told whole tiles apart.
-                chosen = (flags == 2 if SPLIT else (flags > 0) & (flags < APART)).to(tl.int32)
+                chosen = (flags == (2 if SPLIT else 1)).to(tl.int32)
                 place = count + tl.cumsum(chosen, 0) - chosen
                 tl.store(list_ptr + cells + place, tiles.to(tl.int16), mask=chosen > 0)
                 count += tl.sum(chosen, 0)
@@ -87,8 +86,10 @@ def transpose(call, lists, strays):
     """`ByKeys`: lists by tile of keys, places for the strays and room for what the query gradient puts there."""
     batch, heads, key_tiles, query_tiles = lists.tile_map.shape
     device = lists.tile_map.device
+    # For visible ranges the map tells the tiles that every query sees whole from those that need a mask.
+    split = call.visible is not None
     tiles = torch.empty(lists.tile_map.shape, dtype=torch.int16, device=device)
-    counts = torch.empty((batch, heads, key_tiles, 1 + call.split), dtype=torch.int32, device=device)
+    counts = torch.empty((batch, heads, key_tiles, 1 + split), dtype=torch.int32, device=device)
     stray_map = starts = totals = None
     members = 1
     if strays is not None:
@@ -100,8 +101,8 @@ def transpose(call, lists, strays):
     _transpose_kernel[(batch * heads // members * key_tiles,)](
         lists.tile_map, stray_map, tiles, counts, starts, totals, query_tiles, key_tiles,
         MEMBERS=members,
-        SCAN=512 if call.split else 128,
-        SPLIT=call.split,
+        SCAN=512 if split else 128,
+        SPLIT=split,
         STRAYS=strays is not None,
         num_warps=1,
         enable_fp_fusion=True,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import NEEDLE, TEXT, Task, perplexity
 from .exact_match import generated, score, teacher_forced
 from .haystack import Haystack
-from .needles import NEEDLES, TooShort, needle_samples
+from .needles import NEEDLES, TooShort, check_tokenizer, needle_samples
 from .samples import SyntheticTask
 from .synthetic import make_task
 from .windows import TokenizedText, Windows
@@ -40,6 +40,7 @@ class Inputs:
         score: (model, *, batch_tokens, progress) -> a dict of numbers, or {"missing": reason}.
         depth: share of the context before what is asked, or None.
         missing: why there are none.
+        measure: what else the numbers follow from: models that differ in it alone saw the same tokens.
     """
 
     count: int
@@ -49,6 +50,7 @@ class Inputs:
     score: Callable[..., dict]
     depth: float | None = None
     missing: str | None = None
+    measure: str = ""
 
 
 @dataclass
@@ -120,6 +122,8 @@ class Sources:
             place={"windows": len(windows), "tokens": windows.scored, "documents": windows.documents},
             score=partial(_score_windows, windows),
             missing=None if len(windows) else f"{reason} {length:,} tokens",
+            # Tokenizers that drop accents or know few words give different texts the same tokens.
+            measure="" if windows.bytes is None else _sha256(windows.bytes.tolist()),
         )
 
     def _needle_inputs(
@@ -127,6 +131,7 @@ class Sources:
     ) -> Inputs:
         same = tokenizer_identity(tokenizer)
         if same not in self._haystacks:
+            check_tokenizer(name, tokenizer)
             documents = self.documents if self.haystack == "data" else None
             self._haystacks[same] = Haystack.of(documents, tokenizer)
         haystack = self._haystacks[same]

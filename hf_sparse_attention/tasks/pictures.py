@@ -25,9 +25,15 @@ def draw(results: dict) -> dict[str, bytes]:
     exact = [cell for cell in cells if cell.get("exact_match") is not None]
     if any(cell.get("depth") is not None for cell in exact):
         found["depth.png"] = picture(by_depth(results, [cell for cell in exact if cell.get("depth") is not None]))
-    if exact:
-        found["exact_match.png"] = picture(by_length(results, exact))
+    # A mean over the depths that have a number is not the mean over depths.
+    lost = {_place(cell) for cell in results["cells"] if cell.get("missing")}
+    if whole := [cell for cell in exact if _place(cell) not in lost]:
+        found["exact_match.png"] = picture(by_length(results, whole))
     return found
+
+
+def _place(cell: dict) -> tuple:
+    return cell["model"], cell["task"], cell["length"]
 
 
 def by_context(results: dict, cells: list[dict]) -> Figure:

@@ -20,17 +20,20 @@ class Windows:
 
     Args:
         tokens: int64 (windows, length).
-        bytes: UTF-8 bytes of the text that the tokens after the first stand for, (windows,); None if the tokenizer
+        bytes: UTF-8 bytes of the text that the predicted tokens stand for, (windows,); None if the tokenizer
             does not say which text its tokens stand for.
         documents: how many documents they come from; one if the documents were joined.
         first: of windows that overlap, the first token of each that is scored, (windows,), at least 1; None where all
-            tokens after the first one are.
+            tokens after the given ones are.
+        given: tokens at the beginning of each that are given, not predicted: what the tokenizer puts before a text,
+            and at least one.
     """
 
     tokens: torch.Tensor
     bytes: torch.Tensor | None
     documents: int
     first: torch.Tensor | None = None
+    given: int = 1
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -38,7 +41,7 @@ class Windows:
     @property
     def sha256(self) -> str:
         """Of the shape and the tokens: two models with the same one saw the same tokens."""
-        shape = ",".join(map(str, self.tokens.shape))
+        shape = ",".join(map(str, self.tokens.shape)) + (f"|{self.given}" if self.given > 1 else "")
         first = b"" if self.first is None else self.first.to(torch.int64).numpy().tobytes()
         return hashlib.sha256(shape.encode() + self.tokens.to(torch.int64).numpy().tobytes() + first).hexdigest()
 
@@ -46,7 +49,7 @@ class Windows:
     def scored(self) -> int:
         """Number of tokens that are predicted."""
         count, length = self.tokens.shape
-        return count * (length - 1) if self.first is None else count * length - int(self.first.sum())
+        return count * (length - self.given) if self.first is None else count * length - int(self.first.sum())
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class TokenizedText:
             torch.from_numpy(tokens),
             None if counts is None else torch.from_numpy(counts),
             len({index for index, _ in places}),
+            given=max(1, len(self.prefix)),
         )
 
     def sliding_windows(self, length: int, *, limit: int | None = None, seed: int = 0) -> Windows:

@@ -52,7 +52,7 @@ def train_task(arguments: TrainTaskArguments) -> dict:
     output = Path(arguments.output).expanduser()
     grid = [(rate, seed) for rate in sorted(set(arguments.learning_rates)) for seed in sorted(set(arguments.seeds))]
     names = {place: f"rate-{place[0]!r}-seed-{place[1]}" for place in grid}
-    _check_output(output, arguments, names.values())
+    _check_output(output, arguments, names)
     with tqdm(
         total=len(grid) * arguments.steps, desc=task.name, unit="step", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,
@@ -96,10 +96,11 @@ def _side_by_side(runs: list[Generator[None, None, dict]], together: int) -> lis
     return [results[number] for number in range(len(runs))]
 
 
-def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
+def _check_output(output: Path, arguments: TrainTaskArguments, names: dict[tuple[float, int], str]) -> None:
+    """Looks at the folders of a grid, {(rate, seed): name}."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file, not a folder")
-    for name in names:
+    for (rate, seed), name in names.items():
         record = output / name / "run.json"
         if not (output / name).exists():
             continue
@@ -113,7 +114,10 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
             raise FileExistsError(
                 f"{output / name} is there: go on with --resume auto, or replace it with --overwrite"
             )
-        saved, identity = read_record(output / name)["identity"], identity_of(arguments)
+        known = read_record(output / name)
+        # The folder may have been renamed or copied.
+        saved = {**known["identity"], "learning_rate": known.get("learning_rate"), "seed": known.get("seed")}
+        identity = {**identity_of(arguments), "learning_rate": rate, "seed": seed}
         different = [
             f"{key} {saved.get(key)!r} then, {identity.get(key)!r} now"
             for key in sorted({*saved, *identity})

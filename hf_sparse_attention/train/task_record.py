@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,17 +24,16 @@ def identity_of(arguments: TrainTaskArguments) -> dict:
 
 
 def best_of(runs: list[dict]) -> dict | None:
-    """The run with the most exact answers, then right tokens, then the lowest loss, mean over validation lengths."""
+    """The run with the most exact answers, then right tokens, then the lowest loss, mean over validation lengths; None
+    if there is none with a number for each."""
 
     def rank(run: dict) -> tuple:
         lines = run["validation"]
-        if run["failed"] or any("missing" in line for line in lines):
-            return (-1.0, -1.0, -math.inf)
         mean = [sum(line[name] for line in lines) / len(lines) for name in ("exact_match", "token_accuracy", "loss")]
         return (mean[0], mean[1], -mean[2])
 
-    best = max(runs, key=rank)
-    return None if best["failed"] else best
+    sound = [run for run in runs if not run["failed"] and not any("missing" in line for line in run["validation"])]
+    return max(sound, key=rank, default=None)
 
 
 def share(line: dict | None) -> str:

@@ -64,7 +64,7 @@ def train_run(
         bar.update(start)
     earlier = sum(end - begin for begin, end in spans)
     write_json(folder / "run.json", {**record, "finished": False})
-    _keep_metrics(folder / "metrics.jsonl", start)
+    _keep_metrics(folder / "metrics.jsonl", start, arguments.steps)
     begun, failed, window_begun, window, done = time.time(), None, time.perf_counter(), 0, start
     model.train()
     for done in range(start + 1, arguments.steps + 1):
@@ -161,12 +161,14 @@ def _save_checkpoint(folder: Path, step: TaskStep, done: int, spans: list) -> No
     write_bytes(folder / "checkpoint.pt", content.getvalue())
 
 
-def _keep_metrics(file: Path, start: int) -> None:
-    """Leaves the lines up to a step, so that no step is there twice."""
+def _keep_metrics(file: Path, start: int, steps: int) -> None:
+    """Leaves the lines up to a step, so that no step is there twice; the validation at the end comes after it."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if start and file.is_file() else []:
         try:
-            if json.loads(line)["step"] <= start:
+            content = json.loads(line)
+            ended = content["step"] == steps and content["kind"] == "validation"
+            if content["step"] <= start and not ended:
                 lines.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             # A line cut off by the end of the process that wrote it.

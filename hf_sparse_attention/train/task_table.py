@@ -17,6 +17,9 @@ from ..tasks.synthetic import SYNTHETIC
 from .task_arguments import MAPS, TrainTaskArguments
 from .task_record import best_of, read_record, share
 
+# Value of an option that a run's record does not have.
+_UNKNOWN = "unknown"
+
 
 @dataclass(frozen=True)
 class TableArguments:
@@ -131,7 +134,7 @@ def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
     for task in sorted(found, key=list(SYNTHETIC).index):
         identities = [own[0]["identity"] for own in found[task].values()]
         keys = dict.fromkeys(key for identity in identities for key in identity)
-        usual = {key: _usual([identity.get(key) for identity in identities]) for key in keys}
+        usual = {key: _usual([identity.get(key, _UNKNOWN) for identity in identities]) for key in keys}
         groups = [_group(own, usual) for own in found[task].values()]
         by_task[task] = sorted(groups, key=_Group.place)
     return by_task
@@ -145,7 +148,9 @@ def _usual(values: list):
 def _group(runs: list[dict], usual: dict) -> _Group:
     runs = sorted(runs, key=lambda run: (run["learning_rate"], run["seed"]))
     identity = runs[0]["identity"]
-    unusual = [f"{key} {value}" for key, value in identity.items() if key != "map" and value != usual[key]]
+    # An option that is newer than a run is not in what was written of it.
+    values = {key: identity.get(key, _UNKNOWN) for key in usual}
+    unusual = [f"{key} {value}" for key, value in values.items() if key != "map" and value != usual[key]]
     done = [run for run in runs if run["finished"]]
     sound = [run for run in done if not run["failed"]]
     for run in sound:

@@ -1,32 +1,45 @@
-"""The passes of decoding in order, with their scratch: scores, tau, output, sum of the parts of the splits.
+"""The passes of decoding in order, with their scratch: scores, tau and the output of few keys, the output of many.
 
 No grid depends on the data and nothing waits for the device, so a CUDA graph can hold them."""
+
+from functools import cache
 
 import torch
 import triton
 
 from ..configurations import TILE, processors
-from ..tiles import ENTMAX15
+from ..tiles import ENTMAX15, HAS_PTX
 from . import output, scores, threshold
-from .pages import listed_pages
+from .pages import REST, bounds_of_pages
 
 # Rows of one program at most.
 MOST_ROWS = 64
 MOST_SPLITS = 128
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_PROCESSOR = 3
+POWERS = True
+STAGES = 4
+LIST_STAGES = 1
 
 
 def row_block(rows, precision):
     """Rows of one program: a power of two from 16, what a tensor core multiplies at least."""
     # Products without a tensor core hold their operands in registers.
     most = 16 if precision == "ieee" else MOST_ROWS
-    return min(most, max(16, 1 << (rows - 1).bit_length()))
+    return min(most, max(16, triton.next_power_of_2(rows)))
 
 
 def split_count(group_tiles, device_index):
     """How many programs share the keys of one key head, at most: a power of two, the same for every length."""
-    wanted = PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles
-    return min(MOST_SPLITS, 1 << max(wanted, 1).bit_length() - 1)
+    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles)
+    return min(MOST_SPLITS, 1 << wanted.bit_length() - 1 if POWERS else wanted)
+
+
+@cache
+def overlapping(device_index):
+    """What a launch says so that its programs are placed while the kernel before still runs: Hopper and later."""
+    if not HAS_PTX or torch.cuda.get_device_capability(device_index) < (9, 0):
+        return {}
+    return {"launch_pdl": True}
 
 
 def division(call):
@@ -52,30 +65,37 @@ def division(call):
 def pages_read(call, pages):
     """How many of the pages a call reads, (row tiles of all key heads,)."""
     group_tiles, block, _, sizes = division(call)
-    maxima = torch.empty((group_tiles, sizes[-1], sizes[3]), dtype=torch.float32, device=call.query.device)
+    tiles, _, _, rows = sizes[3:]
+    maxima = torch.empty((group_tiles, rows, tiles), dtype=torch.float32, device=call.query.device)
+    bound = torch.full((group_tiles, rows), torch.inf, device=call.query.device)
     launch = launch_of(call.query.element_size(), call.block_dim, block)
-    return listed_pages(call, pages, maxima, sizes, block, launch)[1]
+    bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlapping(call.query.device.index))
+    return (maxima > bound[..., None]).any(1).sum(1)
 
 
 def run_passes(call, pages=None):
     """Output (B, H, N, D), laid out (B, N, H, D), and tau (B, H, N), +inf in rows that see no key.
 
-    pages: None, or the bounds of the keys' pages, (lower, upper), as `pages.listed_pages` takes them.
+    pages: None, or the bounds of the keys' pages, as `pages.bounds_of_pages` takes them.
     """
     query, key, value = call.query, call.key, call.value
     batch, heads, queries, head_dim = query.shape
-    group, device = call.group, query.device
+    device = query.device
     group_tiles, block, most, sizes = division(call)
     tiles, splits, row_tiles, rows = sizes[3:]
+    existing = triton.next_power_of_2(rows)
 
     def scratch(*shape, dtype=torch.float32):
         return torch.empty((group_tiles, *shape), dtype=dtype, device=device)
 
     stored, maxima = scratch(tiles, rows, TILE), scratch(rows, tiles)
     slots, lists = scratch(splits, rows, TILE), scratch(rows, tiles, dtype=torch.int32)
-    chosen = scratch(tiles + splits, dtype=torch.int32)
-    parts, counts = scratch(splits, rows, head_dim), scratch(splits, dtype=torch.int32)
-    origin, level = scratch(rows), scratch(rows)
+    # Tiles and keys of every split, the last shares rounded up.
+    tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
+    parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
+    counts, arrived = scratch(splits, dtype=torch.int32), scratch(dtype=torch.int32)
+    found, pending = (scratch(rows, size, dtype=torch.int32) for size in (threshold.HELD * TILE, 1))
+    origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
     constants = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA")}
@@ -83,62 +103,77 @@ def run_passes(call, pages=None):
     constants["ALPHA_KIND"] = call.alpha_kind
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
-    page_list = page_count = bound = None
     launch = launch_of(query.element_size(), call.block_dim, block)
-    scores_launch = launch
+    overlap = overlapping(device.index)
+    # More stages take registers, of which four programs per processor have just enough.
+    output_launch = {**launch, "num_stages": 2}
+    if overlap and query.element_size() == 2 and launch["num_warps"] == 4:
+        output_launch["maxnreg"] = 128
+    # A first kernel waits for whatever ran before it.
+    first, idle, votes, scores_launch = {}, None, None, launch
     if pages is not None:
-        page_list, page_count, bound = listed_pages(call, pages, maxima, sizes, block, launch)
+        bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap)
+        first, idle, votes = overlap, pages[3], scratch(splits, dtype=torch.int32)
         # One stage more: the list is read before the keys it names.
-        scores_launch = {**launch, "num_stages": launch["num_stages"] + 1}
+        scores_launch = {**launch, "num_stages": launch["num_stages"] + LIST_STAGES}
     scores.scores_kernel[(group_tiles, splits)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, page_list, page_count, bound,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, idle, bound,
         stored, maxima, slots,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         *sizes, head_dim,
         **constants, **wide, **masks,
         HAS_LIST=pages is not None,
+        HAS_IDLE=idle is not None,
         BLOCK_M=block,
+        ROWS=existing,
         TILE=TILE,
+        CHUNK_D=scores.CHUNK_D,
         SLACK=scores.SLACK,
-        **scores_launch,
+        LEAST_TILES=scores.LEAST_TILES,
+        STEPS=threshold.STEPS,
+        SCAN=min(threshold.SCAN, output.AT_ONCE // existing),
+        OVERLAP=bool(overlap),
+        **scores_launch, **first,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
-        call.alpha_tensor, call.visible, bound, stored, maxima, slots, lists, origin, level, tau,
+        value, call.alpha_tensor, call.visible, bound, votes, idle,
+        stored, maxima, slots, lists, found, origin, level, pending, arrived, tau, out,
         call.excess,
-        *call.visible_strides,
-        *sizes,
+        *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
+        *sizes, head_dim,
         **constants,
-        HAS_LIST=pages is not None,
+        HAS_IDLE=idle is not None,
         BLOCK_M=block,
+        BLOCK_D=call.block_dim,
         TILE=TILE,
-        SPLITS=most,
+        SPLITS=triton.next_power_of_2(most),
         SCAN=threshold.SCAN,
-        LISTED=threshold.LISTED,
+        HELD=threshold.HELD,
+        SEARCHED=threshold.SEARCHED,
+        KEYS=max(1, threshold.AT_ONCE // call.block_dim),
         STEPS=threshold.STEPS,
         TOLERANCE=1e-9 if call.alpha_kind == ENTMAX15 else 1e-7,
+        REST=REST,
+        OVERLAP=bool(overlap),
         num_warps=4,
+        **overlap,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](
-        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, chosen, parts, counts,
+        value, call.alpha_tensor, call.visible, stored, maxima, origin, level, pending, tile_lists, key_lists,
+        parts, counts, sums, arrived, out,
         call.excess,
-        *value.stride()[:3], *call.visible_strides,
+        *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
         *sizes, head_dim,
         **constants, **wide,
         BLOCK_M=block,
+        ROWS=existing,
         TILE=TILE,
-        SCAN=output.SCAN,
-        **launch,
-    )  # fmt: skip
-    output.sum_kernel[(group_tiles * rows,)](
-        parts, counts, out,
-        *out.stride()[:3],
-        heads, queries, splits, row_tiles, rows, head_dim,
-        GROUP=group,
-        BLOCK_M=block,
-        BLOCK_D=call.block_dim,
-        PARTS=output.PARTS,
-        num_warps=4,
+        SCAN=min(output.SCAN, output.AT_ONCE // existing),
+        TILES=max(1, output.AT_ONCE // (existing * TILE)),
+        PARTS=max(1, output.AT_ONCE // (existing * call.block_dim)),
+        OVERLAP=bool(overlap),
+        **output_launch, **overlap,
     )  # fmt: skip
     return out, tau
 
@@ -148,5 +183,5 @@ def launch_of(element_size, block_dim, block):
     tile_bytes = TILE * block_dim * element_size
     return {
         "num_warps": 8 if block * block_dim >= 64 * 128 else 4,
-        "num_stages": 3 if tile_bytes <= 32768 else 2,
+        "num_stages": STAGES if tile_bytes <= 16384 else 3 if tile_bytes <= 32768 else 2,
     }

@@ -1,4 +1,4 @@
-"""Per-channel minimum and maximum and the radius of every page of TILE keys -> the pages that can hold weight, listed.
+"""Per-channel minimum and maximum and the radius of every page of TILE keys -> a bound of every page, and one of tau.
 
 Exact for every input. A page's score is at most sum_d max(q_d lower_d, q_d upper_d), as every key lies between its
 page's bounds, and at most q.c + |q| radius, as no key is farther from the middle c; what rounding can add is added.
@@ -12,13 +12,12 @@ import triton.language as tl
 from ..configurations import TILE
 from ..operators import _block_dim
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .rows import locate
+from .rows import chained_unless_resting, locate
 from .threshold import STEPS, subset_threshold
 
-# Pages whose keys give the lower bound of tau: the newest one, and the best of interleaved classes of the others.
+# Pages whose keys give the lower bound of tau: the newest one, and the best of what so many programs bounded.
 SEEDS = 4
 PAGES = 32
-SCAN = 1024
 # Where more than 9 of 10 pages are read anyway, the bounds are left alone for as many calls.
 REST = 31
 # Channels read at once where scores are summed without a tensor core.
@@ -89,7 +88,8 @@ def _update_kernel(
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def _bounds_kernel(
-    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr, votes_ptr, maxima_ptr,
+    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr,
+    maxima_ptr, best_ptr, chosen_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_lb, stride_lg, stride_ln,
@@ -109,12 +109,14 @@ def _bounds_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     MARGIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP):
+        return
     group_tile = tl.program_id(0)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
     local = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
-    page = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
     _alpha, _exponent, factor, slope = entmax_parameters(
         alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
     )
@@ -126,62 +128,73 @@ def _bounds_kernel(
     start, end = row_ranges(visible_base, stride_vn, query, queries, keys, RANGE_KIND=RANGE_KIND)
     end = tl.where(inside, end, 0)
     written = tl.max(end, 0)
-    known = ((page + 1) * TILE <= written) & (page < tiles)
-    if HAS_IDLE:
-        # While they rest no page has a bound.
-        known = known & (page < tl.where(tl.load(idle_ptr) > 0, 0, tiles))
-        if (group_tile == 0) & (tl.program_id(1) == 0):
-            tl.store(votes_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int32))
     q_rows = head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn + batch.to(tl.int64) * stride_qb
     q_mask = inside[:, None] & (dims < head_dim)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
-    page_mask = known[:, None] & (dims < head_dim)[None, :]
-    lower_rows = page.to(tl.int64) * stride_ln + batch.to(tl.int64) * stride_lb + group.to(tl.int64) * stride_lg
-    lower = tl.load(lower_ptr + lower_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
-    upper_rows = page.to(tl.int64) * stride_un + batch.to(tl.int64) * stride_ub + group.to(tl.int64) * stride_ug
-    upper = tl.load(upper_ptr + upper_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
-
     zero = tl.zeros_like(q)
     positive = tl.where(q > 0, q, zero)
     negative = tl.where(q < 0, q, zero)
-    bound = tl.dot(positive, tl.trans(upper), input_precision=PRECISION)
-    bound = tl.dot(negative, tl.trans(lower), bound, input_precision=PRECISION)
-    sizes = tl.maximum(tl.abs(lower.to(tl.float32)), tl.abs(upper.to(tl.float32))).to(lower.dtype)
-    radius_row = radius_ptr + batch.to(tl.int64) * stride_rb + group.to(tl.int64) * stride_rg
-    radius = tl.load(radius_row + page, mask=known, other=0.0)
     unit = tl.max(tl.abs(q.to(tl.float32)), 1)
     unit = tl.where(unit > 0, unit, 1.0)
     direction = q.to(tl.float32) / unit[:, None]
     length = tl.sqrt(tl.sum(direction * direction, 1)) * unit * 1.0001
-    around = tl.dot(q, tl.trans(middle(lower, upper, q.dtype)), input_precision=PRECISION)
-    around += length[:, None] * radius[None, :]
-    # Where one of them is not a number the other has to do.
-    bound = tl.where(around == around, tl.minimum(bound, around), bound)
-    bound += MARGIN * tl.dot(positive - negative, tl.trans(sizes), input_precision=PRECISION)
-    x = bound * factor[:, None]
-    if HAS_SLOPES:
-        nearest = tl.minimum((page + 1) * TILE, end[:, None]) - end[:, None]
-        x += slope[:, None] * nearest.to(tl.float32)
-        x += 1e-6 * slope[:, None] * tl.abs(nearest.to(tl.float32))
-    x += 1e-6 * tl.abs(x) + 1e-30
-    # What is not a number, in the queries or in the keys, hides nothing; nor does a page without bounds.
     broken = tl.max(((q != q) | (tl.abs(q) == float("inf"))).to(tl.int32), 1) > 0
-    x = tl.where((x == x) & known & (broken == 0)[:, None], x, float("inf"))
-    seen = (page[None, :] * TILE < end[:, None]) & ((page + 1)[None, :] * TILE > start[:, None])
-    x = tl.where(seen, x, float("-inf"))
+    radius_row = radius_ptr + batch.to(tl.int64) * stride_rb + group.to(tl.int64) * stride_rg
     row = group_tile.to(tl.int64) * rows + local
-    tl.store(maxima_ptr + row[:, None] * tiles + page[None, :], x, mask=inside[:, None] & (page < tiles)[None, :])
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    chosen = tl.full((BLOCK_M,), -1, tl.int32)
+    for base in range(tl.program_id(1) * PAGES, tiles, tl.num_programs(1) * PAGES):
+        page = base + tl.arange(0, PAGES)
+        known = ((page + 1) * TILE <= written) & (page < tiles)
+        page_mask = known[:, None] & (dims < head_dim)[None, :]
+        lower_rows = page.to(tl.int64) * stride_ln + batch.to(tl.int64) * stride_lb + group.to(tl.int64) * stride_lg
+        lower = tl.load(lower_ptr + lower_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
+        upper_rows = page.to(tl.int64) * stride_un + batch.to(tl.int64) * stride_ub + group.to(tl.int64) * stride_ug
+        upper = tl.load(upper_ptr + upper_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
+
+        bound = tl.dot(positive, tl.trans(upper), input_precision=PRECISION)
+        bound = tl.dot(negative, tl.trans(lower), bound, input_precision=PRECISION)
+        sizes = tl.maximum(tl.abs(lower.to(tl.float32)), tl.abs(upper.to(tl.float32))).to(lower.dtype)
+        radius = tl.load(radius_row + page, mask=known, other=0.0)
+        around = tl.dot(q, tl.trans(middle(lower, upper, q.dtype)), input_precision=PRECISION)
+        around += length[:, None] * radius[None, :]
+        # Where one of them is not a number the other has to do.
+        bound = tl.where(around == around, tl.minimum(bound, around), bound)
+        bound += MARGIN * tl.dot(positive - negative, tl.trans(sizes), input_precision=PRECISION)
+        x = bound * factor[:, None]
+        if HAS_SLOPES:
+            nearest = tl.minimum((page + 1) * TILE, end[:, None]) - end[:, None]
+            x += slope[:, None] * nearest.to(tl.float32)
+            x += 1e-6 * slope[:, None] * tl.abs(nearest.to(tl.float32))
+        x += 1e-6 * tl.abs(x) + 1e-30
+        # What is not a number, in the queries or in the keys, hides nothing; nor does a page without bounds.
+        x = tl.where((x == x) & known & (broken == 0)[:, None], x, float("inf"))
+        seen = (page[None, :] * TILE < end[:, None]) & ((page + 1)[None, :] * TILE > start[:, None])
+        x = tl.where(seen, x, float("-inf"))
+        tl.store(maxima_ptr + row[:, None] * tiles + page[None, :], x, mask=inside[:, None] & (page < tiles)[None, :])
+        # The best of the pages with a bound is a seed.
+        x = tl.where(x < float("inf"), x, float("-inf"))
+        greatest = tl.max(x, 1)
+        found = tl.max(tl.where(x == greatest[:, None], page[None, :], 0), 1)
+        better = greatest > best
+        chosen = tl.where(better, found, chosen)
+        best = tl.maximum(best, greatest)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(best_ptr + place, best, mask=inside)
+    tl.store(chosen_ptr + place, chosen, mask=inside)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "programs", "excess", "scaling"]
+)
 def _seed_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, idle_ptr, maxima_ptr, seed_ptr, bound_ptr,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, idle_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
+    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim, programs,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -192,11 +205,14 @@ def _seed_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     SEEDS: tl.constexpr,
-    SCAN: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
     MARGIN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP):
+        return
     row = tl.program_id(0)
     group_tile = row // rows
     key_heads = heads // GROUP
@@ -215,33 +231,29 @@ def _seed_kernel(
         visible_base += batch * stride_vb
     start, end = row_ranges(visible_base, stride_vn, query, queries, keys, RANGE_KIND=RANGE_KIND)
 
-    # The page with the largest bound of every class; the classes interleave, so neighbours do not compete. The last
-    # slot is for the newest keys a query sees, which may have no bound yet.
-    CLASSES: tl.constexpr = SEEDS - 1
+    # The pages with the largest bounds among the best of every program, and the newest keys the query sees, which may
+    # have no bound yet: none of them twice.
     newest = tl.maximum(end - 1, 0) // TILE
-    classes = tl.arange(0, SEEDS)
-    steps = tl.arange(0, SCAN // SEEDS)
-    best = tl.full((SEEDS,), float("-inf"), tl.float32)
-    chosen = tl.zeros((SEEDS,), tl.int32)
-    for base in range(0, tiles, SCAN // SEEDS * CLASSES):
-        page = base + steps[:, None] * CLASSES + classes[None, :]
-        known = (page < tiles) & (classes < CLASSES)[None, :]
-        x = tl.load(maxima_ptr + row.to(tl.int64) * tiles + page, mask=known, other=float("-inf"))
-        x = tl.where(x < float("inf"), x, float("-inf"))
-        greatest = tl.max(x, 0)
-        found = tl.max(tl.where((x == greatest[None, :]) & known, page, 0), 0)
-        better = greatest > best
-        chosen = tl.where(better, found, chosen)
-        best = tl.maximum(best, greatest)
-    chosen = tl.where(classes < CLASSES, chosen, newest)
-    tl.store(seed_ptr + row * SEEDS + classes, chosen)
+    candidates = tl.arange(0, PROGRAMS)
+    place = row.to(tl.int64) * programs + candidates
+    best = tl.load(best_ptr + place, mask=candidates < programs, other=float("-inf"))
+    pages = tl.load(chosen_ptr + place, mask=candidates < programs, other=-1)
+    best = tl.where(pages == newest, float("-inf"), best)
+    seeds = tl.arange(0, SEEDS)
+    chosen = tl.where(seeds == 0, newest, -1)
+    for index in range(1, SEEDS):
+        greatest = tl.max(best, 0)
+        winner = tl.max(tl.where((best == greatest) & (best > float("-inf")), candidates, -1), 0)
+        page = tl.max(tl.where(candidates == winner, pages, -1), 0)
+        chosen = tl.where(seeds == index, page, chosen)
+        best = tl.where(candidates == winner, float("-inf"), best)
+    tl.store(seed_ptr + row * SEEDS + seeds, chosen)
     tl.debug_barrier()
 
     local = tl.arange(0, SEEDS * TILE)
-    columns = tl.load(seed_ptr + row * SEEDS + local // TILE) * TILE + local % TILE
-    seen = (columns >= start) & (columns < end)
-    if HAS_IDLE:
-        seen = seen & (columns < tl.where(tl.load(idle_ptr) > 0, 0, keys))
+    page = tl.load(seed_ptr + row * SEEDS + local // TILE)
+    columns = page * TILE + local % TILE
+    seen = (page >= 0) & (columns >= start) & (columns < end)
     q_row = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
     k_rows = k_ptr + batch * stride_kb + group * stride_kg + columns.to(tl.int64) * stride_kn
     channels = tl.arange(0, CHANNELS)
@@ -268,82 +280,36 @@ def _seed_kernel(
     if HAS_SLOPES:
         x -= 1e-6 * slope * tl.abs((columns - end + 1).to(tl.float32))
     x -= 1e-6 * tl.abs(x)
-    # A class may have chosen the newest page too, or none, which reads as the first: a key counts once.
-    page = columns // TILE
-    once = (local // TILE == CLASSES) | ((page % CLASSES == local // TILE) & (page != newest))
-    x = tl.where(once, x, float("-inf"))
     # Sums that are not numbers bound nothing, and hidden keys were just made so.
     x = tl.where((x == x) & (x < float("inf")) & seen, x, float("-inf"))
-    x = tl.reshape(x, (SEEDS, TILE))
-    greatest = tl.max(tl.max(x, 1), 0)
+    greatest = tl.max(x, 0)
     empty = greatest == float("-inf")
     bound = subset_threshold(x, tl.where(empty, 0.0, greatest), exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
     tl.store(bound_ptr + row, tl.where(empty, float("-inf"), bound))
 
 
-@triton.jit(do_not_specialize=["queries", "tiles", "row_tiles", "rows"])
-def _list_kernel(
-    maxima_ptr, bound_ptr, idle_ptr, votes_ptr, list_ptr, count_ptr,
-    queries, tiles, row_tiles, rows,
-    GROUP: tl.constexpr,
-    HAS_IDLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SCAN: tl.constexpr,
-    REST: tl.constexpr,
-):  # fmt: skip
-    group_tile = tl.program_id(0)
-    existing = tl.minimum(queries * GROUP - group_tile % row_tiles * BLOCK_M, BLOCK_M)
-    scan = tl.arange(0, SCAN)
-    count = 0
-    seen = 0
-    for base in range(0, tiles, SCAN):
-        page = base + scan
-        wanted = tl.zeros((SCAN,), tl.int32)
-        present = tl.zeros((SCAN,), tl.int32)
-        for local in range(0, existing):
-            row = group_tile.to(tl.int64) * rows + local
-            x = tl.load(maxima_ptr + row * tiles + page, mask=page < tiles, other=float("-inf"))
-            wanted |= (x > tl.load(bound_ptr + row)).to(tl.int32)
-            present |= (x > float("-inf")).to(tl.int32)
-        place = count + tl.cumsum(wanted, 0) - wanted
-        tl.store(list_ptr + group_tile.to(tl.int64) * tiles + place, page, mask=wanted > 0)
-        count += tl.sum(wanted, 0)
-        seen += tl.sum(present, 0)
-    tl.store(count_ptr + group_tile, count)
-    if HAS_IDLE:
-        tl.atomic_add(votes_ptr, count)
-        tl.atomic_add(votes_ptr + 1, seen)
-        # The last program to arrive has every program's vote before it.
-        if tl.atomic_add(votes_ptr + 2, 1) == tl.num_programs(0) - 1:
-            idle = tl.load(idle_ptr)
-            most = tl.atomic_add(votes_ptr + 1, 0) // 10 * 9
-            useless = (tl.atomic_add(votes_ptr, 0) > most).to(tl.int32)
-            tl.store(idle_ptr, tl.where(idle > 0, idle - 1, useless * REST))
+def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap):
+    """Fills maxima (row tiles of all key heads, rows, tiles) with the pages' bounds and bound with those of tau.
 
-
-def listed_pages(call, pages, maxima, sizes, block, launch):
-    """The pages to read of every row tile, ascending, their number, and every row's lower bound of tau.
-
-    pages: lower, upper, radius and, to measure whether they help, how many calls they rest still (int32 (1,)) or None.
-    maxima is filled with the pages' bounds: of what is not read they stand in for the maxima.
+    pages: lower, upper, radius and, to measure whether they help, how many calls they rest still (int32 (1,)) or None;
+    while they rest nothing is filled. Of pages that are not read the bounds stand in for the maxima.
     """
     lower, upper, radius, idle = pages
     query, key = call.query, call.key
-    heads, queries, _, tiles, _, row_tiles, rows = sizes
+    tiles, splits, _, rows = sizes[3:]
     head_dim = query.shape[-1]
     group_tiles = maxima.shape[0]
     device = query.device
-    listed = torch.empty((group_tiles, tiles), dtype=torch.int32, device=device)
-    count = torch.empty((group_tiles,), dtype=torch.int32, device=device)
+    pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
+    programs = min(splits, triton.cdiv(tiles, pages_at_once))
+    best = torch.empty((group_tiles, rows, programs), dtype=torch.float32, device=device)
+    chosen = torch.empty((group_tiles, rows, programs), dtype=torch.int32, device=device)
     seeds = torch.empty((group_tiles, rows, SEEDS), dtype=torch.int32, device=device)
-    bound = torch.empty((group_tiles, rows), dtype=torch.float32, device=device)
-    votes = None if idle is None else torch.empty((4,), dtype=torch.int32, device=device)
     shared = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")}
     shared["ALPHA_KIND"] = call.alpha_kind
     margin = _margin(head_dim)
-    pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
-    _bounds_kernel[(group_tiles, triton.cdiv(tiles, pages_at_once))](
-        query, lower, upper, radius, call.alpha_tensor, call.slopes, call.visible, idle, votes, maxima,
+    _bounds_kernel[(group_tiles, programs)](
+        query, lower, upper, radius, call.alpha_tensor, call.slopes, call.visible, idle, maxima, best, chosen,
         call.excess, call.scaling,
         *query.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2], *call.visible_strides,
         *sizes, head_dim,
@@ -356,36 +322,28 @@ def listed_pages(call, pages, maxima, sizes, block, launch):
         # One tf32 product instead of three exact ones: a bound may be coarse, if its margin says how coarse.
         PRECISION="tf32",
         MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
+        OVERLAP="launch_pdl" in overlap,
         **launch,
     )  # fmt: skip
     _seed_kernel[(group_tiles * rows,)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, idle, maxima, seeds, bound,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, idle, best, chosen, seeds, bound,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
-        *sizes, head_dim,
+        *sizes, head_dim, programs,
         **shared,
         HAS_IDLE=idle is not None,
         HAS_MASK=call.constants["HAS_MASK"],
         BLOCK_M=block,
         TILE=TILE,
         SEEDS=SEEDS,
-        SCAN=SCAN,
+        PROGRAMS=triton.next_power_of_2(programs),
         CHANNELS=min(CHANNELS, call.block_dim),
         STEPS=STEPS,
         MARGIN=margin,
+        OVERLAP="launch_pdl" in overlap,
         num_warps=4,
+        **overlap,
     )  # fmt: skip
-    _list_kernel[(group_tiles,)](
-        maxima, bound, idle, votes, listed, count,
-        queries, tiles, row_tiles, rows,
-        GROUP=call.group,
-        HAS_IDLE=idle is not None,
-        BLOCK_M=block,
-        SCAN=SCAN,
-        REST=REST,
-        num_warps=4,
-    )  # fmt: skip
-    return listed, count, bound
 
 
 def update_bounds(key, lower, upper, radius, length, old, new):

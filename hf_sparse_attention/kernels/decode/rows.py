@@ -1,4 +1,5 @@
-"""Rows of a decoding program: the queries of all heads of one key head, so that a key is read once for all of them.
+"""Rows of a decoding program: the queries of all heads of one key head, so that a key is read once for all of them;
+the tiles of keys they ask for; and how a kernel begins before the one before it has ended.
 
 Legend: M rows of a row tile, numbered query by query; a group tile is one row tile of one key head of one sequence.
 """
@@ -26,3 +27,54 @@ def tile_range(start, end, inside, keys, TILE: tl.constexpr):
     high = (tl.max(tl.where(seeing, end, 0), 0) + TILE - 1) // TILE
     low = tl.min(tl.where(seeing, start, keys), 0) // TILE
     return tl.minimum(low, high), high
+
+
+@triton.jit
+def listed_tiles(
+    lists, maxima_ptr, row_scratch, inside, origin, level, low, high, split, splits, tiles, SCAN: tl.constexpr
+):
+    """Lists the tiles of a split whose maximum, less the origin, is above the level in one of the rows; their number.
+
+    Every splits-th tile is a split's, as tiles with weight lie in clusters.
+    """
+    scan = tl.arange(0, SCAN)
+    count = 0
+    for base in range(0, tl.cdiv(high - low, splits), SCAN):
+        tile = low + split + (base + scan) * splits
+        maxima = tl.load(
+            maxima_ptr + row_scratch[:, None] * tiles + tile[None, :],
+            mask=inside[:, None] & (tile < high)[None, :],
+            other=float("-inf"),
+        )
+        alive = tl.max((maxima - origin[:, None] > level[:, None]).to(tl.int32), 0)
+        tl.store(lists + count + tl.cumsum(alive, 0) - alive, tile, mask=alive > 0)
+        count += tl.sum(alive, 0)
+    return count
+
+
+@triton.jit
+def chained(OVERLAP: tl.constexpr):
+    """The first thing a kernel does: waits until the one before it has ended and what it wrote can be read.
+
+    OVERLAP: whether programs are launched while the kernel before still runs (programmatic dependent launch). Those of
+    the next one may then take what room there is; they wait here.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def chained_unless_resting(idle_ptr, HAS_IDLE: tl.constexpr, OVERLAP: tl.constexpr):
+    """As `chained`; whether the bounds of pages rest, which is read first: then there is nothing to wait for.
+
+    The kernels before this one, back to the first of the call, which was not launched early, write nothing then. The
+    one that changes the answer waits for all that have read it.
+    """
+    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
+    if resting:
+        if OVERLAP:
+            tl.extra.cuda.gdc_launch_dependents()
+    else:
+        chained(OVERLAP)
+    return resting

@@ -1,21 +1,109 @@
 """Queries and keys -> float32 scores of tiles that can hold weight, and the maxima of every tile and class of keys.
 
-The keys are read once, split over programs, all of them or only listed pages.
+The keys are read once, split over programs, all of them or only pages whose bound lets them hold weight.
 """
 
 import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .rows import locate, tile_range
+from .rows import chained_unless_resting, listed_tiles, locate, tile_range
+from .threshold import subset_thresholds
 
 # A tile is kept if its maximum comes this near to the running maximum minus 1: rounding of tau loses no key.
 SLACK = 1e-5
+# From so many tiles of a program on, it first takes a lower bound of tau from the newest keys, and from twice as many
+# from the oldest too: that costs the time of a tile, and saves writing the scores of most.
+LEAST_TILES = 64
+# Channels whose products a tensor core adds up, in float32.
+CHUNK_D = 32
+
+
+@triton.jit
+def _key_scores(
+    columns, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, head_dim,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """x of the rows and a tile of keys, -inf where a row does not see the key."""
+    # A tensor core cuts off, always towards zero, what a partial sum has no digits for. float32 is to have all of its
+    # digits: its sums are short ones, which are added as a processor does, rounded.
+    CHUNK: tl.constexpr = min(BLOCK_D, CHUNK_D) if PRECISION == "tf32x3" else BLOCK_D
+    k_rows = k_base + columns.to(tl.int64)[:, None] * stride_kn
+    scaled = tl.zeros((q_rows.shape[0], columns.shape[0]), tl.float32)
+    for part in tl.static_range(BLOCK_D // CHUNK):
+        dims = part * CHUNK + tl.arange(0, CHUNK)
+        k_mask = (columns < keys)[:, None]
+        if not EVEN_D:
+            k_mask = k_mask & (dims < head_dim)[None, :]
+        k = tl.load(k_rows + dims[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+        q_part = q
+        if CHUNK < BLOCK_D:
+            q_part = tl.load(q_rows + dims[None, :], mask=inside[:, None] & (dims < head_dim)[None, :], other=0.0)
+        # Scaled first, as a product that is only added to would go on with that sum.
+        scaled += factor[:, None] * tl.dot(q_part, tl.trans(k), input_precision=PRECISION)
+    mask_ptrs = mask_rows
+    seen = True
+    if HAS_MASK:
+        mask_ptrs = mask_rows + columns.to(tl.int64)[None, :] * stride_mk
+        seen = inside[:, None] & (columns < keys)[None, :]
+    return masked_scores(
+        scaled, 1.0, slope[:, None], columns[None, :],
+        start[:, None], end[:, None], mask_ptrs, seen,
+        MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _walk(
+    first, step, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
+    mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
+    LISTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SLACK: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """Every step-th tile from the first, or those listed: maxima of tiles and of classes of keys, and what is kept."""
+    columns_of_tile = tl.arange(0, TILE)
+    slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
+    running = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for index in range(0, count):
+        tile = tl.load(lists + index) if LISTED else first + index * step
+        x = _key_scores(
+            tile * TILE + columns_of_tile, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope,
+            stride_kn, stride_mk, keys, head_dim,
+            RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
+        )  # fmt: skip
+        slots = tl.maximum(slots, x)
+        greatest = tl.max(x, 1)
+        running = tl.maximum(running, greatest)
+        tl.store(maxima_rows + tile, greatest, mask=inside)
+        # tau is at least the maximum minus 1: the scores of a tile below that are never asked for.
+        bound = tl.maximum(running - 1.0 - SLACK * (1.0 + tl.abs(running)), floor)
+        kept = inside.to(tl.int32) * tl.max((inside & (greatest > bound)).to(tl.int32), 0)
+        score_rows = scores_rows + (tile.to(tl.int64) * rows + local) * TILE
+        tl.store(score_rows[:, None] + columns_of_tile[None, :], x, mask=(kept > 0)[:, None])
+    return slots
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def scores_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, count_ptr, bound_ptr,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, votes_ptr, idle_ptr, bound_ptr,
     scores_ptr, maxima_ptr, slots_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
@@ -30,23 +118,35 @@ def scores_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LIST: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr,
     SLACK: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
+    STEPS: tl.constexpr,
+    SCAN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    EVICT: tl.constexpr = "",
+    DEAL: tl.constexpr = 0,
 ):  # fmt: skip
+    resting = chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP)
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
     local = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     columns_of_tile = tl.arange(0, TILE)
-    _, _, factor, slope = entmax_parameters(alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES)
+    alpha, exponent, factor, slope = entmax_parameters(
+        alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+    )
     # Vectors also where alpha is one number.
-    factor = factor + tl.zeros((BLOCK_M,), tl.float32)
-    slope = slope + tl.zeros((BLOCK_M,), tl.float32)
+    zeros = tl.zeros((BLOCK_M,), tl.float32)
+    alpha, exponent, factor, slope = alpha + zeros, exponent + zeros, factor + zeros, slope + zeros
     visible_base = visible_ptr
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
@@ -55,8 +155,8 @@ def scores_kernel(
     low, high = tile_range(start, end, inside, keys, TILE=TILE)
 
     q_base = q_ptr + batch.to(tl.int64) * stride_qb
-    q_rows = head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
-    q = tl.load(q_base + q_rows[:, None] + dims[None, :], mask=inside[:, None] & (dims < head_dim)[None, :], other=0.0)
+    q_rows = (q_base + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn)[:, None]
+    q = tl.load(q_rows + dims[None, :], mask=inside[:, None] & (dims < head_dim)[None, :], other=0.0)
     k_base = k_ptr + batch.to(tl.int64) * stride_kb + group.to(tl.int64) * stride_kg
     mask_rows = mask_ptr
     if HAS_MASK:
@@ -64,46 +164,69 @@ def scores_kernel(
         mask_rows += (head.to(tl.int64) * stride_mh + query.to(tl.int64) * stride_mn)[:, None]
     scratch = group_tile.to(tl.int64) * tiles
     row_scratch = group_tile.to(tl.int64) * rows + local
+    part = group_tile.to(tl.int64) * splits + split
+    maxima_rows = maxima_ptr + row_scratch * tiles
+    scores_rows = scores_ptr + scratch * rows * TILE
 
-    floor = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if HAS_LIST:
-        # Listed tiles lie in clusters: neighbours go to different splits.
-        first = split
-        last = tl.load(count_ptr + group_tile)
-        step = splits
-        floor = tl.load(bound_ptr + row_scratch, mask=inside, other=float("inf"))
-    else:
-        share = (high - low + splits - 1) // splits
-        first = low + split * share
-        last = tl.minimum(first + share, high)
-        step = 1
-    slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
-    running = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for index in range(first, last, step):
-        tile = tl.load(list_ptr + scratch + index) if HAS_LIST else index
-        columns = tile * TILE + columns_of_tile
-        k_mask = (columns < keys)[:, None]
-        if not EVEN_D:
-            k_mask = k_mask & (dims < head_dim)[None, :]
-        k = tl.load(k_base + columns.to(tl.int64)[:, None] * stride_kn + dims[None, :], mask=k_mask, other=0.0)
-        mask_ptrs = mask_rows
-        seen = True
-        if HAS_MASK:
-            mask_ptrs = mask_rows + columns.to(tl.int64)[None, :] * stride_mk
-            seen = inside[:, None] & (columns < keys)[None, :]
-        x = masked_scores(
-            tl.dot(q, tl.trans(k), input_precision=PRECISION), factor[:, None], slope[:, None], columns[None, :],
-            start[:, None], end[:, None], mask_ptrs, seen,
-            MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+    share = tl.cdiv(high - low, splits)
+    plain = resting if HAS_LIST else True
+    if plain:
+        floor = zeros - float("inf")
+        low_key = tl.min(tl.where(end > start, start, keys), 0)
+        high_key = tl.max(tl.where(end > start, end, 0), 0)
+        for seed in tl.range(0, tl.minimum(share // LEAST_TILES, 2), num_stages=1):
+            # The newest keys, then the oldest; they are met again in their own tiles.
+            columns = tl.where(seed == 0, tl.maximum(high_key - TILE, 0), low_key) + columns_of_tile
+            x = _key_scores(
+                columns, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope,
+                stride_kn, stride_mk, keys, head_dim,
+                RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT="",
+            )  # fmt: skip
+            greatest = tl.max(x, 1)
+            empty = greatest == float("-inf")
+            origin = tl.where(empty, 0.0, greatest)
+            found = subset_thresholds(x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
+            found = origin + found - SLACK * (1.0 + tl.abs(origin))
+            floor = tl.maximum(floor, tl.where(empty, float("-inf"), found))
+        if DEAL == 0:
+            first = low + split * share
+            step = 1
+            count = tl.minimum(first + share, high) - first
+        else:
+            first = low + split
+            step = splits
+            count = tl.maximum(high - low - split + splits - 1, 0) // splits
+        slots = _walk(
+            first, step, count, list_ptr, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
+            mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
+            LISTED=False, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
+            RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
         )  # fmt: skip
-        slots = tl.maximum(slots, x)
-        greatest = tl.max(x, 1)
-        running = tl.maximum(running, greatest)
-        tl.store(maxima_ptr + row_scratch * tiles + tile, greatest, mask=inside)
-        # tau is at least the maximum minus 1: the scores of a tile below that are never asked for.
-        bound = tl.maximum(running - 1.0 - SLACK * (1.0 + tl.abs(running)), floor)
-        kept = inside.to(tl.int32) * tl.max((inside & (greatest > bound)).to(tl.int32), 0)
-        score_rows = ((scratch + tile) * rows + local) * TILE
-        tl.store(scores_ptr + score_rows[:, None] + columns_of_tile[None, :], x, mask=(kept > 0)[:, None])
-    slot_rows = ((group_tile.to(tl.int64) * splits + split) * rows + local) * TILE
+        # What the threshold must not fall below, as less was not kept; the same for all splits.
+        tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
+    else:
+        floor = tl.load(bound_ptr + row_scratch, mask=inside, other=float("inf"))
+        _, _, _, _, exists = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
+        few_scratch = group_tile.to(tl.int64) * rows + tl.arange(0, ROWS)
+        few_floor = tl.load(bound_ptr + few_scratch, mask=exists, other=float("inf"))
+        lists = list_ptr + group_tile.to(tl.int64) * (tiles + splits) + split * share
+        count = listed_tiles(
+            lists, maxima_ptr, few_scratch, exists, tl.zeros_like(few_floor), few_floor,
+            low, high, split, splits, tiles, SCAN=SCAN,
+        )  # fmt: skip
+        tl.debug_barrier()
+        slots = _walk(
+            0, 1, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
+            mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
+            LISTED=True, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
+            RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
+        )  # fmt: skip
+        if HAS_IDLE:
+            # Positive where more than 9 of 10 pages were read.
+            own = tl.maximum(high - low - split + splits - 1, 0) // splits
+            tl.store(votes_ptr + part, 10 * count - 9 * own)
+    slot_rows = (part * rows + local) * TILE
     tl.store(slots_ptr + slot_rows[:, None] + columns_of_tile[None, :], slots, mask=inside[:, None])

@@ -1,5 +1,7 @@
-"""Stored scores -> tau, one program per row: a lower bound from the maxima of classes of keys, the tiles above it, and
-the safeguarded steps of the training kernels over those tiles, until what is left is below float32's rounding."""
+"""Stored scores -> tau, one program per row: a lower bound from the maxima of classes of keys, the keys above it, and
+the safeguarded steps of the training kernels over those keys, until what is left is below float32's rounding.
+
+Where they are few, as mostly, the program also adds up their values: the row's output is then done."""
 
 import triton
 import triton.language as tl
@@ -7,60 +9,113 @@ import triton.language as tl
 from ..forward import last_step
 from ..refine import refine
 from ..tiles import entmax_parameters, row_ranges, weights, weights_and_curvature
+from .output import add_values
+from .rows import chained
 
 STEPS = 5
-# Tiles whose maxima are scanned at once, and listed tiles whose scores are held in registers.
+# Tiles whose maxima are scanned at once.
 SCAN = 1024
-LISTED = 32
+# Tiles whose scores are held in registers, or as many keys of any tiles.
+HELD = 16
+# In at most so many tiles the keys above the bound are looked for one by one.
+SEARCHED = 128
+# Keys times channels of the values that are loaded together.
+AT_ONCE = 8192
+
+
+@triton.jit
+def _newton(tau, total, slope, exponent, alpha, ALPHA_KIND: tl.constexpr):
+    """A step from the left by the sums of p and u of some keys of a row: for alpha <= 2 never past the row's tau."""
+    if ALPHA_KIND == 15:
+        norm_power = tl.sqrt(total)
+    elif ALPHA_KIND == 20:
+        norm_power = total * 0.0 + 1.0
+    else:
+        norm_power = tl.exp2(tl.log2(tl.maximum(total, 1.0)) * (1.0 - 1.0 / exponent))
+    step = tl.maximum((total - norm_power) / tl.maximum(slope, 1e-30), 0.0)
+    return tau + tl.where(alpha <= 2.0, step, 0.0)
 
 
 @triton.jit
 def subset_threshold(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, STEPS: tl.constexpr):
-    """A lower bound of tau from some keys of the row, (A, B): Newton from the left, for alpha <= 2 never past tau."""
+    """A lower bound of tau from some keys of a row, of any shape, and the greatest of them."""
     tau = greatest - 1.0
-    if alpha <= 2.0:
-        for _ in range(STEPS):
-            p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-            total = tl.sum(tl.sum(p, 1), 0)
-            slope = tl.sum(tl.sum(u, 1), 0)
-            if ALPHA_KIND == 15:
-                norm_power = tl.sqrt(total)
-            elif ALPHA_KIND == 20:
-                norm_power = 1.0
-            else:
-                norm_power = tl.exp2(tl.log2(tl.maximum(total, 1.0)) * (1.0 - 1.0 / exponent))
-            tau += tl.maximum((total - norm_power) / tl.maximum(slope, 1e-30), 0.0)
+    for _ in range(STEPS):
+        p, u = weights(x, tau, exponent, ALPHA_KIND=ALPHA_KIND)
+        tau = _newton(tau, tl.sum(p), tl.sum(u), exponent, alpha, ALPHA_KIND=ALPHA_KIND)
     # Rounding of the steps must not lift the bound above tau.
     return tau - (1e-6 * tl.abs(tau) + 1e-6)
 
 
+@triton.jit
+def subset_thresholds(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, STEPS: tl.constexpr):
+    """The same of many rows (A,) and some keys of each, (A, B)."""
+    tau = greatest - 1.0
+    for _ in range(STEPS):
+        p, u = weights(x, tau[:, None], exponent[:, None], ALPHA_KIND=ALPHA_KIND)
+        tau = _newton(tau, tl.sum(p, 1), tl.sum(u, 1), exponent, alpha, ALPHA_KIND=ALPHA_KIND)
+    return tau - (1e-6 * tl.abs(tau) + 1e-6)
+
+
+@triton.jit
+def _rest(row, programs, votes_ptr, idle_ptr, SCAN: tl.constexpr, REST: tl.constexpr):
+    """Whether the bounds of pages rest from the next call on: the first row counts the votes of the programs.
+
+    Every program of the passes before has asked whether they rest, and none of this one does.
+    """
+    if row == 0:
+        idle = tl.load(idle_ptr)
+        votes = 0
+        if idle == 0:
+            scan = tl.arange(0, SCAN)
+            for base in range(0, programs, SCAN):
+                votes += tl.sum(tl.load(votes_ptr + base + scan, mask=base + scan < programs, other=0), 0)
+        tl.store(idle_ptr, tl.where(idle > 0, idle - 1, tl.where(votes > 0, REST, 0)))
+
+
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def threshold_kernel(
-    alpha_ptr, visible_ptr, bound_ptr, scores_ptr, maxima_ptr, slots_ptr, list_ptr, origin_ptr, level_ptr, tau_ptr,
+    v_ptr, alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr,
+    scores_ptr, maxima_ptr, slots_ptr, list_ptr, key_list_ptr, origin_ptr, level_ptr, pending_ptr, arrived_ptr,
+    tau_ptr, out_ptr,
     excess,
+    stride_wb, stride_wg, stride_wn,
     stride_vb, stride_vn,
-    heads, queries, keys, tiles, splits, row_tiles, rows,
+    stride_ob, stride_oh, stride_on,
+    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
-    HAS_LIST: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     SCAN: tl.constexpr,
-    LISTED: tl.constexpr,
+    HELD: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    KEYS: tl.constexpr,
     STEPS: tl.constexpr,
     TOLERANCE: tl.constexpr,
+    REST: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    chained(OVERLAP)
     row = tl.program_id(0)
+    if HAS_IDLE:
+        _rest(row, tl.num_programs(0) // rows * splits, votes_ptr, idle_ptr, SCAN=SCAN, REST=REST)
     group_tile = row // rows
+    # Nobody has arrived in the pass that follows.
+    if row % rows == 0:
+        tl.store(arrived_ptr + group_tile, 0)
     key_heads = heads // GROUP
     index = group_tile % row_tiles * BLOCK_M + row % rows
     if index >= queries * GROUP:
         return
     batch = group_tile // (key_heads * row_tiles)
-    head = group_tile // row_tiles % key_heads * GROUP + index % GROUP
+    group = group_tile // row_tiles % key_heads
+    head = group * GROUP + index % GROUP
     query = index // GROUP
     alpha, exponent, _, _ = entmax_parameters(alpha_ptr, excess, alpha_ptr, 1.0, head, HAS_ALPHA, False)
     visible_base = visible_ptr
@@ -76,17 +131,15 @@ def threshold_kernel(
     slots = tl.load(
         slots_ptr + slot_rows[:, None] * TILE + columns[None, :], mask=(parts < splits)[:, None], other=float("-inf")
     )
-    greatest = tl.max(tl.max(slots, 1), 0)
+    greatest = tl.max(slots)
     empty = greatest == float("-inf")
     # A finite stand-in for infinity keeps the arithmetic of rows that see no key free of NaN.
     origin = tl.where(empty, 0.0, greatest)
     # Counted from the row's maximum, tau lies in [-1, 0): large scores do not cost it digits.
     tau = subset_threshold(slots - origin, 0.0, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
-    floor = float("-inf")
-    if HAS_LIST:
-        # What was not read has a bound, which stands in for its maximum, of at most this.
-        floor = tl.load(bound_ptr + row) - origin
-        tau = tl.maximum(tau, floor)
+    # A tile whose maximum, or the bound that stands in for it, is at most this was not read or not kept.
+    floor = tl.load(bound_ptr + row) - origin
+    tau = tl.maximum(tau, floor)
 
     scan = tl.arange(0, SCAN)
     lists = list_ptr + row.to(tl.int64) * tiles
@@ -99,14 +152,31 @@ def threshold_kernel(
         count += tl.sum(alive, 0)
     tl.debug_barrier()
 
-    # The first listed tiles stay in registers: mostly there are no others.
-    listed = tl.arange(0, LISTED)
     scores = scores_ptr + (group_tile.to(tl.int64) * tiles * rows + row % rows) * TILE
-    tile = tl.load(lists + listed, mask=listed < count, other=0).to(tl.int64)
-    held = tl.load(
-        scores + tile[:, None] * rows * TILE + columns[None, :], mask=(listed < count)[:, None], other=float("-inf")
-    )
-    held -= origin
+    entries = tl.arange(0, HELD * TILE)
+    key_list = key_list_ptr + row.to(tl.int64) * HELD * TILE
+    found = 0
+    searched = tl.where(count <= SEARCHED, count, 0)
+    for base in range(0, searched, HELD):
+        listed = base + entries // TILE
+        tile = tl.load(lists + listed, mask=listed < count, other=0)
+        x = tl.load(
+            scores + tile.to(tl.int64) * rows * TILE + entries % TILE, mask=listed < count, other=float("-inf")
+        )
+        above = (x - origin > tau).to(tl.int32)
+        place = found + tl.cumsum(above, 0) - above
+        tl.store(key_list + place, tile * TILE + entries % TILE, mask=(above > 0) & (place < HELD * TILE))
+        found += tl.sum(above, 0)
+    tl.debug_barrier()
+    few = (count <= SEARCHED) & (found <= HELD * TILE)
+    # Few keys, and all that can hold weight; or the first of many tiles.
+    first = tl.load(lists + entries // TILE, mask=entries // TILE < count, other=0) * TILE + entries % TILE
+    if few:
+        first = tl.load(key_list + entries, mask=entries < found, other=0)
+    known = entries < tl.where(few, found, count * TILE)
+    place = (first // TILE).to(tl.int64) * rows * TILE + first % TILE
+    held = tl.load(scores + place, mask=known, other=float("-inf")) - origin
+    others = tl.where(few, 0, count)
     lower = tau
     upper = tau + 1.001
     # Above alpha = 2 only a closed bracket settles a row: a small step can stand far from the end that is taken.
@@ -118,20 +188,18 @@ def threshold_kernel(
     # The last round only measures, at the settled point, what is still missing.
     while unsettled > 0:
         p, u, w = weights_and_curvature(held, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-        sums = tl.sum(tl.sum(p, 1), 0)
-        slope_sum = tl.sum(tl.sum(u, 1), 0)
-        curvature = tl.sum(tl.sum(w, 1), 0)
-        for base in range(LISTED, count, LISTED):
-            tile = tl.load(lists + base + listed, mask=base + listed < count, other=0).to(tl.int64)
-            x = tl.load(
-                scores + tile[:, None] * rows * TILE + columns[None, :],
-                mask=(base + listed < count)[:, None],
-                other=float("-inf"),
-            )
+        sums = tl.sum(p, 0)
+        slope_sum = tl.sum(u, 0)
+        curvature = tl.sum(w, 0)
+        for base in range(HELD, others, HELD):
+            listed = base + entries // TILE
+            tile = tl.load(lists + listed, mask=listed < count, other=0)
+            place = tile.to(tl.int64) * rows * TILE + entries % TILE
+            x = tl.load(scores + place, mask=listed < count, other=float("-inf"))
             p, u, w = weights_and_curvature(x - origin, tau, exponent, ALPHA_KIND=ALPHA_KIND)
-            sums += tl.sum(tl.sum(p, 1), 0)
-            slope_sum += tl.sum(tl.sum(u, 1), 0)
-            curvature += tl.sum(tl.sum(w, 1), 0)
+            sums += tl.sum(p, 0)
+            slope_sum += tl.sum(u, 0)
+            curvature += tl.sum(w, 0)
         lower, upper, step, left = refine(
             tau, lower, upper, sums, slope_sum, curvature, exponent, alpha, iteration,
             ALPHA_KIND=ALPHA_KIND, EXACT=True,
@@ -150,3 +218,12 @@ def threshold_kernel(
     tl.store(origin_ptr + row, origin)
     tl.store(level_ptr + row, tau)
     tl.store(tau_ptr + (batch.to(tl.int64) * heads + head) * queries + query, origin + tau)
+    tl.store(pending_ptr + row, 1 - few.to(tl.int32))
+    if few:
+        out_row = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+        out_row += query.to(tl.int64) * stride_on
+        add_values(
+            v_ptr + batch.to(tl.int64) * stride_wb + group.to(tl.int64) * stride_wg, out_row,
+            key_list, found, scores, origin, tau, exponent, stride_wn, rows, head_dim,
+            ALPHA_KIND=ALPHA_KIND, TILE=TILE, BLOCK_D=BLOCK_D, KEYS=KEYS,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..backward import _add_queries
 from ..compiling import Kernel
-from ..tiles import entmax_parameters, key_scores, load_block, row_ranges, weights
+from ..tiles import alpha_slopes, entmax_parameters, key_scores, load_block, row_ranges, weights
 from .spans import load_keys, seen_span
 
 
@@ -120,9 +120,8 @@ def _short_query_gradient_kernel(
     tl.store(pair_ptr + pair_rows + 1, delta)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # Sums over the keys of (g - delta) p and (g - delta) p log p, for the gradient of alpha.
+    # The sum over the keys of (g - delta) dp/dalpha.
     gain = tl.zeros((BLOCK_M,), tl.float32)
-    gain_entropy = tl.zeros((BLOCK_M,), tl.float32)
     for tile in range(first_tile, end_tile):
         x, gradient, k = _scores_and_gradients(
             q, do, k_base, v_base, tile * BLOCK_N, stride_kn, stride_wn, rows, dims, queries, keys, head_dim,
@@ -132,8 +131,7 @@ def _short_query_gradient_kernel(
         p, u = weights(x, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
         gradient -= delta[:, None]
         if ALPHA_GRADIENT:
-            gain += tl.sum(gradient * p, 1)
-            gain_entropy += tl.sum(gradient * p * tl.log(tl.where(p > 0, p, 1.0)), 1)
+            gain += tl.sum(gradient * alpha_slopes(p, u, alpha_head - 1.0, ALPHA_KIND=ALPHA_KIND), 1)
         ds = u * gradient
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     d_base = dq_ptr + batch.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
@@ -144,8 +142,7 @@ def _short_query_gradient_kernel(
     )
     if ALPHA_GRADIENT:
         inverse = 1.0 / (alpha_head - 1.0)
-        dalpha = gain * inverse * inverse - gain_entropy * inverse
-        tl.store(dalpha_ptr + tau_rows, tl.where(hidden, 0.0, dalpha), mask=row_mask)
+        tl.store(dalpha_ptr + tau_rows, tl.where(hidden, 0.0, gain * inverse * inverse), mask=row_mask)
 
 
 @Kernel
