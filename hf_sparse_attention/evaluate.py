@@ -65,8 +65,9 @@ class EvaluateArguments:
     )  # fmt: skip
     limit: int | None = field(
         default=None,
-        metadata={"help": "at most so many windows or samples per cell, windows drawn with the seed (default: all "
-                          "windows, 20 needles per length and depth, 1,000 of synthetic tasks, all of lm-eval)"},
+        metadata={"help": "at most so many samples per cell, or windows of the longest length, drawn with the seed; "
+                          "shorter and overlapping windows are cut from the text of these (default: all windows, 20 "
+                          "needles per length and depth, 1,000 of synthetic tasks, all of lm-eval)"},
     )  # fmt: skip
     seed: int = field(default=0, metadata={"help": "seed of the draw under --limit, and of needles"})
     depths: list[float] = field(
@@ -254,8 +255,8 @@ def _read(arguments: EvaluateArguments) -> tuple[list[str], dict]:
 def _plan(arguments: EvaluateArguments, checkpoints: dict[str, Checkpoint], documents: list[str]) -> list[Cell]:
     """All cells, in the order of the table."""
     sources = Sources(
-        documents, arguments.concatenate, arguments.limit, arguments.seed, tuple(arguments.depths) or DEPTHS,
-        arguments.haystack or "sentences", arguments.answers or "forced",
+        documents, arguments.concatenate, arguments.limit, tuple(arguments.lengths), arguments.seed,
+        tuple(arguments.depths) or DEPTHS, arguments.haystack or "sentences", arguments.answers or "forced",
     )  # fmt: skip
     tasks = [TASKS[name] for name in arguments.tasks]
     harness = harness_tasks(arguments.lm_eval, arguments.lm_eval_folder)

@@ -123,11 +123,7 @@ def remarks(results: dict) -> list[str]:
         lines.append(
             f"Text: {', '.join(data['names'])}, {count:,} document{'s' if count != 1 else ''}"
             + (", joined" if arguments["concatenate"] else "")
-            + (
-                f"; at most {arguments['limit']} windows a length, seed {arguments['seed']}"
-                if arguments["limit"]
-                else ""
-            )
+            + (f"; {_sample(results)}" if arguments["limit"] and set(tasks_of(results)) & set(_BY_TASK) else "")
             + (". Windows do not overlap." if set(tasks_of(results)) <= {"perplexity"} else ".")
         )
     if generated := {cell["answers"] for cell in results["cells"] if "answers" in cell}:
@@ -160,6 +156,17 @@ def remarks(results: dict) -> list[str]:
     if not differ and len(results["models"]) > 1:
         lines.append("All models saw the same tokens.")
     return lines
+
+
+def _sample(results: dict) -> str:
+    """What text a limit leaves, and whether the lengths share it."""
+    arguments = results["arguments"]
+    drawn = [cell["drawn"] for cell in results["cells"] if cell.get("drawn") and cell["drawn"]["windows"]]
+    if not drawn:
+        # Older files, in which every length had windows of its own.
+        return f"at most {arguments['limit']} windows a length, seed {arguments['seed']}: columns are of different text"
+    sizes = dict.fromkeys(f"{row['windows']:,} windows of {row['length']:,} tokens" for row in drawn)
+    return f"all columns are cut from the text of {' or '.join(sizes)}, drawn with seed {arguments['seed']}"
 
 
 def terminal(results: dict) -> str:

@@ -146,6 +146,47 @@ def test_a_limit_draws_with_the_seed_and_a_smaller_one_is_a_part(stories_tokeniz
     assert text.windows(16, limit=10**6).tokens.tolist() == everything
 
 
+def test_under_a_limit_all_lengths_and_ways_are_cut_from_one_sample(stories_tokenizer, byte_tokenizer):
+    """Otherwise a table by length would compare texts."""
+    for tokenizer in (stories_tokenizer, byte_tokenizer):
+        text = TokenizedText.of(TEXTS, tokenizer)
+        prefix = len(text.prefix)
+        longest, spans = text.drawn([8, 16 + prefix, 64 + prefix, 10**5], limit=2, seed=3)
+        assert longest == 64 + prefix and len(spans) == 2 and text.drawn([10**5], limit=2) == (0, [])
+        wanted = [text.documents[index][start:end].tolist() for index, start, end in spans]
+        at_longest = text.windows(longest, limit=2, seed=3)
+        assert at_longest.sha256 == text.windows(longest, spans=spans).sha256
+        assert at_longest.tokens[:, prefix:].tolist() == wanted
+        short = text.windows(16 + prefix, spans=spans).tokens[:, prefix:].flatten().tolist()
+        assert short == wanted[0] + wanted[1]
+        for length in (16 + prefix, 33, longest):
+            sliding = text.sliding_windows(length, spans=spans)
+            rows = zip(sliding.tokens.tolist(), sliding.first.tolist(), strict=True)
+            scored = [token for row, first in rows for token in row[first:]]
+            # Without a prefix the first token of a document is given.
+            assert scored == [
+                token for (_, start, _), tokens in zip(spans, wanted, strict=True)
+                for token in (tokens if start or prefix else tokens[1:])
+            ]  # fmt: skip
+            inside = [start for _, start, _ in spans if start]
+            assert inside and (sliding.first >= prefix + (length - prefix) // 2).sum() >= len(sliding) - 1
+
+
+def test_a_limited_run_says_what_its_columns_are_of(home, tmp_path, capsys):
+    changes = {"models": [str(home / "dense")], "lengths": [16, 64], "tasks": ["perplexity", "sliding_perplexity"]}
+    results = evaluate_models(arguments(home, tmp_path / "out", limit=2, **changes))
+    # One token of a window is the tokenizer's own.
+    assert [cell["windows"] for cell in results["cells"][:2]] == [8, 2]
+    assert [cell["tokens"] for cell in results["cells"]] == [8 * 15, 2 * 63, 2 * 63, 2 * 63]
+    said = "all columns are cut from the text of 2 windows of 64 tokens, drawn with seed 0"
+    assert said in capsys.readouterr().out and said in (tmp_path / "out" / "results.md").read_text()
+    for cell in results["cells"]:
+        del cell["drawn"]
+    assert "at most 2 windows a length, seed 0: columns are of different text" in markdown(results)
+    whole = evaluate_models(arguments(home, tmp_path / "whole", **changes))
+    assert "cut from" not in markdown(whole) and "drawn" not in whole["cells"][0]
+
+
 def test_joined_documents_stand_apart_by_what_the_tokenizer_puts_there(stories_tokenizer, byte_tokenizer):
     for tokenizer, between in ((stories_tokenizer, [1]), (byte_tokenizer, [byte_tokenizer.eos_token_id])):
         text = TokenizedText.of(TEXTS, tokenizer)
@@ -285,7 +326,7 @@ def test_a_length_without_windows_is_a_missing_cell_and_joining_fills_it(home, t
     assert "| dense |" in markdown(results) and " - |" in markdown(results)
     results = evaluate_models(arguments(home, tmp_path / "joined", concatenate=True, limit=2, **options))
     assert results["cells"][1]["loss"] > 0 and "joined" in remarks(results)[0] and "beyond" in terminal(results)
-    assert [cell["windows"] for cell in results["cells"]] == [2, 1]
+    assert [cell["windows"] for cell in results["cells"]] == [(longer - 1) // 31, 1]
     options["lengths"] = [32, 10**4]
     results = evaluate_models(arguments(home, tmp_path / "joined", concatenate=True, limit=2, **options))
     assert results["cells"][1]["missing"] == "the joined documents have fewer than 10,000 tokens"

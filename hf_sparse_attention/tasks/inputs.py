@@ -60,7 +60,8 @@ class Sources:
     Args:
         documents: texts of the user, may be none.
         concatenate: whether they are joined before windows are cut.
-        limit: at most so many inputs a cell.
+        limit: at most so many inputs a cell; of text, windows of the longest length, which all are cut from.
+        lengths: all that are asked for.
         seed: of the draw under a limit, and of needles.
         depths: of needles.
         haystack: one of `HAYSTACKS`.
@@ -70,11 +71,13 @@ class Sources:
     documents: list[str]
     concatenate: bool = False
     limit: int | None = None
+    lengths: tuple[int, ...] = ()
     seed: int = 0
     depths: tuple[float, ...] = DEPTHS
     haystack: str = "sentences"
     answers: str = "forced"
     _texts: dict = field(default_factory=dict)
+    _drawn: dict = field(default_factory=dict)
     _windows: dict = field(default_factory=dict)
     _haystacks: dict = field(default_factory=dict)
 
@@ -110,16 +113,20 @@ class Sources:
         highest = max((int(document.max()) for document in text.documents), default=0)
         _check_vocabulary(name, highest, vocabulary)
         slides = task.name == "sliding_perplexity"
+        if self.limit is not None and same not in self._drawn:
+            self._drawn[same] = text.drawn(self.lengths or (length,), self.limit, self.seed)
+        longest, spans = self._drawn.get(same, (0, None))
         if (same, length, slides) not in self._windows:
             cut = text.sliding_windows if slides else text.windows
-            self._windows[same, length, slides] = cut(length, limit=self.limit, seed=self.seed)
+            self._windows[same, length, slides] = cut(length, spans=spans)
         windows: Windows = self._windows[same, length, slides]
+        drawn = {} if spans is None else {"drawn": {"windows": len(spans), "length": longest}}
         reason = "the joined documents have fewer than" if self.concatenate else "no document has"
         return Inputs(
             count=len(windows),
             sha256=windows.sha256,
             tokens=length,
-            place={"windows": len(windows), "tokens": windows.scored, "documents": windows.documents},
+            place={"windows": len(windows), "tokens": windows.scored, "documents": windows.documents, **drawn},
             score=partial(_score_windows, windows),
             missing=None if len(windows) else f"{reason} {length:,} tokens",
             # Tokenizers that drop accents or know few words give different texts the same tokens.
