@@ -83,24 +83,38 @@ def sections(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 def _shown(cells: list[dict] | None, show) -> str:
     if not cells:
         return tables.MISSING
-    return show(cells[0]) if len(cells) == 1 else show(mean_over_depths(cells))
+    return show(cells[0] if "exact_match" not in cells[0] and len(cells) == 1 else mean_over_depths(cells))
 
 
 def mean_over_depths(cells: list[dict]) -> dict:
-    """Cells of one model, task and length -> one with their mean exact match, or none if one of them has none."""
-    if any(cell.get("exact_match") is None for cell in cells):
-        return {**cells[0], "exact_match": None}
-    values = [cell["exact_match"] for cell in cells]
-    errors = [cell["standard_error"] for cell in cells]
-    error = sum(error * error for error in errors) ** 0.5 / len(errors)
-    return {**cells[0], "exact_match": sum(values) / len(values), "standard_error": error}
+    """Cells of one model, task and length -> one with their mean exact match and share of right tokens, or none if one
+    of them has none.
+
+    The standard error is that of the share of all their samples, sqrt(p (1 - p) / samples); None where the samples
+    give no estimate of it: all right, all wrong, or a single one.
+    """
+    shares = {}
+    for name in ("exact_match", "token_accuracy"):
+        values = [cell.get(name) for cell in cells]
+        shares[name] = None if None in values else sum(values) / len(values)
+    share, error = shares["exact_match"], None
+    # Older files may lack the number of samples.
+    samples = sum(cell.get("samples") or 0 for cell in cells)
+    if share is not None and 0 < share < 1 and samples > 1:
+        error = (share * (1 - share) / samples) ** 0.5
+    return {**cells[0], **shares, "standard_error": error}
 
 
 def _accuracy(task: str, cells: dict) -> list:
     own = [cell for (_, name, _), group in cells.items() if name == task for cell in group]
     if not task.startswith("lm_eval:"):
-        over = ", mean over depths" if any(cell.get("depth") is not None for cell in own) else ""
-        return [(f"{task}: exact match in % ± standard error{over}", _percent)]
+        depths = {cell["depth"] for cell in own if cell.get("depth") is not None}
+        of = f"{_samples(own)} a length" + (" and depth" if depths else "")
+        of += f", mean over {len(depths)} depths" if len(depths) > 1 else ""
+        found = [(f"{task}: exact match in % ± standard error, {of}", _percent)]
+        if any(cell.get("token_accuracy") is not None for cell in own):
+            found.append((f"{task}: right tokens of the answers in %, {of}", _right_tokens))
+        return found
     names = list(dict.fromkeys(name for cell in own for name in cell.get("metrics", ())))
     return [
         (f"{task}, {name}", lambda cell, name=name: tables.number(cell.get("metrics", {}).get(name), 3))
@@ -108,11 +122,25 @@ def _accuracy(task: str, cells: dict) -> list:
     ]
 
 
+def _samples(cells: list[dict]) -> str:
+    counts = sorted({cell["samples"] for cell in cells if cell.get("samples")})
+    if not counts:
+        return "samples"
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) + (
+        " sample" if counts[-1] == 1 else " samples"
+    )
+
+
 def _percent(cell: dict) -> str:
-    value = cell.get("exact_match")
+    value, error = cell.get("exact_match"), cell.get("standard_error")
     if value is None:
         return tables.MISSING
-    return tables.with_error(100 * value, 100 * cell["standard_error"], 1) + ("*" if cell["note"] else "")
+    return tables.with_error(100 * value, error and 100 * error, 1) + ("*" if cell["note"] else "")
+
+
+def _right_tokens(cell: dict) -> str:
+    value = cell.get("token_accuracy")
+    return tables.MISSING if value is None else tables.number(100 * value, 1) + ("*" if cell["note"] else "")
 
 
 def remarks(results: dict) -> list[str]:
@@ -129,7 +157,9 @@ def remarks(results: dict) -> list[str]:
     if generated := {cell["answers"] for cell in results["cells"] if "answers" in cell}:
         how = {"forced": "read off one pass", "generated": "decoded token by token"}
         lines.append(
-            f"Answers are {' and '.join(how[name] for name in sorted(generated))}; right is one without a mistake."
+            f"Answers are {' and '.join(how[name] for name in sorted(generated))}; right is one without a mistake. "
+            "Its ± is the standard error of the share over all samples of the number; none stands where they do not "
+            "tell it: at 0 %, at 100 %, and of a single sample."
         )
     limits: dict[int, list[str]] = {}
     for model in results["models"]:
@@ -164,7 +194,8 @@ def _sample(results: dict) -> str:
     drawn = [cell["drawn"] for cell in results["cells"] if cell.get("drawn") and cell["drawn"]["windows"]]
     if not drawn:
         # Older files, in which every length had windows of its own.
-        return f"at most {arguments['limit']} windows a length, seed {arguments['seed']}: columns are of different text"
+        few = f"at most {arguments['limit']} windows a length, seed {arguments['seed']}"
+        return f"{few}: columns are of different text"
     sizes = dict.fromkeys(f"{row['windows']:,} windows of {row['length']:,} tokens" for row in drawn)
     return f"all columns are cut from the text of {' or '.join(sizes)}, drawn with seed {arguments['seed']}"
 
@@ -210,14 +241,15 @@ def _by_depth(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
             by_place = {(cell["depth"], cell["length"]): cell for cell in own}
             rows = [
                 [f"{100 * depth:g} %", *(
-                    _percent(by_place[depth, length]) if (depth, length) in by_place else tables.MISSING
+                    _shown([by_place[depth, length]] if (depth, length) in by_place else None, _percent)
                     for length in results["lengths"]
                 )]
                 for depth in sorted({cell["depth"] for cell in own})
             ]  # fmt: skip
             if rows:
                 header = ["depth"] + [f"{length:,}" for length in results["lengths"]]
-                found.append((f"{task} by depth, {model['label']}: exact match in %", header, rows))
+                title = f"{task} by depth, {model['label']}: exact match in %, {_samples(own)} a length and depth"
+                found.append((title, header, rows))
     return found
 
 

@@ -247,7 +247,8 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
     models = [home / "dense", home / "sparse"]
     first = evaluate_models(arguments(tmp_path / "out", *models, **changes))
     shown = capsys.readouterr().out
-    assert "needle: exact match in % ± standard error, mean over depths" in shown and "Perplexity" in shown
+    assert "needle: exact match in % ± standard error, 3 samples a length and depth, mean over 2 depths" in shown
+    assert "needle: right tokens of the answers in %, 3 samples" in shown and "Perplexity" in shown
     assert len(first["cells"]) == 2 * (2 * 2 + 2 + 2) and not lacking(first)
     assert tasks_of(first) == ["needle", "multi_query", "perplexity"]
     needle = [cell for cell in first["cells"] if cell["task"] == "needle"]
@@ -269,6 +270,40 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
                                                                     "data": [], "concatenate": False}))  # fmt: skip
     assert {cell["fingerprint"] for cell in other["cells"]}.isdisjoint(cell["fingerprint"] for cell in needle)
     assert len(other["other_cells"]) == len(first["cells"])
+
+
+@pytest.mark.parametrize(
+    ("samples", "right", "shown"),
+    # By hand: sqrt(0.4 * 0.6 / 5) and sqrt(0.5 * 0.5 / 4).
+    [(1, [1, 1, 0, 0, 0], "40.0 ±21.9"), (1, [0] * 5, "0.0"), (1, [1] * 5, "100.0"), (1, [1], "100.0"),
+     (2, [0.5, 0.5], "50.0 ±25.0"), (2, [1, 0], "50.0 ±25.0")],
+)  # fmt: skip
+def test_the_error_of_needles_is_that_of_all_their_samples(samples, right, shown, monkeypatch):
+    """One sample a depth is never without error by itself: its own estimate of it is 0."""
+    cells = [
+        {"model": "m", "task": "needle", "length": 100, "depth": index / 4, "exact_match": share, "samples": samples,
+         "standard_error": (share * (1 - share) / samples) ** 0.5, "token_accuracy": 0.5 + share / 4, "note": None,
+         "answers": "forced", "tokens_sha256": str(index)}
+        for index, share in enumerate(right)
+    ]  # fmt: skip
+    results = {
+        "models": [{"label": "m"}], "lengths": [100], "cells": cells, "data": {"documents": 0}, "arguments": {},
+        "tasks": ["needle"],
+    }  # fmt: skip
+    tables = {title: rows for title, _, rows in sections(results)}
+    exact, tokens = tables
+    each = f"{samples} sample{'s' if samples > 1 else ''} a length and depth"
+    assert each in exact and each in tokens and ("mean over" in exact) == (len(right) > 1)
+    assert tables[exact] == [["m", shown]]
+    assert tables[tokens] == [["m", f"{50 + 25 * sum(right) / len(right):.1f}"]]
+    text = markdown(results)
+    assert "none stands where they do not tell" in text and "±0.0" not in text and text.count(each) == 3
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    pictures.draw(results)
+    (container,) = drawn[-1].axes[0].containers
+    bar = container.lines[2][0].get_segments()[0]
+    assert bool(bar.size and np.isfinite(bar).all()) == ("±" in shown)
 
 
 def test_a_length_without_all_of_its_depths_is_no_point_of_the_picture(monkeypatch):

@@ -125,7 +125,9 @@ def by_length(results: dict, cells: list[dict]) -> Figure:
                     model["label"], task, length)]  # fmt: skip
                 if own:
                     mean = mean_over_depths(own)
-                    points.append((length, 100 * mean["exact_match"], 100 * mean["standard_error"]))
+                    # Where the samples tell no error, no bar stands.
+                    error = mean["standard_error"]
+                    points.append((length, 100 * mean["exact_match"], np.nan if error is None else 100 * error))
             if points:
                 style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
                 style["linestyle"] = "-" if index < len(COLOURS) else (0, (4, 2))
