@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hf_sparse_attention import cli
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.tasks import pictures
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC
-from hf_sparse_attention.train import TableArguments, TrainTaskArguments, table_of_runs, train_task
+from hf_sparse_attention.train import TableArguments, TrainArguments, TrainTaskArguments, table_of_runs, train_task
 from hf_sparse_attention.train.task_arguments import check_task_arguments
 from hf_sparse_attention.train.task_record import identity_of
 from hf_sparse_attention.train.task_table import covered
@@ -201,6 +202,27 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text("{}")
     with pytest.raises(OSError, match="run.json is damaged"):
         made(tmp_path, runs=[str(tmp_path / "a")])
+
+
+def test_runs_of_train_are_left_out_and_named(tmp_path, caplog):
+    """They are no damaged runs of train-task, which --overwrite would remove."""
+    own = identity_of_train()
+    for name, content in (("pretrained", own), ("staged", {"stages": ["match", "pretrain"]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds no run of train-task"):
+        made(tmp_path)
+    record(tmp_path / "a", 1e-3, 0, 0.5, test={64: 0.5})
+    caplog.clear()
+    assert "Runs: 1; failed: 0" in made(tmp_path)[0]
+    for name in ("pretrained", "staged"):
+        assert f"{tmp_path / name / 'run.json'} is left out: it is of `train`" in caplog.text
+
+
+def identity_of_train() -> dict:
+    """What `train` writes into run.json."""
+    values = asdict(TrainArguments(model="", output="", train_data=["text.txt"]))
+    return {**values, "block_size": 64, "blocks_per_step": 8, "data": [], "vocabulary": 512, "weights": "0"}
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "reproduction" / "run.sh"

@@ -7,6 +7,7 @@ hf-sparse-attention table --runs runs --published examples/reproduction/publishe
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..files import write_bytes, write_text
 from ..tasks.synthetic import SYNTHETIC
 from .task_arguments import MAPS, TrainTaskArguments
 from .task_record import best_of, read_record, share
+
+logger = logging.getLogger(__name__)
 
 # Value of an option that a run's record does not have.
 _UNKNOWN = "unknown"
@@ -99,7 +102,12 @@ def _read(folders: list[str]) -> list[dict]:
         files = sorted(folder.rglob("run.json"))
         if not files:
             raise ValueError(f"{folder} holds no run of train-task (no run.json)")
-        for file in files:
+        foreign = [file for file in files if _of_train(file)]
+        for file in foreign:
+            logger.warning("%s is left out: it is of `train`, not of train-task", file)
+        if len(foreign) == len(files):
+            raise ValueError(f"{folder} holds no run of train-task (no run.json of one)")
+        for file in (file for file in files if file not in foreign):
             run = {**read_record(file.parent), "folder": file.parent, "tests": _tests(file.parent)}
             same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
             other = found.setdefault(same, run)
@@ -112,6 +120,15 @@ def _read(folders: list[str]) -> list[dict]:
             # One that was cut off says nothing that the whole one does not.
             found[same] = run if run["finished"] else other
     return list(found.values())
+
+
+def _of_train(file: Path) -> bool:
+    """Whether a run.json is one that `train` writes: of a run, or of several stages."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "identity" not in content and ("blocks_per_step" in content or "stages" in content)
 
 
 def _tests(folder: Path) -> dict[int, dict]:
