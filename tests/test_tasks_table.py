@@ -56,7 +56,8 @@ def test_runs_become_a_table_and_a_picture(tmp_path, capsys):
         summaries[name] = train_task(TrainTaskArguments(
             task="copy", task_settings=["symbols=6"], lengths=[4, 6], layers=1, hidden_size=32, heads=4, ffn_size=32,
             batch_size=8, learning_rates=[1e-2, 1e-3], device="cpu", steps=4, map=name, output=str(tmp_path / name),
-            validation_lengths=[6], validation_samples=20, test_lengths=[6, 12], test_samples=20, tested="all",
+            warmup_steps=1, validation_lengths=[6], validation_samples=20, test_lengths=[6, 12], test_samples=20,
+            tested="all",
         ))  # fmt: skip
     words = ["table", "--runs", str(tmp_path / "softmax"), str(tmp_path / "entmax")]
     assert cli.main([*words, "--output", str(tmp_path / "table")]) == 0
@@ -95,7 +96,7 @@ def test_failures_and_unfinished_runs_are_listed(tmp_path):
     record(tmp_path / "c", 1e-3, 0, 0.0, finished=False, map="ssmax")
     text, (best, every) = made(tmp_path)
     assert "Runs: 5; failed: 2; not finished: 2." in text
-    assert {row[0]: row[4] for row in best[2:]} == {"asentmax": "**50.0 ±1.2**", "entmax": "-", "ssmax": "-"}
+    assert {row[0]: row[4] for row in best[2:]} == {"asentmax": "50.0 ±1.2", "entmax": "-", "ssmax": "-"}
     remarks = {(row[0].strip("*"), row[1].strip("*")): row[-1] for row in every[2:]}
     assert remarks["asentmax", "1e+30"] == "loss nan" and remarks["asentmax", "0.002"] == "not finished"
     assert remarks["entmax", "1e+30"] == "loss inf" and remarks["asentmax", "0.001"] == ""
@@ -106,7 +107,39 @@ def test_a_run_that_was_cut_off_and_repeated_counts_once(tmp_path):
         record(tmp_path / order / order[0], 1e-3, 0, 0.0, finished=False)
         record(tmp_path / order / order[1], 1e-3, 0, 0.5, test={64: 0.5})
         text, (best, every) = made(tmp_path / order)
-        assert len(every) == 3 and best[2][-1] == "**50.0 ±1.2**" and "Runs: 1; failed: 0; not finished: 0" in text
+        assert len(every) == 3 and best[2][-1] == "50.0 ±1.2" and "Runs: 1; failed: 0; not finished: 0" in text
+
+
+def test_what_is_best_stands_out_and_nothing_else(tmp_path):
+    for name, shares in (("softmax", (0.0, 0.5, 0.2)), ("entmax", (0.0, 0.5, 0.1)), ("ssmax", (0.0, 0.5))):
+        record(tmp_path / name, 1e-3, 0, 0.5, test=dict(zip((64, 128, 256), shares, strict=False)), map=name)
+    text, (best, _) = made(tmp_path)
+    assert [[cell.startswith("**") for cell in row[4:]] for row in best[2:]] == [
+        [False, False, True], [False, False, False], [False, False, False],
+    ]  # fmt: skip
+    assert "Of runs that are equal in it the one with the most right tokens is the best, then" in text
+
+
+def test_published_numbers_stand_where_they_can_be_compared(tmp_path, capsys):
+    """At the multiple of the training length; beside another task's sizes nowhere."""
+    file = tmp_path / "published.yaml"
+    file.write_text("copy:\n  theirs: {64: 100, 72: 55, 4096: 85.5}\n")
+    record(tmp_path / "same", 1e-3, 0, 0.5, test={64: 0.5})
+    assert "of the same training length, 64." in made(tmp_path / "same", published=str(file))[0]
+    record(tmp_path / "short", 1e-3, 0, 0.5, test={8: 0.5}, lengths=[4, 8])
+    text, (best, _) = made(tmp_path / "short", published=str(file))
+    assert best[0][4:] == ["8 (1x)", "9 (1.125x)", "512 (64x)"] and best[-1][4:] == ["100.0", "55.0", "85.5"]
+    assert "at the same multiple of it, not at the same length" in text and "same multiple" in capsys.readouterr().out
+    record(tmp_path / "shorter", 1e-3, 0, 0.5, test={4: 0.5}, lengths=[2, 4])
+    text, (best, _) = made(tmp_path / "shorter", published=str(file))
+    assert best[0][4:] == ["4 (1x)", "256 (64x)"]
+    record(tmp_path / "small" / "a", 1e-3, 0, 0.5, test={64: 0.5}, task_settings=["symbols=6"])
+    text, (best, _) = made(tmp_path / "small", published=str(file))
+    assert "left out: they are of copy with its own sizes" in text and len(best) == 3
+    record(tmp_path / "small" / "b", 1e-3, 0, 0.5, test={64: 0.5})
+    assert "which some runs do not have" in made(tmp_path / "small", published=str(file))[0]
+    record(tmp_path / "small" / "c", 1e-3, 0, 0.5, test={64: 0.5}, lengths=[4, 8])
+    assert "several training lengths" in made(tmp_path / "small", published=str(file))[0]
 
 
 def test_what_differs_is_part_of_the_name(tmp_path):
@@ -156,7 +189,7 @@ def test_published_numbers_stand_below_the_runs(tmp_path):
     file.write_text("copy:\n  'softmax, someone': {64: 100, 4096: 85.5}\nsort:\n  theirs: {128: 1}\n")
     _, (best, every) = made(tmp_path, published=str(file))
     assert best[0][-2:] == ["64 (1x)", "4,096 (64x)"] and every[0][-2] == "64 (1x)"
-    assert [row[-2:] for row in best[2:]] == [["**50.0 ±1.2**", "-"], ["100.0", "85.5"]]
+    assert [row[-2:] for row in best[2:]] == [["50.0 ±1.2", "-"], ["100.0", "85.5"]]
     for text, message in (
         ("copy: 5", "does not hold numbers"),
         ("count: {a: {1: 2}}", "numbers of count"),

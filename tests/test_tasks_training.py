@@ -34,7 +34,8 @@ TINY = {
 
 
 def options(output, **changes) -> TrainTaskArguments:
-    return TrainTaskArguments(**{**TINY, "output": str(output), **changes})
+    warmup = min(TINY["warmup_steps"], changes.get("steps", 20) // 2)
+    return TrainTaskArguments(**{**TINY, "warmup_steps": warmup, "output": str(output), **changes})
 
 
 def weights(folder):
@@ -389,6 +390,8 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         "ssmax",
         "--steps",
         "4",
+        "--warmup_steps",
+        "2",
     ]
     recipe = {key: value for key, value in TINY.items() if key != "device"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
@@ -422,6 +425,8 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"heads": 32, "position": "rope"}, "rotary"),
         ({"heads": 1}, "at least 2 heads"),
         ({"steps": 0}, "steps is 0"),
+        ({"warmup_steps": 200, "steps": 200}, "warmup_steps is 200 and steps is 200.*--warmup_steps 10, or more"),
+        ({"warmup_steps": 500, "steps": 10}, "such as --warmup_steps 0"),
         ({"beta2": 1.5}, "beta2 is 1.5"),
         ({"learning_rates": []}, "learning_rates is"),
         ({"learning_rates": [0.0]}, "all above 0"),

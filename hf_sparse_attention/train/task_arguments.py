@@ -53,7 +53,7 @@ class TrainTaskArguments:
         default_factory=lambda: [0], metadata=_help("of parameters and training samples; every rate has every seed")
     )
     schedule: str = field(default="cosine", metadata=_help(f"rate after warm-up: {', '.join(SCHEDULES)}"))
-    warmup_steps: int = field(default=500, metadata=_help("steps in which the rate rises from 0"))
+    warmup_steps: int = field(default=500, metadata=_help("steps in which the rate rises from 0, fewer than steps"))
     final_share: float = field(default=0.0, metadata=_help("share of the peak that cosine and linear end at"))
     weight_decay: float = field(default=0.0, metadata=_help("AdamW's, of matrices; a map's own parameters have none"))
     beta1: float = field(default=0.9, metadata=_help("AdamW's first beta"))
@@ -144,6 +144,11 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     for name, least in at_least.items():
         if not (value := getattr(arguments, name)) >= least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if arguments.warmup_steps >= arguments.steps:
+        raise ValueError(
+            f"warmup_steps is {arguments.warmup_steps} and steps is {arguments.steps}: the learning rate would rise "
+            f"to the very end. Give fewer, such as --warmup_steps {arguments.steps // 20}, or more steps"
+        )
     for name in ("final_share", "beta1", "beta2"):
         if not 0 <= (value := getattr(arguments, name)) <= 1:
             raise ValueError(f"{name} is {value}; it must be from 0 to 1")

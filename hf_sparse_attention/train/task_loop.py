@@ -26,7 +26,7 @@ from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
-from .task_record import best_of, identity_of, read_record, share
+from .task_record import TIES, best_of, identity_of, read_record, share
 from .task_run import train_run
 from .task_step import working_precision
 
@@ -159,6 +159,8 @@ def _shown(summary: dict, table) -> str:
         remark = run["failed"] or ("best" if run["name"] == summary["best"] else "")
         rows.append([run["name"], tables.number(run["steps"] / run["seconds"], 1), *numbers, remark])
     text = f"Exact match, %\n\n{table(header, rows)}"
+    if len(rows) > 1:
+        text += f"\n\nThe best has the highest mean over the validation lengths. {TIES}"
     if summary["tests"]:
         lengths = sorted({line["length"] for lines in summary["tests"].values() for line in lines})
         rows = [[name, *map(share, lines)] for name, lines in summary["tests"].items()]

@@ -18,6 +18,12 @@ FREE = {
 }  # fmt: skip
 
 
+# What `best_of` does, in words.
+TIES = (
+    "Of runs that are equal in it the one with the most right tokens is the best, then the one with the lowest loss."
+)
+
+
 def identity_of(arguments: TrainTaskArguments) -> dict:
     """What must be the same for runs to be compared, and for one to go on."""
     return json.loads(json.dumps({name: value for name, value in asdict(arguments).items() if name not in FREE}))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from .. import tables
 from ..files import write_bytes, write_text
-from ..tasks.synthetic import SYNTHETIC
+from ..tasks.synthetic import SYNTHETIC, make_task
 from .task_arguments import MAPS, TrainTaskArguments
-from .task_record import best_of, read_record, share
+from .task_record import TIES, best_of, read_record, share
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class TableArguments:
     published: str | None = field(
         default=None,
         metadata={
-            "help": "YAML file of numbers to stand beside the runs': percent of exact matches by task, name and length"
+            "help": "YAML file of numbers to stand beside the runs': percent of exact matches by task, name and "
+            "length, of the task's own sizes and training lengths"
         },
     )
     figure: bool = field(default=True, metadata={"help": "draw table.png (needs matplotlib)"})
@@ -74,12 +75,20 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
     blocks, shown = ["# Runs of train-task"], []
     for task, groups in by_task.items():
         lengths = sorted({length for group in groups for run in group.runs for length in run["tests"]})
-        best = _best_table(groups, lengths, published.get(task, {}))
-        blocks += [f"## {task}", _settings(groups), tables.markdown(*best), _time(groups)]
+        beside, remark = _beside(task, groups, published.get(task, {}))
+        best = _best_table(groups, lengths, beside)
+        blocks += [
+            f"## {task}",
+            _settings(groups),
+            tables.markdown(*best),
+            *([remark] if remark else []),
+            _time(groups),
+        ]
         blocks += [tables.markdown(*_every_run(groups, lengths))]
         header, rows = best
         # Bold is Markdown's.
-        shown += [task, tables.plain(header, [[cell.strip("*") for cell in row] for row in rows]), ""]
+        shown += [task, tables.plain(header, [[cell.strip("*") for cell in row] for row in rows])]
+        shown += [*([remark] if remark else []), ""]
     if len(by_task) > 1:
         blocks += ["## All tasks", _time([group for groups in by_task.values() for group in groups])]
     found = {task: [{"label": group.label, **group.best} for group in groups if group.best] for task, groups in
@@ -128,7 +137,11 @@ def _of_train(file: Path) -> bool:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(content, dict) and "identity" not in content and ("blocks_per_step" in content or "stages" in content)
+    return (
+        isinstance(content, dict)
+        and "identity" not in content
+        and ("blocks_per_step" in content or "stages" in content)
+    )
 
 
 def _tests(folder: Path) -> dict[int, dict]:
@@ -197,15 +210,51 @@ def _settings(groups: list[_Group]) -> str:
     return (
         f"Trained with: {', '.join(shared)}. Exact match in %"
         + (f" of {tested} test samples a length, ± standard error unless it is 0.0" if counts else "")
-        + f"; validation, which chooses the best: its mean over {' or '.join(validated)}."
+        + f"; validation, which chooses the best: its mean over {' or '.join(validated)}. {TIES}"
     )
+
+
+def _arguments(group: _Group) -> TrainTaskArguments:
+    """What its runs were called with, as far as the task goes."""
+    return TrainTaskArguments(output="", **{key: group.identity[key] for key in ("task", "task_settings", "lengths")})
 
 
 def _longest(group: _Group) -> int:
     """Longest training length."""
-    return TrainTaskArguments(
-        output="", **{key: group.identity[key] for key in ("task", "task_settings", "lengths")}
-    ).training_lengths()[1]
+    return _arguments(group).training_lengths()[1]
+
+
+def _beside(task: str, groups: list[_Group], published: dict) -> tuple[dict, str]:
+    """Published numbers at the lengths where they can stand beside the runs', and what to say of that.
+
+    They are of the task's own sizes and training lengths; beside runs of other lengths they stand at the same multiple
+    of the training length, beside runs of other sizes nowhere.
+    """
+    if not published:
+        return {}, ""
+    usual = make_task(task, {})
+    comparable = [group for group in groups if _arguments(group).chosen_task() == usual]
+    if not comparable:
+        return {}, f"Published numbers are left out: they are of {task} with its own sizes, which no run here has."
+    theirs, ours = usual.default_lengths[1], {_longest(group) for group in comparable}
+    if len(ours) > 1:
+        return {}, "Published numbers are left out: the runs have several training lengths."
+    (longest,) = ours
+    others = (
+        "" if len(comparable) == len(groups) else " They are of the task's own sizes, which some runs do not have."
+    )
+    if longest == theirs:
+        return published, f"Published numbers are of the same training length, {theirs:,}.{others}"
+    moved = {
+        name: {
+            length * longest // theirs: value for length, value in numbers.items() if length * longest % theirs == 0
+        }
+        for name, numbers in published.items()
+    }
+    return moved, (
+        f"Published numbers are of training length {theirs:,} and stand at the same multiple of it, not at the same "
+        f"length.{others}"
+    )
 
 
 def _length_header(groups: list[_Group], lengths: list[int]) -> list[str]:
@@ -216,7 +265,8 @@ def _length_header(groups: list[_Group], lengths: list[int]) -> list[str]:
 
 
 def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tuple[list[str], list[list[str]]]:
-    """A row per group, its best run, and the published ones; the highest of a length in bold."""
+    """A row per group, its best run, and the published ones; the highest of a length in bold, if it is not that of
+    all."""
     lengths = sorted({*lengths, *(length for numbers in published.values() for length in numbers)})
     rows = []
     for group in groups:
@@ -229,8 +279,10 @@ def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tu
         )
     for column, length in enumerate(lengths, 4):
         shares = [(group.best or {"tests": {}})["tests"].get(length, {}).get("exact_match", -1.0) for group in groups]
+        measured = [value for value in shares if value >= 0]
         for row, value in zip(rows, shares, strict=True):
-            if value == max(shares) >= 0:
+            # Where all are alike none is the best.
+            if measured and value == max(measured) > min(measured):
                 row[column] = f"**{row[column]}**"
     for name, numbers in published.items():
         found = [tables.number(numbers[length], 1) if length in numbers else tables.MISSING for length in lengths]
