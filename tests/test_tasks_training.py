@@ -408,6 +408,11 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"task": "count"}, "task is 'count'"),
         ({"task_settings": ["symbols"]}, "write name=number"),
         ({"task_settings": ["symbols=many"]}, "write name=number"),
+        ({"task_settings": ["symbols=6", "symbols=9"]}, "names symbols twice"),
+        ({"task": "mqmtar", "task_settings": ["share=0.0004"]}, "share is 0.0004"),
+        ({"task": "mqmtar", "task_settings": ["share=0.8004"]}, "share is 0.8004"),
+        ({"schedule": "constant", "final_share": 0.1}, "ends at the peak"),
+        ({"learning_rates": [math.nan]}, "learning_rates is"),
         ({"task_settings": ["queries=3"]}, "copy has no queries"),
         ({"lengths": [4]}, "the shortest and the longest"),
         ({"lengths": [9, 4]}, "lengths are 9 to 4"),
@@ -449,6 +454,13 @@ def test_what_else_is_in_output_is_respected(tmp_path):
     assert (tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt").read_text() == "mine"
     with pytest.raises(FileExistsError, match="is a file"):
         train_task(options(tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt"))
+
+
+def test_a_run_on_samples_of_an_earlier_version_is_another(tmp_path, monkeypatch):
+    train_task(options(tmp_path / "out", steps=2))
+    monkeypatch.setattr(SYNTHETIC["copy"], "version", 2)
+    with pytest.raises(ValueError, match="was trained otherwise \\(task_version None then, 2 now"):
+        train_task(options(tmp_path / "out", steps=2, resume="auto"))
 
 
 @pytest.mark.parametrize("other", [{"learning_rates": [0.5]}, {"seeds": [1]}])
