@@ -602,6 +602,27 @@ def test_softmax_of_the_near_keys_alone_is_the_same(monkeypatch, heads, key_head
             assert near < whole
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(60, 60), (9, 200), (300, 300), (290, 301), (301, 290), (300, 20)])
+@pytest.mark.parametrize("near_from", [10**9, 10])
+def test_softmax_with_slopes_is_softmax(monkeypatch, queries, keys, near_from):
+    """Written out in float64: norms of all sizes, steep and flat slopes, queries before the first key."""
+    monkeypatch.setattr(softmax, "_NEAR_FROM", near_from)
+    generator = torch.Generator().manual_seed(queries)
+    slopes_H = torch.tensor([0.0, 1.0, 1 / 3, 1e-5])
+    distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+    for size in (0.0, 0.1, 1.0, 10.0):
+        query, key, value = (
+            torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64) * scale
+            for heads, length, scale in ((4, queries, size), (2, keys, size), (2, keys, 1.0))
+        )
+        scores = query @ key.repeat_interleave(2, 1).mT * 0.3 - slopes_H.double()[:, None, None] * distance
+        weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1).nan_to_num(0.0)
+        found = softmax.softmax_attention(
+            query, key, value, scaling=0.3, causal=True, visible=None, slopes=slopes_H, mask=None
+        )
+        torch.testing.assert_close(found, weights @ value.repeat_interleave(2, 1), atol=1e-11, rtol=0)
+
+
 def test_damaged_files_of_a_run_are_named(tmp_path):
     changes = {"steps": 4, "checkpoint_every": 2}
     train_task(options(tmp_path / "out", **changes))
