@@ -353,12 +353,21 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
 
 def _score(model, cell: Cell, batch_tokens: int, device: torch.device, bar: tqdm) -> dict:
     """The cell's numbers; `finished` says whether another run would get the same."""
+    _take_back_rotary(model)
     try:
         numbers = cell.inputs.score(model, batch_tokens=batch_tokens, progress=bar.update)
     except torch.OutOfMemoryError:
         logger.warning("%s: one window does not fit into the memory of %s", " ".join(map(str, cell.place)), device)
         return {"missing": f"one window does not fit into the memory of {device.type}", "finished": False}
     return {**numbers, "finished": True}
+
+
+@torch.inference_mode()
+def _take_back_rotary(model) -> None:
+    """Dynamic rotary positions stretch with the longest text a model has seen, until a short one: without one here a
+    number would depend on what was measured before it."""
+    if any("dynamic" in str(getattr(module, "rope_type", "")) for module in model.modules()):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
 
 
 def _row(cell: Cell, checkpoint: Checkpoint, numbers: dict | None) -> dict | None:

@@ -357,6 +357,22 @@ def test_finished_cells_are_kept_and_a_changed_model_is_measured_anew(home, tmp_
     assert loaded == models[:1] + models
 
 
+def test_a_number_does_not_depend_on_what_was_measured_before(home, tmp_path):
+    """Dynamic rotary positions stretch with the longest text seen, and would stay so."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    folder = dense_folder(tmp_path / "dense", rope_parameters=rope)
+    changes = {"models": [str(folder)], "concatenate": True, "limit": 2, "tasks": ["sliding_perplexity", "perplexity"]}
+    found = [
+        {
+            (cell["task"], cell["length"]): cell["loss"]
+            for cell in evaluate_models(arguments(home, tmp_path / str(lengths), lengths=lengths, **changes))["cells"]
+        }
+        for lengths in ([100, 200], [100])
+    ]
+    assert found[1].keys() < found[0].keys()
+    assert all(found[0][place] == loss for place, loss in found[1].items())
+
+
 def test_an_interrupted_run_goes_on_where_it_was(home, tmp_path, monkeypatch):
     whole = evaluate_models(arguments(home, tmp_path / "whole"))
     score, calls = perplexity.token_losses, []

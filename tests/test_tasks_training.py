@@ -411,6 +411,11 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"task": "count"}, "task is 'count'"),
         ({"task_settings": ["symbols"]}, "write name=number"),
         ({"task_settings": ["symbols=many"]}, "write name=number"),
+        ({"task_settings": ["symbols=6", "symbols=9"]}, "names symbols twice"),
+        ({"task": "mqmtar", "task_settings": ["share=0.0004"]}, "share is 0.0004"),
+        ({"task": "mqmtar", "task_settings": ["share=0.8004"]}, "share is 0.8004"),
+        ({"schedule": "constant", "final_share": 0.1}, "ends at the peak"),
+        ({"learning_rates": [math.nan]}, "learning_rates is"),
         ({"task_settings": ["queries=3"]}, "copy has no queries"),
         ({"lengths": [4]}, "the shortest and the longest"),
         ({"lengths": [9, 4]}, "lengths are 9 to 4"),
@@ -454,6 +459,13 @@ def test_what_else_is_in_output_is_respected(tmp_path):
     assert (tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt").read_text() == "mine"
     with pytest.raises(FileExistsError, match="is a file"):
         train_task(options(tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt"))
+
+
+def test_a_run_on_samples_of_an_earlier_version_is_another(tmp_path, monkeypatch):
+    train_task(options(tmp_path / "out", steps=2))
+    monkeypatch.setattr(SYNTHETIC["copy"], "version", 2)
+    with pytest.raises(ValueError, match="was trained otherwise \\(task_version None then, 2 now"):
+        train_task(options(tmp_path / "out", steps=2, resume="auto"))
 
 
 @pytest.mark.parametrize("other", [{"learning_rates": [0.5]}, {"seeds": [1]}])
@@ -593,6 +605,27 @@ def test_softmax_of_the_near_keys_alone_is_the_same(monkeypatch, heads, key_head
         whole, near = sum(read[: read.index(None)]), sum(read[read.index(None) + 1 : -1])
         if dtype == torch.float32 and size < 1:
             assert near < whole
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(60, 60), (9, 200), (300, 300), (290, 301), (301, 290), (300, 20)])
+@pytest.mark.parametrize("near_from", [10**9, 10])
+def test_softmax_with_slopes_is_softmax(monkeypatch, queries, keys, near_from):
+    """Written out in float64: norms of all sizes, steep and flat slopes, queries before the first key."""
+    monkeypatch.setattr(softmax, "_NEAR_FROM", near_from)
+    generator = torch.Generator().manual_seed(queries)
+    slopes_H = torch.tensor([0.0, 1.0, 1 / 3, 1e-5])
+    distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+    for size in (0.0, 0.1, 1.0, 10.0):
+        query, key, value = (
+            torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64) * scale
+            for heads, length, scale in ((4, queries, size), (2, keys, size), (2, keys, 1.0))
+        )
+        scores = query @ key.repeat_interleave(2, 1).mT * 0.3 - slopes_H.double()[:, None, None] * distance
+        weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1).nan_to_num(0.0)
+        found = softmax.softmax_attention(
+            query, key, value, scaling=0.3, causal=True, visible=None, slopes=slopes_H, mask=None
+        )
+        torch.testing.assert_close(found, weights @ value.repeat_interleave(2, 1), atol=1e-11, rtol=0)
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ..config import POSITIONS, SPECIFICATIONS
@@ -106,6 +107,8 @@ class TrainTaskArguments:
         settings = {}
         for item in self.task_settings:
             name, separator, value = item.partition("=")
+            if name in settings:
+                raise ValueError(f"task_settings names {name} twice: {' '.join(self.task_settings)}")
             try:
                 settings[name] = float(value) if "." in value else int(value)
             except ValueError:
@@ -159,7 +162,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
-    if not arguments.learning_rates or min(arguments.learning_rates) <= 0:
+    if not arguments.learning_rates or not all(0 < rate < math.inf for rate in arguments.learning_rates):
         raise ValueError(f"learning_rates is {arguments.learning_rates}; give at least one, all above 0")
     if not arguments.seeds or min(arguments.seeds) < 0:
         raise ValueError(f"seeds is {arguments.seeds}; give at least one, all from 0")
@@ -169,6 +172,10 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         raise ValueError(
             f"hidden_size {arguments.hidden_size} with {arguments.heads} heads gives them an odd size, which rotary "
             "positions cannot turn"
+        )
+    if arguments.schedule == "constant" and arguments.final_share:
+        raise ValueError(
+            f"final_share is {arguments.final_share}, but schedule 'constant' ends at the peak: leave it out"
         )
     if arguments.map == "softmax" and arguments.alpha is not None:
         raise ValueError(f"alpha is {arguments.alpha}, but softmax has none; entmax takes it")

@@ -26,7 +26,10 @@ TIES = (
 
 def identity_of(arguments: TrainTaskArguments) -> dict:
     """What must be the same for runs to be compared, and for one to go on."""
-    return json.loads(json.dumps({name: value for name, value in asdict(arguments).items() if name not in FREE}))
+    values = {name: value for name, value in asdict(arguments).items() if name not in FREE}
+    # Later versions of a task have other samples.
+    version = arguments.chosen_task().version
+    return json.loads(json.dumps(values | ({"task_version": version} if version > 1 else {})))
 
 
 def best_of(runs: list[dict]) -> dict | None:
