@@ -24,7 +24,7 @@ from .loading import DTYPES
 from .results import markdown, terminal
 from .tasks import NEEDLE, TASK, TASKS, TEXT, Task
 from .tasks.harness import HarnessTask, harness_inputs, harness_tasks
-from .tasks.inputs import ANSWERS, DEPTHS, HAYSTACKS, Inputs, Sources, pace
+from .tasks.inputs import ANSWERS, DEPTHS, HAYSTACKS, Inputs, Sources, pace, reach
 from .text import read_documents
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ class EvaluateArguments:
     lm_eval: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "tasks of lm-eval, such as niah_single_1; RULER's are asked at every length (needs lm-eval)"
+            "help": "tasks of lm-eval, such as niah_single_1; RULER's are asked at every length from 4096 on, and "
+            "hsa_passkey and the package's other needles at any (needs lm-eval)"
         },
     )
     lm_eval_folder: str | None = field(default=None, metadata={"help": "folder with further YAML tasks of lm-eval"})
@@ -170,8 +171,11 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
     if arguments.figure:
         from .tasks import pictures
     checkpoints = {label: examine(path) for label, path in _labelled(arguments.models).items()}
+    harness = harness_tasks(arguments.lm_eval, arguments.lm_eval_folder)
+    for task in harness:
+        task.check_lengths(arguments.lengths)
     documents, data = _read(arguments)
-    cells = _plan(arguments, checkpoints, documents)
+    cells = _plan(arguments, checkpoints, documents, harness)
     results = {
         "format": FORMAT,
         "versions": {
@@ -252,14 +256,15 @@ def _read(arguments: EvaluateArguments) -> tuple[list[str], dict]:
     }
 
 
-def _plan(arguments: EvaluateArguments, checkpoints: dict[str, Checkpoint], documents: list[str]) -> list[Cell]:
+def _plan(
+    arguments: EvaluateArguments, checkpoints: dict[str, Checkpoint], documents: list[str], harness: list[HarnessTask]
+) -> list[Cell]:
     """All cells, in the order of the table."""
     sources = Sources(
         documents, arguments.concatenate, arguments.limit, tuple(arguments.lengths), arguments.seed,
         tuple(arguments.depths) or DEPTHS, arguments.haystack or "sentences", arguments.answers or "forced",
     )  # fmt: skip
     tasks = [TASKS[name] for name in arguments.tasks]
-    harness = harness_tasks(arguments.lm_eval, arguments.lm_eval_folder)
     cells = []
     for label, checkpoint in checkpoints.items():
         needed = harness or any(task.kind != TASK for task in tasks)
@@ -309,18 +314,20 @@ def _describe(label: str, checkpoint: Checkpoint) -> dict:
         "alpha": 1.0 if sparse is None else sparse.alpha,
         "position": None if sparse is None else sparse.position,
         "max_position_embeddings": checkpoint.positions,
+        "reach": reach(checkpoint),
     }
 
 
 def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, results: dict, folder: Path) -> None:
     """Fills results["cells"], saving after each one that had to be computed."""
+    reaches = {model["label"]: model["reach"] for model in results["models"]}
     wanted = {cell.fingerprint for cell in cells}
     results["other_cells"] = [cell for fingerprint, cell in kept.items() if fingerprint not in wanted]
     known = {fingerprint: cell for fingerprint, cell in kept.items() if fingerprint in wanted}
     if results["other_cells"]:
         logger.info(
-            "%d cells of earlier settings stay in results.json and are in no table of this one",
-            len(results["other_cells"]),
+            "no longer shown, but kept in results.json: %s. Another --output_dir leaves the earlier tables alone",
+            _named(results["other_cells"]),
         )
     if known:
         done = sum(cell.fingerprint in known for cell in cells)
@@ -328,7 +335,7 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
     todo = {cell.fingerprint: cell for cell in cells if cell.fingerprint not in known and cell.inputs.missing is None}
 
     def save() -> None:
-        rows = [_row(cell, checkpoints[cell.label], known.get(cell.fingerprint)) for cell in cells]
+        rows = [_row(cell, reaches[cell.label], known.get(cell.fingerprint)) for cell in cells]
         results["cells"] = [row for row in rows if row is not None]
         write_json(folder / "results.json", results)
 
@@ -351,6 +358,16 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
     save()
 
 
+def _named(cells: list[dict]) -> str:
+    """What cells are of, in words."""
+    lengths: dict[str, dict] = {}
+    for cell in cells:
+        lengths.setdefault(f"{cell['task']} of {cell['model']}", {}).setdefault(cell["length"])
+    return "; ".join(
+        name + (f" at {', '.join(map(str, found))}" if any(found) else "") for name, found in lengths.items()
+    )
+
+
 def _score(model, cell: Cell, batch_tokens: int, device: torch.device, bar: tqdm) -> dict:
     """The cell's numbers; `finished` says whether another run would get the same."""
     _take_back_rotary(model)
@@ -370,15 +387,14 @@ def _take_back_rotary(model) -> None:
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
 
 
-def _row(cell: Cell, checkpoint: Checkpoint, numbers: dict | None) -> dict | None:
+def _row(cell: Cell, reach: dict | None, numbers: dict | None) -> dict | None:
     """The cell as it stands in results.json; None while it is not computed."""
     inputs = cell.inputs
     if inputs.missing is not None:
         numbers = {"missing": inputs.missing, "finished": True}
     if numbers is None:
         return None
-    positions = checkpoint.positions
-    beyond = positions is not None and inputs.tokens > positions
+    beyond = reach is not None and inputs.tokens > reach["tokens"]
     place = {
         "model": cell.label,
         "task": cell.task.name,
@@ -387,6 +403,6 @@ def _row(cell: Cell, checkpoint: Checkpoint, numbers: dict | None) -> dict | Non
         **inputs.place,
         "tokens_sha256": inputs.sha256,
         "fingerprint": cell.fingerprint,
-        "note": f"beyond the model's max_position_embeddings of {positions}" if beyond else None,
+        "note": f"beyond the model's {reach['what']} of {reach['length']}" if beyond else None,
     }
     return place | numbers | place

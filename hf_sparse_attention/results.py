@@ -31,6 +31,14 @@ def _marked(cell: dict, name: str, error: str | None, digits: int) -> str:
     return text + ("*" if cell["note"] and value is not None else "")
 
 
+def reach_of(model: dict) -> tuple[int | None, str]:
+    """The length beyond which a model's numbers are marked, or None, and what it is."""
+    # Older files have max_position_embeddings alone.
+    if "reach" not in model:
+        return model.get("max_position_embeddings"), "max_position_embeddings"
+    return (model["reach"]["length"], model["reach"]["what"]) if model["reach"] else (None, "")
+
+
 def tasks_of(results: dict) -> list[str]:
     """Names of the tasks in the order they were asked for."""
     return results.get("tasks") or list(dict.fromkeys(cell["task"] for cell in results["cells"]))
@@ -161,12 +169,12 @@ def remarks(results: dict) -> list[str]:
             "Its ± is the standard error of the share over all samples of the number; none stands where they do not "
             "tell it: at 0 %, at 100 %, and of a single sample."
         )
-    limits: dict[int, list[str]] = {}
+    limits: dict[tuple, list[str]] = {}
     for model in results["models"]:
         own = [cell for cell in results["cells"] if cell["model"] == model["label"] and not cell.get("missing")]
         if any(cell["note"] for cell in own):
-            limits.setdefault(model["max_position_embeddings"], []).append(model["label"])
-    lines += [f"* beyond the max_position_embeddings of {', '.join(names)}: {end:,}." for end, names in limits.items()]
+            limits.setdefault(reach_of(model), []).append(model["label"])
+    lines += [f"* beyond the {what} of {', '.join(names)}: {end:,}." for (end, what), names in limits.items()]
     missing: dict[tuple, list[str]] = {}
     several = len(tasks_of(results)) > 1
     for cell in results["cells"]:

@@ -13,9 +13,10 @@ from training_cases import STORIES, dense_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_sparse_attention import cli, evaluate
+from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
 from hf_sparse_attention.results import markdown, remarks, terminal
-from hf_sparse_attention.tasks import TokenizedText, Windows, perplexity
+from hf_sparse_attention.tasks import TokenizedText, Windows, perplexity, pictures
 
 TEXTS = [
     "Once upon a time there was a little cat. She saw a red ball, and she was happy.",
@@ -361,7 +362,7 @@ def test_a_number_does_not_depend_on_what_was_measured_before(home, tmp_path):
     """Dynamic rotary positions stretch with the longest text seen, and would stay so."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     folder = dense_folder(tmp_path / "dense", rope_parameters=rope)
-    changes = {"models": [str(folder)], "concatenate": True, "limit": 2, "tasks": ["sliding_perplexity", "perplexity"]}
+    changes = {"models": [str(folder)], "concatenate": True, "tasks": ["sliding_perplexity", "perplexity"]}
     found = [
         {
             (cell["task"], cell["length"]): cell["loss"]
@@ -477,6 +478,27 @@ def test_a_run_gives_its_model_the_name(home, tmp_path):
     models = [str(tmp_path / name / "model") for name in ("first", "second")]
     results = evaluate_models(arguments(home, tmp_path / "out", models=models, lengths=[16], limit=1))
     assert [model["label"] for model in results["models"]] == ["first", "second"]
+
+
+def test_a_star_is_for_what_a_model_was_trained_at(home, tmp_path, monkeypatch):
+    """Schemes without rotary positions do not know max_position_embeddings."""
+    for position in ("nope", "rope"):
+        convert_model(ConvertArguments(
+            model=str(home / "dense"), output=str(tmp_path / position), position=position, train_length=40
+        ))  # fmt: skip
+    models = [str(tmp_path / name) for name in ("nope", "rope")]
+    results = evaluate_models(arguments(home, tmp_path / "out", models=models, lengths=[32, 48, 128], figure=True))
+    assert [cell["note"] and cell["note"].removeprefix("beyond the model's ") for cell in results["cells"]] == [
+        None, "training length of 40", "training length of 40", None, None, "max_position_embeddings of 64",
+    ]  # fmt: skip
+    lines = remarks(results)
+    assert "* beyond the training length of nope: 40." in lines
+    assert "* beyond the max_position_embeddings of rope: 64." in lines
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    pictures.draw(results)
+    notes = {text.get_text() for text in drawn[0].axes[1].texts}
+    assert notes == {"training length 40", "max_position_embeddings 64"}
 
 
 def test_two_models_of_one_name_need_labels(home, tmp_path):

@@ -239,7 +239,7 @@ def arguments(output, *models, **changes):
     return EvaluateArguments(**{**values, **changes})
 
 
-def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeypatch, capsys, caplog):  # noqa: F811
     changes = {
         "tasks": ["needle", "multi_query", "perplexity"], "lengths": [128, 256], "depths": [0.0, 1.0], "limit": 3,
         "data": [str(home / "text.jsonl")], "concatenate": True, "figure": True,
@@ -266,10 +266,14 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
     monkeypatch.setattr(evaluate, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     assert evaluate_models(arguments(tmp_path / "out", *models, **changes))["cells"] == first["cells"]
     monkeypatch.undo()
+    caplog.set_level("INFO", logger="hf_sparse_attention")
     other = evaluate_models(arguments(tmp_path / "out", *models, **{**changes, "seed": 1, "tasks": ["needle"],
                                                                     "data": [], "concatenate": False}))  # fmt: skip
     assert {cell["fingerprint"] for cell in other["cells"]}.isdisjoint(cell["fingerprint"] for cell in needle)
     assert len(other["other_cells"]) == len(first["cells"])
+    (said,) = [line for line in caplog.messages if "no longer shown" in line]
+    for text in ("needle of dense at 128, 256;", "multi_query of sparse at", "perplexity of sparse at 128, 256."):
+        assert text in said
 
 
 @pytest.mark.parametrize(
@@ -341,7 +345,10 @@ def test_a_model_of_a_synthetic_task_is_evaluated_without_a_tokenizer(tmp_path, 
     exact = [cell["exact_match"] for cell in forced["cells"]]
     assert exact == [cell["exact_match"] for cell in decoded["cells"]]
     assert exact[0] > 0.9 and exact[2] > 0.9
-    assert "decoded token by token" in capsys.readouterr().out
+    # 6 is the longest training length, which is 14 tokens, and their max_position_embeddings.
+    assert "* beyond the training length of asentmax, softmax: 6." in capsys.readouterr().out
+    assert [cell["note"] for cell in forced["cells"][:2]] == [None, "beyond the model's training length of 6"]
+    assert "decoded token by token" in markdown(decoded)
     assert (tmp_path / "forced" / "exact_match.png").exists() and not (tmp_path / "forced" / "results.png").exists()
     with pytest.raises(ValueError, match="was trained on copy .*, not on sort"):
         evaluate_models(arguments(tmp_path / "sort", *models, tasks=["sort"]))
@@ -426,8 +433,13 @@ def test_lm_eval_without_lm_eval_and_its_numbers(home, tmp_path, monkeypatch):  
     ]  # fmt: skip
     assert [rows for _, _, rows in sections(found)] == [[["dense", "0.128", "0.256"]], [["dense", "0.500"]]]
     assert not lacking(found)
-    with pytest.raises(ValueError, match="reports lengths 128, 256 alone, not 64"):
-        evaluate_models(arguments(tmp_path / "other", home / "dense", **{**changes, "lengths": [64]}))
+    # Before any text is read or tokenized, and with a way on.
+    text = {"tasks": ["perplexity"], "data": [str(home / "text.jsonl")]}
+    monkeypatch.setattr(evaluate, "read_documents", lambda *a, **k: pytest.fail("text was read"))
+    with pytest.raises(
+        ValueError, match="reports lengths 128, 256 alone, not 16, 64: .* --lm_eval hsa_passkey,hsa_ne"
+    ):
+        evaluate_models(arguments(tmp_path / "other", home / "dense", **{**changes, **text, "lengths": [16, 64, 128]}))
 
 
 def test_documents_for_lm_eval(home, stories_tokenizer):  # noqa: F811
@@ -503,7 +515,8 @@ def test_a_length_that_lm_eval_does_not_report(tmp_path):
         != harness_inputs(task, 4096, 5, 0, tmp_path, None).sha256
     )
     with pytest.raises(ValueError, match="reports lengths 4096 alone, not 100"):
-        harness_inputs(task, 100, None, 0, tmp_path, None)
+        task.check_lengths([4096, 100])
+    assert {path.stem for path in harness.FOLDER.glob("*.yaml")} == set(harness.OWN)
 
 
 @pytest.mark.parametrize("known", [(), ("00000", "11111")])

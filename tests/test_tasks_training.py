@@ -237,7 +237,8 @@ def test_normal_start_is_the_papers_and_neutral_is_exactly_one():
         assert (start == "neutral") == bool((factor == 1).all())
 
 
-def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", logger="hf_sparse_attention")
     changes = {"steps": 30, "checkpoint_every": 10, "validate_every": 15, "log_every": 7, "seeds": [1, 2]}
     whole = train_task(options(tmp_path / "whole", **changes))
     call, calls = TaskStep.__call__, []
@@ -254,6 +255,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
     with pytest.raises(FileExistsError, match="go on with --resume auto"):
         train_task(options(tmp_path / "cut", **changes))
     again = train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    assert f"{tmp_path / 'cut' / again['runs'][1]['name']} goes on from step 10 of 30" in caplog.text
     # 30 of the first run, 18 of the second, the one that was cut, and what was left after its checkpoint at 10.
     assert len(calls) == 30 + 18 + 1 + 20
     for run in whole["runs"]:

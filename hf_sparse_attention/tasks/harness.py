@@ -20,6 +20,8 @@ from .needles import NEEDLES, make_prompt
 
 # Where YAML files of our own are, for `lm_eval --include_path`.
 FOLDER = Path(__file__).parent.parent / "data" / "lm_eval"
+# Their names.
+OWN = tuple(f"hsa_{name}" for name in NEEDLES)
 # Bytes from which on a file is told by its size and time, not by its content.
 _LARGE = 2**26
 
@@ -41,6 +43,16 @@ class HarnessTask:
     by_length: bool
     lengths: list[int] | None
     version: str
+
+    def check_lengths(self, lengths: list[int]) -> None:
+        """Raises ValueError for lengths that the task does not report."""
+        others = [] if self.lengths is None else [length for length in lengths if length not in self.lengths]
+        if others:
+            raise ValueError(
+                f"{self.name} reports lengths {', '.join(map(str, self.lengths))} alone, not "
+                f"{', '.join(map(str, others))}: choose --lengths of these, or needles of this package, which have "
+                f"any: --lm_eval {','.join(OWN)}"
+            )
 
 
 def harness_tasks(names: list[str], folder: str | None = None) -> list[HarnessTask]:
@@ -68,7 +80,10 @@ def harness_tasks(names: list[str], folder: str | None = None) -> list[HarnessTa
 
 def _harness_task(name: str, entry) -> HarnessTask:
     if entry is None:
-        raise ValueError(f"lm_eval names {name!r}, which lm-eval does not know")
+        raise ValueError(
+            f"lm_eval names {name!r}, which lm-eval does not know; needles of this package are {', '.join(OWN)}, and "
+            "--lm_eval_folder adds your own"
+        )
     if (
         entry.yaml_path is None
         or entry.cfg is None
@@ -108,13 +123,7 @@ def _files_of(entry) -> list[Path]:
 def harness_inputs(
     task: HarnessTask, length: int | None, limit: int | None, seed: int, folder: Path, tokenizer
 ) -> Inputs:
-    """The cell of a task, at a length if it has one.
-
-    Raises:
-        ValueError: for a length that the task does not report.
-    """
-    if task.lengths is not None and length not in task.lengths:
-        raise ValueError(f"{task.name} reports lengths {', '.join(map(str, task.lengths))} alone, not {length}")
+    """The cell of a task, at a length if it has one."""
     same = None if tokenizer is None else tokenizer_identity(tokenizer)
     parts = json.dumps([task.name, task.version, length, limit, seed, same])
     return Inputs(

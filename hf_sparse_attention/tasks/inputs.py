@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..checkpoint import Checkpoint
 from . import NEEDLE, TEXT, Task, perplexity
 from .exact_match import generated, score, teacher_forced
 from .haystack import Haystack
@@ -190,6 +191,32 @@ def trained_task(folder: Path, name: str) -> SyntheticTask:
         raise ValueError(f"{name} was not trained on a synthetic task: it has no task.json of train-task") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a task.json of train-task: {error}") from error
+
+
+def _trained_length(folder: Path, name: str) -> tuple[int, int] | None:
+    """Longest length that a model of `train-task` was trained at, and that in tokens; None where no file says it.
+
+    Raises:
+        ValueError: for a task.json that is none.
+    """
+    if not (folder / "task.json").is_file():
+        return None
+    lengths = json.loads((folder / "task.json").read_text(encoding="utf-8")).get("lengths")
+    return None if lengths is None else (lengths[1], trained_task(folder, name).width(lengths[1]))
+
+
+def reach(checkpoint: Checkpoint) -> dict | None:
+    """The length beyond which the model's numbers are marked, also in tokens, and what it is: that of its training
+    where a file says it; max_position_embeddings, which schemes without rotary positions do not know, for the others.
+    """
+    sparse = checkpoint.sparse
+    if trained := _trained_length(checkpoint.source.folder, checkpoint.path):
+        return {"what": "training length", "length": trained[0], "tokens": trained[1]}
+    if sparse is not None and sparse.position != "rope" and sparse.train_length is not None:
+        return {"what": "training length", "length": sparse.train_length, "tokens": sparse.train_length}
+    if checkpoint.positions is None:
+        return None
+    return {"what": "max_position_embeddings", "length": checkpoint.positions, "tokens": checkpoint.positions}
 
 
 def tokenizer_identity(tokenizer) -> str:

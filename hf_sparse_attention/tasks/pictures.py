@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..figures import COLOURS, MARKERS, Figure, FuncFormatter, NullLocator, losses, picture
-from ..results import mean_over_depths
+from ..results import mean_over_depths, reach_of
 
 # Colours of the share of right answers, from 0 to 1, told apart by the colour-blind.
 _SHARES = "cividis"
@@ -19,7 +19,7 @@ def draw(results: dict) -> dict[str, bytes]:
     found = {}
     of_loss = [cell for cell in cells if cell["task"] == "perplexity"]
     if of_loss or not cells:
-        found["results.png"] = picture(losses({**results, "cells": of_loss}))
+        found["results.png"] = picture(losses({**results, "cells": of_loss}, _marks(results)))
     if any(cell["task"] == "sliding_perplexity" for cell in cells):
         found["context.png"] = picture(by_context(results, cells))
     exact = [cell for cell in cells if cell.get("exact_match") is not None]
@@ -30,6 +30,11 @@ def draw(results: dict) -> dict[str, bytes]:
     if whole := [cell for cell in exact if _place(cell) not in lost]:
         found["exact_match.png"] = picture(by_length(results, whole))
     return found
+
+
+def _marks(results: dict) -> list[tuple[int, str]]:
+    """The lengths beyond which models' numbers are marked, and what they are."""
+    return sorted({reach for model in results["models"] if (reach := reach_of(model))[0] is not None})
 
 
 def _place(cell: dict) -> tuple:

@@ -62,6 +62,7 @@ def train_run(
     if (folder / "checkpoint.pt").is_file():
         start, spans = _load_checkpoint(folder / "checkpoint.pt", step, device)
         bar.update(start)
+        logger.info("%s goes on from step %d of %d", folder, start, arguments.steps)
     earlier = sum(end - begin for begin, end in spans)
     write_json(folder / "run.json", {**record, "finished": False})
     _keep_metrics(folder / "metrics.jsonl", start, arguments.steps)
