@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.lines import Line2D
 from test_evaluate import TEXTS, byte_tokenizer, home, stories_tokenizer  # noqa: F401
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training_cases import dense_folder
@@ -318,6 +319,21 @@ def test_a_length_without_all_of_its_depths_is_no_point_of_the_picture(monkeypat
     monkeypatch.setattr(pictures, "by_length", lambda results, cells: drawn.setdefault("cells", cells) and Figure())
     assert set(pictures.draw({"models": [{"label": "m"}], "cells": cells})) == {"depth.png", "exact_match.png"}
     assert drawn["cells"] == cells[:2]
+
+
+def test_the_legend_shows_which_line_is_dashed():
+    cell = {"model": "m", "loss": 1.0, "standard_error": 0.1, "note": None, "positions": [], "last_quarter": 1.0}
+    cells = [
+        {**cell, "task": task, "length": length} for task in ("perplexity", "sliding_perplexity") for length in (8, 16)
+    ]
+    legend = pictures.by_context({"models": [{"label": "m"}]}, cells).axes[0].get_legend()
+    (dashed,) = [
+        artist for artist in legend.findobj(Line2D)
+        if artist.get_linestyle() == "--" and len(set(artist.get_xdata())) > 1
+    ]  # fmt: skip
+    on, off = pictures._DASHES[1]
+    # At least two dashes and the gap between them, in points.
+    assert legend.handlelength * 8 >= dashed.get_linewidth() * (2 * on + off)
 
 
 def test_needles_in_the_users_own_text(home, tmp_path):  # noqa: F811

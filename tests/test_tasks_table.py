@@ -218,6 +218,33 @@ def test_the_picture_has_a_panel_a_task_and_a_line_a_map(tmp_path, monkeypatch):
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["softmax", "asentmax"]
 
 
+def test_the_picture_shows_all_runs_the_training_length_and_each_map_in_its_colour(tmp_path, monkeypatch):
+    record(tmp_path / "a", 1e-3, 0, 0.9, test={64: 1.0, 128: 0.5}, map="asentmax")
+    record(tmp_path / "a", 2e-3, 0, 0.1, test={64: 0.2, 128: 0.1}, map="asentmax")
+    record(tmp_path / "b", 1e-3, 0, 0.9, test={64: 0.9}, map="asentmax", position="rope")
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    for others in ("softmax", "ssmax"):
+        record(tmp_path / others, 1e-3, 0, 0.9, test={64: 0.9, 128: 0.4}, map=others)
+        table_of_runs(TableArguments(runs=[str(tmp_path)], output_dir=str(tmp_path / "out")))
+    for figure in drawn:
+        (axes,) = figure.axes
+        lines = {container.get_label(): container.lines[0] for container in axes.containers}
+        best = next(line for line in lines.values() if line.get_ydata().tolist() == [100, 50])
+        assert best.get_color() == pictures.COLOURS[3]
+        (pale,) = [line for line in axes.lines if line.get_ydata() is not None and list(line.get_ydata()) == [20, 10]]
+        assert pale.get_color() == best.get_color() and pale.get_linewidth() < 1 and pale.get_alpha() < 0.5
+        assert [text.get_text() for text in axes.texts] == ["training length 64"]
+    names = [text.get_text() for text in drawn[-1].legends[0].get_texts()]
+    assert names == ["softmax", "asentmax", "ssmax", "asentmax, position rope"]
+    models = [{"label": "a", "map": "entmax", "alpha": 1.0}, {"label": "b", "map": "softmax"}, {"label": "c"}]
+    found = pictures.styles(models)
+    assert len({style["color"] for style in found.values()}) == 3
+    assert [style["linestyle"] == "-" for style in found.values()] == [True, False, True]
+    # The evaluation's pictures have the table's colours.
+    assert found["a"]["color"] == pictures.styles([{"label": "softmax", "map": "softmax"}])["softmax"]["color"]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run of train-task"):
         made(tmp_path)

@@ -95,8 +95,12 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
              by_task.items()}  # fmt: skip
     if arguments.figure and (content := _cells(found)):
         groups = sorted((group for groups in by_task.values() for group in groups), key=_Group.place)
-        labels = dict.fromkeys(group.label for group in groups if group.best)
-        figure = pictures.by_length({"models": [{"label": label} for label in labels]}, content)
+        # Its map by label.
+        shown_as = {group.label: group.identity["map"] for group in groups if group.best}
+        models = [{"label": label, "map": name} for label, name in shown_as.items()]
+        figure = pictures.by_length(
+            {"models": models}, content, others=_others(by_task), marks=_training_lengths(by_task)
+        )
         write_bytes(output / "table.png", pictures.picture(figure))
         blocks.insert(1, "![exact match by length](table.png)")
     write_text(output / "table.md", "\n\n".join(blocks) + "\n")
@@ -347,6 +351,23 @@ def _cells(found: dict[str, list[dict]]) -> list[dict]:
         {"model": run["label"], "task": task, **line}
         for task, runs in found.items() for run in runs for line in run["tests"].values() if "exact_match" in line
     ]  # fmt: skip
+
+
+def _others(by_task: dict[str, list[_Group]]) -> list[dict]:
+    """The tests of the runs that are not the best of their group, as `_cells`."""
+    return [
+        {"model": group.label, "task": task, "run": run["name"], **line}
+        for task, groups in by_task.items() for group in groups if group.best for run in group.runs
+        if run is not group.best for line in run["tests"].values() if "exact_match" in line
+    ]  # fmt: skip
+
+
+def _training_lengths(by_task: dict[str, list[_Group]]) -> dict[str, list[tuple[int, str]]]:
+    """The longest training lengths of a task's runs."""
+    return {
+        task: [(length, "training length") for length in sorted({_longest(group) for group in groups})]
+        for task, groups in by_task.items()
+    }
 
 
 def _published(file: Path) -> dict[str, dict[str, dict[int, float]]]:
