@@ -15,7 +15,7 @@ from .. import tables
 from ..files import write_bytes, write_text
 from ..tasks.synthetic import SYNTHETIC
 from .task_arguments import MAPS, TrainTaskArguments
-from .task_record import best_of, read_record, share
+from .task_record import best_of, read_record, read_tests, share
 
 # Value of an option that a run's record does not have.
 _UNKNOWN = "unknown"
@@ -100,7 +100,8 @@ def _read(folders: list[str]) -> list[dict]:
         if not files:
             raise ValueError(f"{folder} holds no run of train-task (no run.json)")
         for file in files:
-            run = {**read_record(file.parent), "folder": file.parent, "tests": _tests(file.parent)}
+            tests = {line["length"]: line for line in read_tests(file.parent)}
+            run = {**read_record(file.parent), "folder": file.parent, "tests": tests}
             same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
             other = found.setdefault(same, run)
             if other["folder"].resolve() == file.parent.resolve():
@@ -112,16 +113,6 @@ def _read(folders: list[str]) -> list[dict]:
             # One that was cut off says nothing that the whole one does not.
             found[same] = run if run["finished"] else other
     return list(found.values())
-
-
-def _tests(folder: Path) -> dict[int, dict]:
-    file = folder / "test.json"
-    if not file.is_file():
-        return {}
-    try:
-        return {line["length"]: line for line in json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{file} is damaged ({error}): remove it, and test the run again with --resume auto") from error
 
 
 def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
@@ -154,7 +145,7 @@ def _group(runs: list[dict], usual: dict) -> _Group:
     done = [run for run in runs if run["finished"]]
     sound = [run for run in done if not run["failed"]]
     for run in sound:
-        if run["validation_of"] != sound[0]["validation_of"]:
+        if run.get("validation_of") != sound[0].get("validation_of"):
             raise ValueError(
                 f"{sound[0]['folder']} and {run['folder']} were not validated on the same lengths and number of "
                 "samples: call train-task for both again with --resume auto and the same ones"
@@ -173,7 +164,9 @@ def _settings(groups: list[_Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     validated = dict.fromkeys(
         f"{samples:,} other samples of each of the lengths {', '.join(f'{length:,}' for length in lengths)}"
-        for lengths, samples in (run["validation_of"] for run in runs if run.get("validation"))
+        for lengths, samples in (
+            run["validation_of"] for run in runs if run.get("validation") and "validation_of" in run
+        )
     )
     counts = sorted({line["samples"] for run in runs for line in run["tests"].values() if "samples" in line})
     tested = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
