@@ -1,6 +1,7 @@
 """Runs of train-task as a table and a picture."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ def record(folder, rate, seed, validation, *, test=(), task="copy", **changes):
     place = folder / f"rate-{rate!r}-seed-{seed}"
     place.mkdir(parents=True)
     samples = changes.pop("validation_samples", 200)
-    line = {"length": 64, "exact_match": validation, "token_accuracy": 0.5, "loss": 1.0}
+    line = {"length": 64, "exact_match": validation, "standard_error": 0.0, "token_accuracy": 0.5, "loss": 1.0}
     run = {
         "name": place.name, "learning_rate": rate, "seed": seed, "steps": 100, "seconds": 30.0, "failed": None,
         "identity": identity_of(TrainTaskArguments(task=task, output="", **changes)),
@@ -259,6 +260,21 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (tmp_path / "a" / "rate-0.001-seed-0" / "test.json").write_text("[1]")
     with pytest.raises(OSError, match="test.json is damaged"):
         made(tmp_path, runs=[str(tmp_path / "a")])
+    line = {"length": 64, "wanted": 100, "samples": 100, "exact_match": 0.5, "standard_error": 0.05}
+    for lines in (
+        [{**line, "exact_match": 50.0}], [{**line, "exact_match": math.nan}], [{**line, "length": "64"}],
+        [line, {**line, "exact_match": 0.9}], [{"length": 64}], [{"length": 64, "exact_match": 1.0}], {"64": line},
+    ):  # fmt: skip
+        (tmp_path / "a" / "rate-0.001-seed-0" / "test.json").write_text(json.dumps(lines))
+        with pytest.raises(OSError, match="test.json is damaged"):
+            made(tmp_path, runs=[str(tmp_path / "a")])
+    (tmp_path / "a" / "rate-0.001-seed-0" / "test.json").unlink()
+    run = json.loads((tmp_path / "a" / "rate-0.001-seed-0" / "run.json").read_text())
+    for key in ("learning_rate", "finished", "failed", "validation"):
+        saved = {name: value for name, value in run.items() if name != key}
+        (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text(json.dumps(saved))
+        with pytest.raises(OSError, match=f"run.json is damaged .*{key}"):
+            made(tmp_path, runs=[str(tmp_path / "a")])
     (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text("{}")
     with pytest.raises(OSError, match="run.json is damaged"):
         made(tmp_path, runs=[str(tmp_path / "a")])

@@ -6,7 +6,6 @@ hf-sparse-attention train-task --config examples/reproduction/copy.yaml --map as
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
-from .task_record import TIES, best_of, identity_of, read_record, share
+from .task_record import TIES, best_of, identity_of, read_record, read_tests, share
 from .task_run import train_run
 from .task_step import working_precision
 
@@ -130,7 +129,7 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names: dict[tuple
 def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device) -> list[dict]:
     """Exact match of a run's model on the fixed test sets; finished lengths are kept in test.json."""
     file = folder / "test.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and arguments.resume == "auto" else []
+    found = read_tests(folder) if arguments.resume == "auto" else []
     found = [line for line in found if line.get("wanted") == arguments.test_samples]
     left = [length for length in sorted(set(arguments.test_lengths)) if length not in {row["length"] for row in found}]
     model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device).eval()

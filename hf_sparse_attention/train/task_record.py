@@ -62,6 +62,38 @@ def read_record(folder: Path) -> dict:
     file = folder / "run.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
+        needed = ("learning_rate", "seed", "finished")
+        needed += ("name", "steps", "seconds", "failed", "validation") if saved["finished"] else ()
+        if lost := [key for key in needed if key not in saved]:
+            raise ValueError(f"it has no {', '.join(lost)}")
+        _check_lines(saved.get("validation", []))
         return {**saved, "identity": dict(saved["identity"])}
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
+
+
+def read_tests(folder: Path) -> list[dict]:
+    """What is in a run's test.json, nothing if it has none.
+
+    Raises:
+        OSError: if it cannot be read as one.
+    """
+    file = folder / "test.json"
+    if not file.is_file():
+        return []
+    try:
+        lines = json.loads(file.read_text(encoding="utf-8"))
+        _check_lines(lines)
+        return lines
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{file} is damaged ({error}): remove it, and test the run again with --resume auto") from error
+
+
+def _check_lines(lines: list[dict]) -> None:
+    """Raises an error unless every length is there once, with a share of exact answers or the reason why not."""
+    lengths = [line["length"] for line in lines]
+    if any(type(length) is not int for length in lengths) or len(set(lengths)) < len(lengths):
+        raise ValueError(f"its lengths are {lengths}")
+    for line in lines:
+        if "missing" not in line and not (0 <= line["exact_match"] <= 1 and 0 <= line["standard_error"] <= 1):
+            raise ValueError(f"exact match at length {line['length']} is {line['exact_match']}")

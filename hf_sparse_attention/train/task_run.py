@@ -120,7 +120,7 @@ def _validated_as_asked(
     folder: Path, saved: dict, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device
 ) -> dict:
     """A finished run, validated anew if other lengths or samples are asked for than it was validated on."""
-    if saved["failed"] or saved["validation_of"] == _validation_of(arguments):
+    if saved["failed"] or saved.get("validation_of") == _validation_of(arguments):
         return saved
     model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
     saved |= {"validation": _validate(model, arguments, task), "validation_of": _validation_of(arguments)}

@@ -16,7 +16,7 @@ from .. import tables
 from ..files import write_bytes, write_text
 from ..tasks.synthetic import SYNTHETIC, make_task
 from .task_arguments import MAPS, TrainTaskArguments
-from .task_record import TIES, best_of, read_record, share
+from .task_record import TIES, best_of, read_record, read_tests, share
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def _read(folders: list[str]) -> list[dict]:
         if len(foreign) == len(files):
             raise ValueError(f"{folder} holds no run of train-task (no run.json of one)")
         for file in (file for file in files if file not in foreign):
-            run = {**read_record(file.parent), "folder": file.parent, "tests": _tests(file.parent)}
+            tests = {line["length"]: line for line in read_tests(file.parent)}
+            run = {**read_record(file.parent), "folder": file.parent, "tests": tests}
             same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
             other = found.setdefault(same, run)
             if other["folder"].resolve() == file.parent.resolve():
@@ -146,16 +147,6 @@ def _of_train(file: Path) -> bool:
         and "identity" not in content
         and ("blocks_per_step" in content or "stages" in content)
     )
-
-
-def _tests(folder: Path) -> dict[int, dict]:
-    file = folder / "test.json"
-    if not file.is_file():
-        return {}
-    try:
-        return {line["length"]: line for line in json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{file} is damaged ({error}): remove it, and test the run again with --resume auto") from error
 
 
 def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
@@ -188,7 +179,7 @@ def _group(runs: list[dict], usual: dict) -> _Group:
     done = [run for run in runs if run["finished"]]
     sound = [run for run in done if not run["failed"]]
     for run in sound:
-        if run["validation_of"] != sound[0]["validation_of"]:
+        if run.get("validation_of") != sound[0].get("validation_of"):
             raise ValueError(
                 f"{sound[0]['folder']} and {run['folder']} were not validated on the same lengths and number of "
                 "samples: call train-task for both again with --resume auto and the same ones"
@@ -207,7 +198,9 @@ def _settings(groups: list[_Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     validated = dict.fromkeys(
         f"{samples:,} other samples of each of the lengths {', '.join(f'{length:,}' for length in lengths)}"
-        for lengths, samples in (run["validation_of"] for run in runs if run.get("validation"))
+        for lengths, samples in (
+            run["validation_of"] for run in runs if run.get("validation") and "validation_of" in run
+        )
     )
     counts = sorted({line["samples"] for run in runs for line in run["tests"].values() if "samples" in line})
     tested = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
