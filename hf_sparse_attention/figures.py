@@ -90,12 +90,13 @@ def losses(results: dict, marks: Sequence[tuple[int, str]] = ()) -> Figure:
     return figure
 
 
-def mark_length(axes, length: int, text: str) -> None:
+def mark_length(axes, length: int, text: str, *, at_top: bool = True) -> None:
     """A dotted line at a length, with a text along it."""
     axes.axvline(length, color="#888888", linewidth=1, linestyle=":")
     axes.annotate(
-        text, (length, 0.99), xycoords=("data", "axes fraction"), xytext=(-3, 0), textcoords="offset points",
-        rotation=90, ha="right", va="top", fontsize=7.5, color="#666666",
+        text, (length, 0.99 if at_top else 0.03), xycoords=("data", "axes fraction"), xytext=(-3, 0),
+        textcoords="offset points", rotation=90, ha="right", va="top" if at_top else "bottom", fontsize=7.5,
+        color="#666666",
     )  # fmt: skip
 
 

@@ -166,7 +166,8 @@ def by_length(
         lengths = sorted({cell["length"] for cell in cells if cell["task"] == task})
         for length, what in _marks(_of_task(results, task)) if marks is None else marks.get(task, []):
             if lengths[0] <= length < lengths[-1]:
-                mark_length(axes, length, f"{what} {length:,}")
+                # At its training length a model is mostly right.
+                mark_length(axes, length, f"{what} {length:,}", at_top=False)
         runs: dict[tuple, list[dict]] = {}
         for cell in others:
             if cell["task"] == task:
