@@ -630,6 +630,21 @@ def test_softmax_with_slopes_is_softmax(monkeypatch, queries, keys, near_from):
         torch.testing.assert_close(found, weights @ value.repeat_interleave(2, 1), atol=1e-11, rtol=0)
 
 
+def test_a_run_does_not_go_on_from_the_checkpoint_of_another(tmp_path):
+    changes = {"steps": 4, "checkpoint_every": 2, "learning_rates": [1e-2, 1e-3]}
+    train_task(options(tmp_path / "out", **changes))
+    one, other = (tmp_path / "out" / f"rate-{rate}-seed-0" for rate in (0.01, 0.001))
+    record = json.loads((one / "run.json").read_text())
+    (one / "run.json").write_text(json.dumps({**record, "finished": False}))
+    own = (one / "checkpoint.pt").read_bytes()
+    (one / "checkpoint.pt").write_bytes((other / "checkpoint.pt").read_bytes())
+    with pytest.raises(OSError, match="it is of another run"):
+        train_task(options(tmp_path / "out", **changes, resume="auto"))
+    (one / "checkpoint.pt").write_bytes(own)
+    again = train_task(options(tmp_path / "out", **changes, resume="auto"))["runs"]
+    assert record["validation"] in [run["validation"] for run in again]
+
+
 def test_damaged_files_of_a_run_are_named(tmp_path):
     changes = {"steps": 4, "checkpoint_every": 2}
     train_task(options(tmp_path / "out", **changes))

@@ -60,7 +60,7 @@ def train_run(
     step = TaskStep(model, arguments, (arguments.batch_size, task.width(lengths[1])), device)
     start, spans = 0, []
     if (folder / "checkpoint.pt").is_file():
-        start, spans = _load_checkpoint(folder / "checkpoint.pt", step, device)
+        start, spans = _load_checkpoint(folder / "checkpoint.pt", step, device, _whose(record))
         bar.update(start)
         logger.info("%s goes on from step %d of %d", folder, start, arguments.steps)
     earlier = sum(end - begin for begin, end in spans)
@@ -97,7 +97,7 @@ def train_run(
                 _write_metrics(folder / "metrics.jsonl", done, kind="validation", **line)
             model.train()
         if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or last):
-            _save_checkpoint(folder, step, done, [*spans, [begun, time.time()]])
+            _save_checkpoint(folder, step, done, [*spans, [begun, time.time()]], _whose(record))
         window_begun += time.perf_counter() - pause
         yield
     spans = [*spans, [begun, time.time()]]
@@ -142,10 +142,17 @@ def _validate(model, arguments: TrainTaskArguments, task: SyntheticTask) -> list
     return found
 
 
-def _load_checkpoint(file: Path, step: TaskStep, device: torch.device) -> tuple[int, list]:
+def _whose(record: dict) -> dict:
+    """Of which run a checkpoint is."""
+    return {name: record[name] for name in ("learning_rate", "seed", "identity")}
+
+
+def _load_checkpoint(file: Path, step: TaskStep, device: torch.device, whose: dict) -> tuple[int, list]:
     """Takes up a checkpoint; returns the steps done and when they were: [begin, end] of each time."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
+        if state.get("run", whose) != whose:
+            raise ValueError("it is of another run")
         step.load(state["step"])
         return state["done"], state["spans"]
     # PyTorch has no error of its own for a damaged file.
@@ -153,12 +160,12 @@ def _load_checkpoint(file: Path, step: TaskStep, device: torch.device) -> tuple[
         raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
 
 
-def _save_checkpoint(folder: Path, step: TaskStep, done: int, spans: list) -> None:
+def _save_checkpoint(folder: Path, step: TaskStep, done: int, spans: list, whose: dict) -> None:
     # A checkpoint is never ahead of the lines.
     if (folder / "metrics.jsonl").exists():
         flush_file(folder / "metrics.jsonl")
     content = io.BytesIO()
-    torch.save({"step": step.state(), "done": done, "spans": spans}, content)
+    torch.save({"step": step.state(), "done": done, "spans": spans, "run": whose}, content)
     write_bytes(folder / "checkpoint.pt", content.getvalue())
 
 
