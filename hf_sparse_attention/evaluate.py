@@ -194,8 +194,11 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
     }  # fmt: skip
     _compute(arguments, device, checkpoints, cells, kept, results, folder)
     if arguments.figure:
-        for name, content in pictures.draw(results).items():
+        drawn = pictures.draw(results)
+        for name, content in drawn.items():
             write_bytes(folder / name, content)
+        if old := [name for name in pictures.NAMES if name not in drawn and (folder / name).exists()]:
+            logger.info("%s in %s: of an earlier call, not of these numbers", ", ".join(old), folder)
     write_text(folder / "results.md", markdown(results))
     print(terminal(results))
     return results

@@ -270,6 +270,7 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
     caplog.set_level("INFO", logger="hf_sparse_attention")
     other = evaluate_models(arguments(tmp_path / "out", *models, **{**changes, "seed": 1, "tasks": ["needle"],
                                                                     "data": [], "concatenate": False}))  # fmt: skip
+    assert f"results.png in {tmp_path / 'out'}: of an earlier call, not of these numbers" in caplog.messages
     assert {cell["fingerprint"] for cell in other["cells"]}.isdisjoint(cell["fingerprint"] for cell in needle)
     assert len(other["other_cells"]) == len(first["cells"])
     (said,) = [line for line in caplog.messages if "no longer shown" in line]

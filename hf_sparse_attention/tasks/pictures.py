@@ -12,6 +12,7 @@ from ..results import mean_over_depths, reach_of
 # Colours of the share of right answers, from 0 to 1, told apart by the colour-blind.
 _SHARES = "cividis"
 _DASHES = (0, (4, 2))
+NAMES = ("results.png", "context.png", "depth.png", "exact_match.png")
 # Letters that a line of a legend is long.
 _LINE = 4.5
 # Every map has its own colour in every picture.
