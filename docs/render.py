@@ -1,5 +1,5 @@
 """What mkdocs does beyond Markdown: formulas become MathML, which needs no script, and a comment such as
-`options: train`, `tasks` or `families` becomes a table or list of what the package has."""
+`options: train` or `families` becomes a table or list of what the package has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 
 def on_page_markdown(markdown: str, **kwargs) -> str:
     """Replaces `<!-- options: train -->` and its like."""
-    for name, table in (("tasks", tasks), ("families", families), ("refused", refused), ("commands", commands)):
+    for name, table in (("families", families), ("refused", refused), ("commands", commands)):
         if f"<!-- {name} -->" in markdown:
             markdown = markdown.replace(f"<!-- {name} -->", table())
     return re.sub(r"<!-- options: ([\w-]+) -->", lambda found: options(found[1]), markdown)
@@ -41,13 +41,6 @@ def options(command: str) -> str:
         text = re.sub(r"([<>|*])", r"\\\1", field.metadata["help"])
         lines.append(f"| `--{field.name}` | {shown} | {text} |")
     return "\n".join(lines)
-
-
-def tasks() -> str:
-    """A Markdown table of the tasks of evaluate."""
-    from hf_sparse_attention.tasks import TASKS
-
-    return "\n".join(["| task | |", "|---|---|", *(f"| `{row.name}` | {row.description} |" for row in TASKS.values())])
 
 
 def families() -> str:

@@ -37,7 +37,7 @@ class DemoArguments:
     steps: int = field(default=300, metadata={"help": "training steps of each of the two models"})
     batch_size: int = field(default=4, metadata={"help": f"blocks of {TRAINED_LENGTH} tokens in a step"})
     learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate of both models"})
-    windows: int = field(default=32, metadata={"help": "windows of text per length that are evaluated"})
+    windows: int = field(default=16, metadata={"help": "windows of the longest length whose text is evaluated"})
     overwrite: bool = field(default=False, metadata={"help": "remove an earlier demo in the output folder"})
 
     def __post_init__(self):

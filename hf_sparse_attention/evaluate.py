@@ -24,7 +24,7 @@ from .loading import DTYPES
 from .results import markdown, terminal
 from .tasks import NEEDLE, TASK, TASKS, TEXT, Task
 from .tasks.harness import HarnessTask, harness_inputs, harness_tasks
-from .tasks.inputs import ANSWERS, DEPTHS, HAYSTACKS, Inputs, Sources, pace
+from .tasks.inputs import ANSWERS, DEPTHS, HAYSTACKS, Inputs, Sources, pace, reach
 from .text import read_documents
 
 logger = logging.getLogger(__name__)
@@ -65,8 +65,9 @@ class EvaluateArguments:
     )  # fmt: skip
     limit: int | None = field(
         default=None,
-        metadata={"help": "at most so many windows or samples per cell, windows drawn with the seed (default: all "
-                          "windows, 20 needles per length and depth, 1,000 of synthetic tasks, all of lm-eval)"},
+        metadata={"help": "at most so many samples per cell, or windows of the longest length, drawn with the seed; "
+                          "shorter and overlapping windows are cut from the text of these (default: all windows, 20 "
+                          "needles per length and depth, 1,000 of synthetic tasks, all of lm-eval)"},
     )  # fmt: skip
     seed: int = field(default=0, metadata={"help": "seed of the draw under --limit, and of needles"})
     depths: list[float] = field(
@@ -84,7 +85,8 @@ class EvaluateArguments:
     lm_eval: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "tasks of lm-eval, such as niah_single_1; RULER's are asked at every length (needs lm-eval)"
+            "help": "tasks of lm-eval, such as niah_single_1; RULER's are asked at every length from 4096 on, and "
+            "hsa_passkey and the package's other needles at any (needs lm-eval)"
         },
     )
     lm_eval_folder: str | None = field(default=None, metadata={"help": "folder with further YAML tasks of lm-eval"})
@@ -169,8 +171,11 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
     if arguments.figure:
         from .tasks import pictures
     checkpoints = {label: examine(path) for label, path in _labelled(arguments.models).items()}
+    harness = harness_tasks(arguments.lm_eval, arguments.lm_eval_folder)
+    for task in harness:
+        task.check_lengths(arguments.lengths)
     documents, data = _read(arguments)
-    cells = _plan(arguments, checkpoints, documents)
+    cells = _plan(arguments, checkpoints, documents, harness)
     results = {
         "format": FORMAT,
         "versions": {
@@ -182,14 +187,18 @@ def evaluate_models(arguments: EvaluateArguments) -> dict:
         "data": data,
         "models": [_describe(label, checkpoint) for label, checkpoint in checkpoints.items()],
         "lengths": arguments.lengths,
+        "depths": arguments.depths or list(DEPTHS),
         "tasks": list(dict.fromkeys(cell.task.name for cell in cells)),
         "cells": [],
         "other_cells": [],
     }  # fmt: skip
     _compute(arguments, device, checkpoints, cells, kept, results, folder)
     if arguments.figure:
-        for name, content in pictures.draw(results).items():
+        drawn = pictures.draw(results)
+        for name, content in drawn.items():
             write_bytes(folder / name, content)
+        if old := [name for name in pictures.NAMES if name not in drawn and (folder / name).exists()]:
+            logger.info("%s in %s: of an earlier call, not of these numbers", ", ".join(old), folder)
     write_text(folder / "results.md", markdown(results))
     print(terminal(results))
     return results
@@ -250,14 +259,15 @@ def _read(arguments: EvaluateArguments) -> tuple[list[str], dict]:
     }
 
 
-def _plan(arguments: EvaluateArguments, checkpoints: dict[str, Checkpoint], documents: list[str]) -> list[Cell]:
+def _plan(
+    arguments: EvaluateArguments, checkpoints: dict[str, Checkpoint], documents: list[str], harness: list[HarnessTask]
+) -> list[Cell]:
     """All cells, in the order of the table."""
     sources = Sources(
-        documents, arguments.concatenate, arguments.limit, arguments.seed, tuple(arguments.depths) or DEPTHS,
-        arguments.haystack or "sentences", arguments.answers or "forced",
+        documents, arguments.concatenate, arguments.limit, tuple(arguments.lengths), arguments.seed,
+        tuple(arguments.depths) or DEPTHS, arguments.haystack or "sentences", arguments.answers or "forced",
     )  # fmt: skip
     tasks = [TASKS[name] for name in arguments.tasks]
-    harness = harness_tasks(arguments.lm_eval, arguments.lm_eval_folder)
     cells = []
     for label, checkpoint in checkpoints.items():
         needed = harness or any(task.kind != TASK for task in tasks)
@@ -292,7 +302,7 @@ def _cell(
     arguments, label: str, checkpoint: Checkpoint, task: Task | HarnessTask, length: int | None, inputs: Inputs
 ) -> Cell:
     dtype = arguments.dtype if arguments.dtype != "auto" else str(checkpoint.config.dtype)
-    parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, inputs.sha256]
+    parts = [FORMAT, task.name, task.version, checkpoint.fingerprint, dtype, inputs.sha256, inputs.measure]
     return Cell(label, task, length, inputs, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
 
 
@@ -307,18 +317,20 @@ def _describe(label: str, checkpoint: Checkpoint) -> dict:
         "alpha": 1.0 if sparse is None else sparse.alpha,
         "position": None if sparse is None else sparse.position,
         "max_position_embeddings": checkpoint.positions,
+        "reach": reach(checkpoint),
     }
 
 
 def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, results: dict, folder: Path) -> None:
     """Fills results["cells"], saving after each one that had to be computed."""
+    reaches = {model["label"]: model["reach"] for model in results["models"]}
     wanted = {cell.fingerprint for cell in cells}
     results["other_cells"] = [cell for fingerprint, cell in kept.items() if fingerprint not in wanted]
     known = {fingerprint: cell for fingerprint, cell in kept.items() if fingerprint in wanted}
     if results["other_cells"]:
         logger.info(
-            "%d cells of earlier settings stay in results.json and are in no table of this one",
-            len(results["other_cells"]),
+            "no longer shown, but kept in results.json: %s. Another --output_dir leaves the earlier tables alone",
+            _named(results["other_cells"]),
         )
     if known:
         done = sum(cell.fingerprint in known for cell in cells)
@@ -326,7 +338,7 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
     todo = {cell.fingerprint: cell for cell in cells if cell.fingerprint not in known and cell.inputs.missing is None}
 
     def save() -> None:
-        rows = [_row(cell, checkpoints[cell.label], known.get(cell.fingerprint)) for cell in cells]
+        rows = [_row(cell, reaches[cell.label], known.get(cell.fingerprint)) for cell in cells]
         results["cells"] = [row for row in rows if row is not None]
         write_json(folder / "results.json", results)
 
@@ -349,8 +361,19 @@ def _compute(arguments, device, checkpoints, cells: list[Cell], kept: dict, resu
     save()
 
 
+def _named(cells: list[dict]) -> str:
+    """What cells are of, in words."""
+    lengths: dict[str, dict] = {}
+    for cell in cells:
+        lengths.setdefault(f"{cell['task']} of {cell['model']}", {}).setdefault(cell["length"])
+    return "; ".join(
+        name + (f" at {', '.join(map(str, found))}" if any(found) else "") for name, found in lengths.items()
+    )
+
+
 def _score(model, cell: Cell, batch_tokens: int, device: torch.device, bar: tqdm) -> dict:
     """The cell's numbers; `finished` says whether another run would get the same."""
+    _take_back_rotary(model)
     try:
         numbers = cell.inputs.score(model, batch_tokens=batch_tokens, progress=bar.update)
     except torch.OutOfMemoryError:
@@ -359,15 +382,22 @@ def _score(model, cell: Cell, batch_tokens: int, device: torch.device, bar: tqdm
     return {**numbers, "finished": True}
 
 
-def _row(cell: Cell, checkpoint: Checkpoint, numbers: dict | None) -> dict | None:
+@torch.inference_mode()
+def _take_back_rotary(model) -> None:
+    """Dynamic rotary positions stretch with the longest text a model has seen, until a short one: without one here a
+    number would depend on what was measured before it."""
+    if any("dynamic" in str(getattr(module, "rope_type", "")) for module in model.modules()):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+
+
+def _row(cell: Cell, reach: dict | None, numbers: dict | None) -> dict | None:
     """The cell as it stands in results.json; None while it is not computed."""
     inputs = cell.inputs
     if inputs.missing is not None:
         numbers = {"missing": inputs.missing, "finished": True}
     if numbers is None:
         return None
-    positions = checkpoint.positions
-    beyond = positions is not None and inputs.tokens > positions
+    beyond = reach is not None and inputs.tokens > reach["tokens"]
     place = {
         "model": cell.label,
         "task": cell.task.name,
@@ -376,6 +406,6 @@ def _row(cell: Cell, checkpoint: Checkpoint, numbers: dict | None) -> dict | Non
         **inputs.place,
         "tokens_sha256": inputs.sha256,
         "fingerprint": cell.fingerprint,
-        "note": f"beyond the model's max_position_embeddings of {positions}" if beyond else None,
+        "note": f"beyond the model's {reach['what']} of {reach['length']}" if beyond else None,
     }
     return place | numbers | place

@@ -40,8 +40,9 @@ def picture(figure: Figure, kind: str = "png", *, dots_per_inch: int = 150) -> b
     return content.getvalue()
 
 
-def losses(results: dict) -> Figure:
-    """Loss by position in each model's longest windows, and by context length, of the content of results.json."""
+def losses(results: dict, marks: Sequence[tuple[int, str]] = ()) -> Figure:
+    """Loss by position in each model's longest windows, and by context length, of the content of results.json; with a
+    line at each marked length, (length, what it is)."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     by_position, by_length = figure.subplots(1, 2, sharey=True)
     handles, names, lengths_seen = [], [], set()
@@ -70,7 +71,6 @@ def losses(results: dict) -> Figure:
     by_length.set(xlabel="window length, tokens")
     by_length.set_title("by length: mean (solid), last quarter (dashed)", fontsize=11)
     measured = sorted({cell["length"] for cell in results["cells"] if cell.get("loss") is not None})
-    trained = {model["max_position_embeddings"] for model in results["models"]} - {None}
     for axes in (by_position, by_length):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -79,20 +79,25 @@ def losses(results: dict) -> Figure:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.yaxis.set_tick_params(labelleft=True)
-        for positions in sorted(trained):
-            if measured and positions < measured[-1]:
-                axes.axvline(positions, color="#888888", linewidth=1, linestyle=":")
-                axes.annotate(
-                    f"max_position_embeddings {positions:,}", (positions, 0.99), xycoords=("data", "axes fraction"),
-                    xytext=(-3, 0), textcoords="offset points", rotation=90, ha="right", va="top", fontsize=7.5,
-                    color="#666666",
-                )  # fmt: skip
+        for length, what in marks:
+            if measured and length < measured[-1]:
+                mark_length(axes, length, f"{what} {length:,}")
     by_length.set_xticks(measured)
     if len(measured) > 5:
         by_length.tick_params(axis="x", labelrotation=35)
     columns = min(4, max(1, len(names)))
     _unmathed(figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False))
     return figure
+
+
+def mark_length(axes, length: int, text: str, *, at_top: bool = True) -> None:
+    """A dotted line at a length, with a text along it."""
+    axes.axvline(length, color="#888888", linewidth=1, linestyle=":")
+    axes.annotate(
+        text, (length, 0.99 if at_top else 0.03), xycoords=("data", "axes fraction"), xytext=(-3, 0),
+        textcoords="offset points", rotation=90, ha="right", va="top" if at_top else "bottom", fontsize=7.5,
+        color="#666666",
+    )  # fmt: skip
 
 
 def _values(rows: list[dict], name: str) -> np.ndarray:

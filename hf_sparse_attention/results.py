@@ -31,6 +31,14 @@ def _marked(cell: dict, name: str, error: str | None, digits: int) -> str:
     return text + ("*" if cell["note"] and value is not None else "")
 
 
+def reach_of(model: dict) -> tuple[int | None, str]:
+    """The length beyond which a model's numbers are marked, or None, and what it is."""
+    # Older files have max_position_embeddings alone.
+    if "reach" not in model:
+        return model.get("max_position_embeddings"), "max_position_embeddings"
+    return (model["reach"]["length"], model["reach"]["what"]) if model["reach"] else (None, "")
+
+
 def tasks_of(results: dict) -> list[str]:
     """Names of the tasks in the order they were asked for."""
     return results.get("tasks") or list(dict.fromkeys(cell["task"] for cell in results["cells"]))
@@ -38,14 +46,21 @@ def tasks_of(results: dict) -> list[str]:
 
 def lacking(results: dict) -> list[str]:
     """Cells that were asked for and are not computed, in words: none in a run that came to its end."""
-    found = {(cell["model"], cell["task"], cell["length"]) for cell in results["cells"]}
+    found = {(cell["model"], cell["task"], cell["length"], cell.get("depth")) for cell in results["cells"]}
     return [
         f"{task} of {model['label']}" + (f" at {length}" if length is not None else "")
         for model in results["models"]
         for task in tasks_of(results)
         for length in _lengths(results, task)
-        if (model["label"], task, length) not in found
+        if any((model["label"], task, length, depth) not in found for depth in _depths(results, task))
     ]
+
+
+def _depths(results: dict, task: str) -> list[float | None]:
+    """Depths of a task; None alone for one that has none."""
+    found = {cell["depth"] for cell in results["cells"] if cell["task"] == task and cell.get("depth") is not None}
+    # Older files do not say which were asked for.
+    return results.get("depths", sorted(found)) if found else [None]
 
 
 def _lengths(results: dict, task: str) -> list[int | None]:
@@ -76,24 +91,38 @@ def sections(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
 def _shown(cells: list[dict] | None, show) -> str:
     if not cells:
         return tables.MISSING
-    return show(cells[0]) if len(cells) == 1 else show(mean_over_depths(cells))
+    return show(cells[0] if "exact_match" not in cells[0] and len(cells) == 1 else mean_over_depths(cells))
 
 
 def mean_over_depths(cells: list[dict]) -> dict:
-    """Cells of one model, task and length -> one with their mean exact match, or none if one of them has none."""
-    if any(cell.get("exact_match") is None for cell in cells):
-        return {**cells[0], "exact_match": None}
-    values = [cell["exact_match"] for cell in cells]
-    errors = [cell["standard_error"] for cell in cells]
-    error = sum(error * error for error in errors) ** 0.5 / len(errors)
-    return {**cells[0], "exact_match": sum(values) / len(values), "standard_error": error}
+    """Cells of one model, task and length -> one with their mean exact match and share of right tokens, or none if one
+    of them has none.
+
+    The standard error is that of the share of all their samples, sqrt(p (1 - p) / samples); None where the samples
+    give no estimate of it: all right, all wrong, or a single one.
+    """
+    shares = {}
+    for name in ("exact_match", "token_accuracy"):
+        values = [cell.get(name) for cell in cells]
+        shares[name] = None if None in values else sum(values) / len(values)
+    share, error = shares["exact_match"], None
+    # Older files may lack the number of samples.
+    samples = sum(cell.get("samples") or 0 for cell in cells)
+    if share is not None and 0 < share < 1 and samples > 1:
+        error = (share * (1 - share) / samples) ** 0.5
+    return {**cells[0], **shares, "standard_error": error}
 
 
 def _accuracy(task: str, cells: dict) -> list:
     own = [cell for (_, name, _), group in cells.items() if name == task for cell in group]
     if not task.startswith("lm_eval:"):
-        over = ", mean over depths" if any(cell.get("depth") is not None for cell in own) else ""
-        return [(f"{task}: exact match in % ± standard error{over}", _percent)]
+        depths = {cell["depth"] for cell in own if cell.get("depth") is not None}
+        of = f"{_samples(own)} a length" + (" and depth" if depths else "")
+        of += f", mean over {len(depths)} depths" if len(depths) > 1 else ""
+        found = [(f"{task}: exact match in % ± standard error, {of}", _percent)]
+        if any(cell.get("token_accuracy") is not None for cell in own):
+            found.append((f"{task}: right tokens of the answers in %, {of}", _right_tokens))
+        return found
     names = list(dict.fromkeys(name for cell in own for name in cell.get("metrics", ())))
     return [
         (f"{task}, {name}", lambda cell, name=name: tables.number(cell.get("metrics", {}).get(name), 3))
@@ -101,11 +130,25 @@ def _accuracy(task: str, cells: dict) -> list:
     ]
 
 
+def _samples(cells: list[dict]) -> str:
+    counts = sorted({cell["samples"] for cell in cells if cell.get("samples")})
+    if not counts:
+        return "samples"
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) + (
+        " sample" if counts[-1] == 1 else " samples"
+    )
+
+
 def _percent(cell: dict) -> str:
-    value = cell.get("exact_match")
+    value, error = cell.get("exact_match"), cell.get("standard_error")
     if value is None:
         return tables.MISSING
-    return tables.with_error(100 * value, 100 * cell["standard_error"], 1) + ("*" if cell["note"] else "")
+    return tables.with_error(100 * value, error and 100 * error, 1) + ("*" if cell["note"] else "")
+
+
+def _right_tokens(cell: dict) -> str:
+    value = cell.get("token_accuracy")
+    return tables.MISSING if value is None else tables.number(100 * value, 1) + ("*" if cell["note"] else "")
 
 
 def remarks(results: dict) -> list[str]:
@@ -116,24 +159,22 @@ def remarks(results: dict) -> list[str]:
         lines.append(
             f"Text: {', '.join(data['names'])}, {count:,} document{'s' if count != 1 else ''}"
             + (", joined" if arguments["concatenate"] else "")
-            + (
-                f"; at most {arguments['limit']} windows a length, seed {arguments['seed']}"
-                if arguments["limit"]
-                else ""
-            )
+            + (f"; {_sample(results)}" if arguments["limit"] and set(tasks_of(results)) & set(_BY_TASK) else "")
             + (". Windows do not overlap." if set(tasks_of(results)) <= {"perplexity"} else ".")
         )
     if generated := {cell["answers"] for cell in results["cells"] if "answers" in cell}:
         how = {"forced": "read off one pass", "generated": "decoded token by token"}
         lines.append(
-            f"Answers are {' and '.join(how[name] for name in sorted(generated))}; right is one without a mistake."
+            f"Answers are {' and '.join(how[name] for name in sorted(generated))}; right is one without a mistake. "
+            "Its ± is the standard error of the share over all samples of the number; none stands where they do not "
+            "tell it: at 0 %, at 100 %, and of a single sample."
         )
-    limits: dict[int, list[str]] = {}
+    limits: dict[tuple, list[str]] = {}
     for model in results["models"]:
         own = [cell for cell in results["cells"] if cell["model"] == model["label"] and not cell.get("missing")]
         if any(cell["note"] for cell in own):
-            limits.setdefault(model["max_position_embeddings"], []).append(model["label"])
-    lines += [f"* beyond the max_position_embeddings of {', '.join(names)}: {end:,}." for end, names in limits.items()]
+            limits.setdefault(reach_of(model), []).append(model["label"])
+    lines += [f"* beyond the {what} of {', '.join(names)}: {end:,}." for (end, what), names in limits.items()]
     missing: dict[tuple, list[str]] = {}
     several = len(tasks_of(results)) > 1
     for cell in results["cells"]:
@@ -155,6 +196,18 @@ def remarks(results: dict) -> list[str]:
     return lines
 
 
+def _sample(results: dict) -> str:
+    """What text a limit leaves, and whether the lengths share it."""
+    arguments = results["arguments"]
+    drawn = [cell["drawn"] for cell in results["cells"] if cell.get("drawn") and cell["drawn"]["windows"]]
+    if not drawn:
+        # Older files, in which every length had windows of its own.
+        few = f"at most {arguments['limit']} windows a length, seed {arguments['seed']}"
+        return f"{few}: columns are of different text"
+    sizes = dict.fromkeys(f"{row['windows']:,} windows of {row['length']:,} tokens" for row in drawn)
+    return f"all columns are cut from the text of {' or '.join(sizes)}, drawn with seed {arguments['seed']}"
+
+
 def terminal(results: dict) -> str:
     """The tables as aligned text."""
     blocks = [f"{title}\n{tables.plain(header, rows)}" for title, header, rows in sections(results)]
@@ -169,12 +222,15 @@ def markdown(results: dict) -> str:
         cells = [cell for cell in results["cells"] if cell["length"] == length and cell.get("positions")]
         if cells:
             header = ["tokens before"] + [cell["model"] for cell in cells]
+            # Where a tokenizer puts several tokens before a text, the first ranges are others.
+            buckets = [{(bucket["start"], bucket["end"]): bucket for bucket in cell["positions"]} for cell in cells]
             rows = [
-                [_range(bucket)] + [
-                    tables.with_error(cell["positions"][index]["loss"], cell["positions"][index]["standard_error"], 3)
-                    for cell in cells
+                [_range(start, end)] + [
+                    tables.with_error(own[start, end]["loss"], own[start, end]["standard_error"], 3)
+                    if (start, end) in own else tables.MISSING
+                    for own in buckets
                 ]
-                for index, bucket in enumerate(cells[0]["positions"])
+                for start, end in sorted({place for own in buckets for place in own})
             ]  # fmt: skip
             blocks.append(f"## Loss by position, windows of {length:,} tokens\n\n{tables.markdown(header, rows)}")
     blocks += [f"## {title}\n\n{tables.markdown(header, rows)}" for title, header, rows in _by_depth(results)]
@@ -193,17 +249,18 @@ def _by_depth(results: dict) -> list[tuple[str, list[str], list[list[str]]]]:
             by_place = {(cell["depth"], cell["length"]): cell for cell in own}
             rows = [
                 [f"{100 * depth:g} %", *(
-                    _percent(by_place[depth, length]) if (depth, length) in by_place else tables.MISSING
+                    _shown([by_place[depth, length]] if (depth, length) in by_place else None, _percent)
                     for length in results["lengths"]
                 )]
                 for depth in sorted({cell["depth"] for cell in own})
             ]  # fmt: skip
             if rows:
                 header = ["depth"] + [f"{length:,}" for length in results["lengths"]]
-                found.append((f"{task} by depth, {model['label']}: exact match in %", header, rows))
+                title = f"{task} by depth, {model['label']}: exact match in %, {_samples(own)} a length and depth"
+                found.append((title, header, rows))
     return found
 
 
-def _range(bucket: dict) -> str:
-    first, last = bucket["start"], bucket["end"] - 1
+def _range(start: int, end: int) -> str:
+    first, last = start, end - 1
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"

@@ -70,7 +70,8 @@ def _masked_softmax(query, key, value, *, scaling, visible, slopes, mask, groupe
     # A row of -inf is NaN in some SDPA backends: let it see every key, and zero its output, hence its gradients.
     bias = seen | empty
     if slopes is not None:
-        penalty = slopes.float()[:, None, None] * (key_K - (end_B1N1 - 1))
+        precise = torch.promote_types(query.dtype, torch.float32)
+        penalty = slopes.to(precise)[:, None, None] * (key_K - (end_B1N1 - 1))
         bias = torch.where(bias, penalty, float("-inf")).to(query.dtype)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, **grouped)
     return output.masked_fill(empty, 0)

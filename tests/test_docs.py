@@ -19,7 +19,10 @@ import pytest
 import hf_sparse_attention as hsa
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.cli import COMMANDS
-from hf_sparse_attention.tasks import TASKS
+from hf_sparse_attention.tasks import TASK, TASKS
+from hf_sparse_attention.tasks.harness import OWN
+from hf_sparse_attention.tasks.needles import NAMES, NEEDLES
+from hf_sparse_attention.tasks.random_bits import RandomBits
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC
 from hf_sparse_attention.train import TrainArguments
 from hf_sparse_attention.train.stages import stages_of
@@ -129,6 +132,22 @@ def test_what_is_filled_in_has_a_page():
     assert set(re.findall(r"<!-- (.*?) -->", filled)) == {"not run: the file comes from a GPU"}
     for name in (*hsa.FAMILIES, *TASKS, "TrainTaskArguments", "--cache_lengths"):
         assert f"`{name}`" in filled or f".{name}`" in filled, name
+
+
+def test_the_table_of_tasks_says_what_they_ask():
+    rows = re.findall(r"^\| (`.+`) \| (.+) \| (.*)\|$", (DOCS / "evaluate.md").read_text(), flags=re.MULTILINE)
+    rows = {name: (text, question.strip()) for name, text, question in rows}
+    for name, task in TASKS.items():
+        if task.kind == TASK:
+            assert f"`{name}`" in ", ".join(rows), name
+            continue
+        text, question = rows[f"`{name}`"]
+        assert text == task.description
+        if name in NEEDLES:
+            asked = NEEDLES[name].draw(RandomBits("docs", 0)).question.strip()
+            assert question == re.sub("|".join(NAMES), "NAME", asked)
+    for name in OWN:
+        assert f"`{name}`" in (DOCS / "evaluate.md").read_text(), name
 
 
 def test_the_table_of_maps_is_computed():

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from families import NAMES, dense_model, sparse_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from training_cases import STORIES, dense_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_sparse_attention import cli, evaluate
+from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
 from hf_sparse_attention.results import markdown, remarks, terminal
-from hf_sparse_attention.tasks import TokenizedText, Windows, perplexity
+from hf_sparse_attention.tasks import TokenizedText, Windows, perplexity, pictures
 
 TEXTS = [
     "Once upon a time there was a little cat. She saw a red ball, and she was happy.",
@@ -92,6 +93,48 @@ def test_windows_know_the_bytes_they_predict(stories_tokenizer, byte_tokenizer):
     assert whole.windows(length).bytes.tolist() == [len(document)]
 
 
+def test_what_the_tokenizer_puts_before_a_text_is_not_scored(byte_tokenizer, monkeypatch):
+    """Some put two tokens there: that the second follows the first says nothing of the text."""
+    backend = Tokenizer.from_str(byte_tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<one>", "<two>"])
+    pieces = [(name, backend.token_to_id(name)) for name in ("<one>", "<two>")]
+    backend.post_processor = processors.TemplateProcessing(single="<one> <two> $A", special_tokens=pieces)
+    text = TokenizedText.of(["abcdefghij"], PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert len(text.prefix) == 2
+    windows = text.windows(7)
+    assert windows.scored == 2 * 5 and windows.bytes.tolist() == [5, 5]
+    losses = torch.tensor([[100.0, 1, 2, 3, 4, 5]] * 2)
+    monkeypatch.setattr(perplexity, "token_losses", lambda model, tokens: losses)
+    found = perplexity.score(None, windows, batch_tokens=100)
+    assert found["loss"] == 3 and found["last_quarter"] == 5 and found["perplexity"] == pytest.approx(math.exp(3))
+    assert found["bits_per_byte"] == pytest.approx(3 / math.log(2))
+    places = [(bucket["start"], bucket["end"], bucket["loss"]) for bucket in found["positions"]]
+    assert places == [(2, 3, 1), (3, 4, 2), (4, 6, 3.5), (6, 7, 5)]
+    plain = perplexity.score(None, Windows(windows.tokens, None, 1), batch_tokens=100)
+    # Beside a model whose tokenizer puts one there: every row has the ranges of its own.
+    cell = {"task": "perplexity", "length": 7, "note": None, "windows": 2, "tokens": 10, "tokens_sha256": ""}
+    shown = markdown({
+        "models": [{"label": "two"}, {"label": "one"}], "lengths": [7], "arguments": {}, "data": {"documents": 0},
+        "cells": [{"model": "two", **cell, **found}, {"model": "one", **cell, **plain}],
+    })  # fmt: skip
+    assert "| 1 | - | 100.000 ±0.000 |\n| 2 | 1.000 ±0.000 | 1.000 ±0.000 |" in shown
+
+
+def test_bits_per_byte_are_of_the_text_even_where_its_tokens_are_those_of_another(home, tmp_path):
+    """A tokenizer that knows few words gives different texts the same tokens."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = dense_folder(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    found = []
+    for word in ("dog", "hippopotamus"):
+        (tmp_path / "text.txt").write_text(f"a {word} " * 40)
+        changes = {"models": [str(folder)], "data": [str(tmp_path / "text.txt")], "lengths": [16]}
+        found += evaluate_models(arguments(home, tmp_path / "out", **changes))["cells"]
+    assert found[0]["tokens_sha256"] == found[1]["tokens_sha256"] and found[0]["loss"] == found[1]["loss"]
+    assert found[0]["bits_per_byte"] > 2 * found[1]["bits_per_byte"]
+
+
 def test_a_limit_draws_with_the_seed_and_a_smaller_one_is_a_part(stories_tokenizer):
     text = TokenizedText.of(TEXTS, stories_tokenizer)
     everything = text.windows(16).tokens.tolist()
@@ -102,6 +145,47 @@ def test_a_limit_draws_with_the_seed_and_a_smaller_one_is_a_part(stories_tokeniz
     assert text.windows(16, limit=9, seed=3).tokens.tolist() == more
     assert text.windows(16, limit=9, seed=4).tokens.tolist() != more
     assert text.windows(16, limit=10**6).tokens.tolist() == everything
+
+
+def test_under_a_limit_all_lengths_and_ways_are_cut_from_one_sample(stories_tokenizer, byte_tokenizer):
+    """Otherwise a table by length would compare texts."""
+    for tokenizer in (stories_tokenizer, byte_tokenizer):
+        text = TokenizedText.of(TEXTS, tokenizer)
+        prefix = len(text.prefix)
+        longest, spans = text.drawn([8, 16 + prefix, 64 + prefix, 10**5], limit=2, seed=3)
+        assert longest == 64 + prefix and len(spans) == 2 and text.drawn([10**5], limit=2) == (0, [])
+        wanted = [text.documents[index][start:end].tolist() for index, start, end in spans]
+        at_longest = text.windows(longest, limit=2, seed=3)
+        assert at_longest.sha256 == text.windows(longest, spans=spans).sha256
+        assert at_longest.tokens[:, prefix:].tolist() == wanted
+        short = text.windows(16 + prefix, spans=spans).tokens[:, prefix:].flatten().tolist()
+        assert short == wanted[0] + wanted[1]
+        for length in (16 + prefix, 33, longest):
+            sliding = text.sliding_windows(length, spans=spans)
+            rows = zip(sliding.tokens.tolist(), sliding.first.tolist(), strict=True)
+            scored = [token for row, first in rows for token in row[first:]]
+            # Without a prefix the first token of a document is given.
+            assert scored == [
+                token for (_, start, _), tokens in zip(spans, wanted, strict=True)
+                for token in (tokens if start or prefix else tokens[1:])
+            ]  # fmt: skip
+            inside = [start for _, start, _ in spans if start]
+            assert inside and (sliding.first >= prefix + (length - prefix) // 2).sum() >= len(sliding) - 1
+
+
+def test_a_limited_run_says_what_its_columns_are_of(home, tmp_path, capsys):
+    changes = {"models": [str(home / "dense")], "lengths": [16, 64], "tasks": ["perplexity", "sliding_perplexity"]}
+    results = evaluate_models(arguments(home, tmp_path / "out", limit=2, **changes))
+    # One token of a window is the tokenizer's own.
+    assert [cell["windows"] for cell in results["cells"][:2]] == [8, 2]
+    assert [cell["tokens"] for cell in results["cells"]] == [8 * 15, 2 * 63, 2 * 63, 2 * 63]
+    said = "all columns are cut from the text of 2 windows of 64 tokens, drawn with seed 0"
+    assert said in capsys.readouterr().out and said in (tmp_path / "out" / "results.md").read_text()
+    for cell in results["cells"]:
+        del cell["drawn"]
+    assert "at most 2 windows a length, seed 0: columns are of different text" in markdown(results)
+    whole = evaluate_models(arguments(home, tmp_path / "whole", **changes))
+    assert "cut from" not in markdown(whole) and "drawn" not in whole["cells"][0]
 
 
 def test_joined_documents_stand_apart_by_what_the_tokenizer_puts_there(stories_tokenizer, byte_tokenizer):
@@ -243,7 +327,7 @@ def test_a_length_without_windows_is_a_missing_cell_and_joining_fills_it(home, t
     assert "| dense |" in markdown(results) and " - |" in markdown(results)
     results = evaluate_models(arguments(home, tmp_path / "joined", concatenate=True, limit=2, **options))
     assert results["cells"][1]["loss"] > 0 and "joined" in remarks(results)[0] and "beyond" in terminal(results)
-    assert [cell["windows"] for cell in results["cells"]] == [2, 1]
+    assert [cell["windows"] for cell in results["cells"]] == [(longer - 1) // 31, 1]
     options["lengths"] = [32, 10**4]
     results = evaluate_models(arguments(home, tmp_path / "joined", concatenate=True, limit=2, **options))
     assert results["cells"][1]["missing"] == "the joined documents have fewer than 10,000 tokens"
@@ -272,6 +356,22 @@ def test_finished_cells_are_kept_and_a_changed_model_is_measured_anew(home, tmp_
     assert changed["cells"][0]["loss"] != first["cells"][0]["loss"] and changed["cells"][3:] == first["cells"][3:]
     evaluate_models(arguments(home, tmp_path / "out", models=models, overwrite=True))
     assert loaded == models[:1] + models
+
+
+def test_a_number_does_not_depend_on_what_was_measured_before(home, tmp_path):
+    """Dynamic rotary positions stretch with the longest text seen, and would stay so."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    folder = dense_folder(tmp_path / "dense", rope_parameters=rope)
+    changes = {"models": [str(folder)], "concatenate": True, "tasks": ["sliding_perplexity", "perplexity"]}
+    found = [
+        {
+            (cell["task"], cell["length"]): cell["loss"]
+            for cell in evaluate_models(arguments(home, tmp_path / str(lengths), lengths=lengths, **changes))["cells"]
+        }
+        for lengths in ([100, 200], [100])
+    ]
+    assert found[1].keys() < found[0].keys()
+    assert all(found[0][place] == loss for place, loss in found[1].items())
 
 
 def test_an_interrupted_run_goes_on_where_it_was(home, tmp_path, monkeypatch):
@@ -378,6 +478,27 @@ def test_a_run_gives_its_model_the_name(home, tmp_path):
     models = [str(tmp_path / name / "model") for name in ("first", "second")]
     results = evaluate_models(arguments(home, tmp_path / "out", models=models, lengths=[16], limit=1))
     assert [model["label"] for model in results["models"]] == ["first", "second"]
+
+
+def test_a_star_is_for_what_a_model_was_trained_at(home, tmp_path, monkeypatch):
+    """Schemes without rotary positions do not know max_position_embeddings."""
+    for position in ("nope", "rope"):
+        convert_model(ConvertArguments(
+            model=str(home / "dense"), output=str(tmp_path / position), position=position, train_length=40
+        ))  # fmt: skip
+    models = [str(tmp_path / name) for name in ("nope", "rope")]
+    results = evaluate_models(arguments(home, tmp_path / "out", models=models, lengths=[32, 48, 128], figure=True))
+    assert [cell["note"] and cell["note"].removeprefix("beyond the model's ") for cell in results["cells"]] == [
+        None, "training length of 40", "training length of 40", None, None, "max_position_embeddings of 64",
+    ]  # fmt: skip
+    lines = remarks(results)
+    assert "* beyond the training length of nope: 40." in lines
+    assert "* beyond the max_position_embeddings of rope: 64." in lines
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    pictures.draw(results)
+    notes = {text.get_text() for text in drawn[0].axes[1].texts}
+    assert notes == {"training length 40", "max_position_embeddings 64"}
 
 
 def test_two_models_of_one_name_need_labels(home, tmp_path):

@@ -339,10 +339,33 @@ def test_needles_reach_the_card(model, tmp_path):
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.metric_type, result.metric_value) == ("passkey", "exact_match", 0.625)
     assert result.metric_name == "exact match at 512 tokens, mean over depths"
+    assert result.metric_args == {"samples": 8, "depths": [0.0, 1.0]} and result.dataset_args is None
     assert "62.5" in card.text
     write(model.parent / "evaluation" / "results.json", {**content, "cells": cells[:2]})
     with pytest.raises(ValueError, match="lacks passkey of sparse at 512"):
         dry_run(model, tmp_path / "again", results=str(model.parent / "evaluation" / "results.json"))
+
+
+def test_a_limited_evaluation_is_marked_in_the_metadata(model, tmp_path):
+    """Else its numbers stand beside those of whole sets as if they were of one."""
+    evidence(model)
+    whole = results(model)
+    few = {**whole, "arguments": {**whole["arguments"], "limit": 4, "seed": 3}}
+    few["cells"] = [{**cell, "drawn": {"windows": 1, "length": 4096}} for cell in few["cells"]]
+    needle = {
+        "task": "passkey", "answers": "forced", "note": None, "tokens_sha256": "t", "samples": 4, "finished": True,
+        "standard_error": 0.1, "depth": 0.5, "exact_match": 0.5,
+    }  # fmt: skip
+    few["cells"] += [{**needle, "model": name, "length": n} for name in ("dense", "sparse") for n in (512, 4096)]
+    few["tasks"] = ["perplexity", "passkey"]
+    write(model.parent / "evaluation" / "results.json", few)
+    found = dry_run(model, tmp_path / "up").data.eval_results
+    assert [(row.metric_name, row.metric_args) for row in found] == [
+        ("perplexity, windows of 512 tokens (limited to 8 windows)", {"windows": 8, "tokens": 8 * 511}),
+        ("exact match at 512 tokens (limited to 4 samples)", {"samples": 4, "depths": [0.5]}),
+        ("exact match at 4096 tokens (limited to 4 samples)", {"samples": 4, "depths": [0.5]}),
+    ]
+    assert all(row.dataset_args["limit"] == 4 and row.dataset_args["seed"] == 3 for row in found)
 
 
 def test_missing_numbers_are_said_to_be_missing(model, tmp_path, caplog):

@@ -8,18 +8,21 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from matplotlib.lines import Line2D
 from test_evaluate import TEXTS, byte_tokenizer, home, stories_tokenizer  # noqa: F401
+from tokenizers import Tokenizer, models, pre_tokenizers
 from training_cases import dense_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_sparse_attention import cli, evaluate
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
+from hf_sparse_attention.figures import Figure
 from hf_sparse_attention.results import lacking, markdown, sections, tasks_of, terminal
-from hf_sparse_attention.tasks import TASKS, TokenizedText, harness, perplexity
+from hf_sparse_attention.tasks import TASKS, TokenizedText, harness, perplexity, pictures
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.harness import HarnessTask, harness_inputs, harness_tasks, needle_documents
 from hf_sparse_attention.tasks.haystack import SENTENCES, Haystack, sentences_of
-from hf_sparse_attention.tasks.needles import NEEDLES, TooShort, make_prompt, needle_samples
+from hf_sparse_attention.tasks.needles import NAMES, NEEDLES, TooShort, make_prompt, needle_samples
 from hf_sparse_attention.tasks.random_bits import RandomBits
 from hf_sparse_attention.tasks.samples import NO_TARGET
 from hf_sparse_attention.tasks.windows import Windows
@@ -170,7 +173,7 @@ def test_decoding_and_one_pass_agree_on_needles(stories_tokenizer):  # noqa: F81
         for _ in range(new_tokens):
             following = model(tokens).logits[:, tokens.shape[1] - 1].argmax(-1)
             tokens = torch.cat([tokens, following[:, None]], dim=1)
-        return tokens.numpy()
+        return tokens.numpy(), np.ones(len(tokens), dtype=bool)
 
     forced_model = Knows()
     plain_forward = forced_model.forward
@@ -209,8 +212,6 @@ def test_overlapping_windows_score_every_token_once(tokenizer, length):
         scored.append(len(found) - (0 if prefix else 1))
     assert row == len(windows) and windows.documents == len(documents)
     assert windows.scored == sum(scored)
-    few = text.sliding_windows(length, limit=3, seed=1)
-    assert len(few) == 3 and few.sha256 != windows.sha256
     assert len(text.sliding_windows(10**6)) == 0
 
 
@@ -239,7 +240,7 @@ def arguments(output, *models, **changes):
     return EvaluateArguments(**{**values, **changes})
 
 
-def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeypatch, capsys, caplog):  # noqa: F811
     changes = {
         "tasks": ["needle", "multi_query", "perplexity"], "lengths": [128, 256], "depths": [0.0, 1.0], "limit": 3,
         "data": [str(home / "text.jsonl")], "concatenate": True, "figure": True,
@@ -247,7 +248,8 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
     models = [home / "dense", home / "sparse"]
     first = evaluate_models(arguments(tmp_path / "out", *models, **changes))
     shown = capsys.readouterr().out
-    assert "needle: exact match in % ± standard error, mean over depths" in shown and "Perplexity" in shown
+    assert "needle: exact match in % ± standard error, 3 samples a length and depth, mean over 2 depths" in shown
+    assert "needle: right tokens of the answers in %, 3 samples" in shown and "Perplexity" in shown
     assert len(first["cells"]) == 2 * (2 * 2 + 2 + 2) and not lacking(first)
     assert tasks_of(first) == ["needle", "multi_query", "perplexity"]
     needle = [cell for cell in first["cells"] if cell["task"] == "needle"]
@@ -265,10 +267,74 @@ def test_cells_of_needles_are_computed_once_and_by_depth(home, tmp_path, monkeyp
     monkeypatch.setattr(evaluate, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     assert evaluate_models(arguments(tmp_path / "out", *models, **changes))["cells"] == first["cells"]
     monkeypatch.undo()
+    caplog.set_level("INFO", logger="hf_sparse_attention")
     other = evaluate_models(arguments(tmp_path / "out", *models, **{**changes, "seed": 1, "tasks": ["needle"],
                                                                     "data": [], "concatenate": False}))  # fmt: skip
+    assert f"results.png in {tmp_path / 'out'}: of an earlier call, not of these numbers" in caplog.messages
     assert {cell["fingerprint"] for cell in other["cells"]}.isdisjoint(cell["fingerprint"] for cell in needle)
     assert len(other["other_cells"]) == len(first["cells"])
+    (said,) = [line for line in caplog.messages if "no longer shown" in line]
+    for text in ("needle of dense at 128, 256;", "multi_query of sparse at", "perplexity of sparse at 128, 256."):
+        assert text in said
+
+
+@pytest.mark.parametrize(
+    ("samples", "right", "shown"),
+    # By hand: sqrt(0.4 * 0.6 / 5) and sqrt(0.5 * 0.5 / 4).
+    [(1, [1, 1, 0, 0, 0], "40.0 ±21.9"), (1, [0] * 5, "0.0"), (1, [1] * 5, "100.0"), (1, [1], "100.0"),
+     (2, [0.5, 0.5], "50.0 ±25.0"), (2, [1, 0], "50.0 ±25.0")],
+)  # fmt: skip
+def test_the_error_of_needles_is_that_of_all_their_samples(samples, right, shown, monkeypatch):
+    """One sample a depth is never without error by itself: its own estimate of it is 0."""
+    cells = [
+        {"model": "m", "task": "needle", "length": 100, "depth": index / 4, "exact_match": share, "samples": samples,
+         "standard_error": (share * (1 - share) / samples) ** 0.5, "token_accuracy": 0.5 + share / 4, "note": None,
+         "answers": "forced", "tokens_sha256": str(index)}
+        for index, share in enumerate(right)
+    ]  # fmt: skip
+    results = {
+        "models": [{"label": "m"}], "lengths": [100], "cells": cells, "data": {"documents": 0}, "arguments": {},
+        "tasks": ["needle"],
+    }  # fmt: skip
+    tables = {title: rows for title, _, rows in sections(results)}
+    exact, tokens = tables
+    each = f"{samples} sample{'s' if samples > 1 else ''} a length and depth"
+    assert each in exact and each in tokens and ("mean over" in exact) == (len(right) > 1)
+    assert tables[exact] == [["m", shown]]
+    assert tables[tokens] == [["m", f"{50 + 25 * sum(right) / len(right):.1f}"]]
+    text = markdown(results)
+    assert "none stands where they do not tell" in text and "±0.0" not in text and text.count(each) == 3
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    pictures.draw(results)
+    (container,) = drawn[-1].axes[0].containers
+    bar = container.lines[2][0].get_segments()[0]
+    assert bool(bar.size and np.isfinite(bar).all()) == ("±" in shown)
+
+
+def test_a_length_without_all_of_its_depths_is_no_point_of_the_picture(monkeypatch):
+    cell = {"model": "m", "task": "needle", "exact_match": 1.0, "standard_error": 0.0}
+    cells = [{**cell, "length": length, "depth": depth} for length in (100, 200) for depth in (0.0, 1.0)]
+    cells[3] = {"model": "m", "task": "needle", "length": 200, "depth": 1.0, "missing": "no memory"}
+    drawn = {}
+    monkeypatch.setattr(pictures, "by_length", lambda results, cells: drawn.setdefault("cells", cells) and Figure())
+    assert set(pictures.draw({"models": [{"label": "m"}], "cells": cells})) == {"depth.png", "exact_match.png"}
+    assert drawn["cells"] == cells[:2]
+
+
+def test_the_legend_shows_which_line_is_dashed():
+    cell = {"model": "m", "loss": 1.0, "standard_error": 0.1, "note": None, "positions": [], "last_quarter": 1.0}
+    cells = [
+        {**cell, "task": task, "length": length} for task in ("perplexity", "sliding_perplexity") for length in (8, 16)
+    ]
+    legend = pictures.by_context({"models": [{"label": "m"}]}, cells).axes[0].get_legend()
+    (dashed,) = [
+        artist for artist in legend.findobj(Line2D)
+        if artist.get_linestyle() == "--" and len(set(artist.get_xdata())) > 1
+    ]  # fmt: skip
+    on, off = pictures._DASHES[1]
+    # At least two dashes and the gap between them, in points.
+    assert legend.handlelength * 8 >= dashed.get_linewidth() * (2 * on + off)
 
 
 def test_needles_in_the_users_own_text(home, tmp_path):  # noqa: F811
@@ -296,7 +362,10 @@ def test_a_model_of_a_synthetic_task_is_evaluated_without_a_tokenizer(tmp_path, 
     exact = [cell["exact_match"] for cell in forced["cells"]]
     assert exact == [cell["exact_match"] for cell in decoded["cells"]]
     assert exact[0] > 0.9 and exact[2] > 0.9
-    assert "decoded token by token" in capsys.readouterr().out
+    # 6 is the longest training length, which is 14 tokens, and their max_position_embeddings.
+    assert "* beyond the training length of asentmax, softmax: 6." in capsys.readouterr().out
+    assert [cell["note"] for cell in forced["cells"][:2]] == [None, "beyond the model's training length of 6"]
+    assert "decoded token by token" in markdown(decoded)
     assert (tmp_path / "forced" / "exact_match.png").exists() and not (tmp_path / "forced" / "results.png").exists()
     with pytest.raises(ValueError, match="was trained on copy .*, not on sort"):
         evaluate_models(arguments(tmp_path / "sort", *models, tasks=["sort"]))
@@ -335,8 +404,13 @@ def test_options_are_used_or_refused(changes, message):
 def test_a_run_that_was_cut_off_says_what_it_lacks(home, tmp_path):  # noqa: F811
     changes = {"tasks": ["needle", "passkey"], "lengths": [100, 200], "limit": 1}
     results = evaluate_models(arguments(tmp_path / "out", home / "dense", **changes))
-    results["cells"] = [cell for cell in results["cells"] if cell["task"] == "needle"]
+    cells = results["cells"]
+    # A mean over some of the depths is not the mean over depths.
+    for kept in ([cells[0]], cells[:4], cells[1:]):
+        assert lacking({**results, "cells": kept})[0] == "needle of dense at 100"
+    results["cells"] = [cell for cell in cells if cell["task"] == "needle"]
     assert lacking(results) == ["passkey of dense at 100", "passkey of dense at 200"]
+    assert not lacking({**results, "cells": cells})
     for show in (markdown, terminal):
         assert "passkey" in show(results)
     assert [title for title, _, _ in sections(results)][0].startswith("needle")
@@ -376,8 +450,13 @@ def test_lm_eval_without_lm_eval_and_its_numbers(home, tmp_path, monkeypatch):  
     ]  # fmt: skip
     assert [rows for _, _, rows in sections(found)] == [[["dense", "0.128", "0.256"]], [["dense", "0.500"]]]
     assert not lacking(found)
-    with pytest.raises(ValueError, match="reports lengths 128, 256 alone, not 64"):
-        evaluate_models(arguments(tmp_path / "other", home / "dense", **{**changes, "lengths": [64]}))
+    # Before any text is read or tokenized, and with a way on.
+    text = {"tasks": ["perplexity"], "data": [str(home / "text.jsonl")]}
+    monkeypatch.setattr(evaluate, "read_documents", lambda *a, **k: pytest.fail("text was read"))
+    with pytest.raises(
+        ValueError, match="reports lengths 128, 256 alone, not 16, 64: .* --lm_eval hsa_passkey,hsa_ne"
+    ):
+        evaluate_models(arguments(tmp_path / "other", home / "dense", **{**changes, **text, "lengths": [16, 64, 128]}))
 
 
 def test_documents_for_lm_eval(home, stories_tokenizer):  # noqa: F811
@@ -419,6 +498,33 @@ def test_lm_eval_runs_our_files_and_a_users_on_a_model_object(home, tmp_path):  
         harness_tasks(["mine"], str(tmp_path / "nowhere"))
 
 
+def test_a_users_task_of_lm_eval_is_what_all_of_its_files_say(tmp_path):
+    pytest.importorskip("lm_eval")
+    files = {
+        "mine.yaml": "include: base.yaml\ntask: mine\n",
+        "base.yaml": "dataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {tmp_path / 'far' / 'rows.json'}\n"
+        "output_type: loglikelihood\ntest_split: test\ndoc_to_text: !function words.text\n",
+        "words.py": "def text(row):\n    return row['question']\n",
+        "../far/rows.json": '{"question": "a", "answer": "b"}\n',
+    }
+    for folder in ("own", "far"):
+        (tmp_path / folder).mkdir()
+    for name, text in files.items():
+        (tmp_path / "own" / name).write_text(text)
+    seen = []
+    for name in (None, None, *files):
+        if name is not None:
+            with open(tmp_path / "own" / name, "a") as file:
+                file.write("\n")
+        (task,) = harness_tasks(["mine"], str(tmp_path / "own"))
+        seen.append(task.version)
+    assert seen[0] == seen[1] and len(set(seen)) == 1 + len(files)
+    # lm-eval's own are not read anew: they are those of its version.
+    ours, theirs = harness_tasks(["hsa_passkey", "niah_single_1"])
+    assert ours.version != theirs.version
+
+
 def test_a_length_that_lm_eval_does_not_report(tmp_path):
     task = HarnessTask("lm_eval:niah", tmp_path, True, [4096], "1")
     assert (
@@ -426,7 +532,20 @@ def test_a_length_that_lm_eval_does_not_report(tmp_path):
         != harness_inputs(task, 4096, 5, 0, tmp_path, None).sha256
     )
     with pytest.raises(ValueError, match="reports lengths 4096 alone, not 100"):
-        harness_inputs(task, 100, None, 0, tmp_path, None)
+        task.check_lengths([4096, 100])
+    assert {path.stem for path in harness.FOLDER.glob("*.yaml")} == set(harness.OWN)
+
+
+@pytest.mark.parametrize("known", [(), ("00000", "11111")])
+def test_needles_that_a_tokenizer_cannot_tell_apart_are_refused(home, tmp_path, known):  # noqa: F811
+    """All numbers would be one unknown token, and every answer right that is it."""
+    words = ["<unk>", *" ".join(SENTENCES).split(), *NAMES, *known]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(dict.fromkeys(words))}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = dense_folder(tmp_path / "words")
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    with pytest.raises(ValueError, match="no tokens of their own for the numbers"):
+        evaluate_models(arguments(tmp_path / "out", folder, tasks=["passkey"], lengths=[100], limit=1))
 
 
 def test_needles_of_a_models_without_its_own_tokenizer_are_refused(home, tmp_path):  # noqa: F811

@@ -1,9 +1,11 @@
 """Runs of train-task as a table and a picture."""
 
 import json
+import math
 import os
 import re
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hf_sparse_attention import cli
 from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.tasks import pictures
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC
-from hf_sparse_attention.train import TableArguments, TrainTaskArguments, table_of_runs, train_task
+from hf_sparse_attention.train import TableArguments, TrainArguments, TrainTaskArguments, table_of_runs, train_task
 from hf_sparse_attention.train.task_arguments import check_task_arguments
 from hf_sparse_attention.train.task_record import identity_of
 from hf_sparse_attention.train.task_table import covered
@@ -24,7 +26,7 @@ def record(folder, rate, seed, validation, *, test=(), task="copy", **changes):
     place = folder / f"rate-{rate!r}-seed-{seed}"
     place.mkdir(parents=True)
     samples = changes.pop("validation_samples", 200)
-    line = {"length": 64, "exact_match": validation, "token_accuracy": 0.5, "loss": 1.0}
+    line = {"length": 64, "exact_match": validation, "standard_error": 0.0, "token_accuracy": 0.5, "loss": 1.0}
     run = {
         "name": place.name, "learning_rate": rate, "seed": seed, "steps": 100, "seconds": 30.0, "failed": None,
         "identity": identity_of(TrainTaskArguments(task=task, output="", **changes)),
@@ -55,7 +57,8 @@ def test_runs_become_a_table_and_a_picture(tmp_path, capsys):
         summaries[name] = train_task(TrainTaskArguments(
             task="copy", task_settings=["symbols=6"], lengths=[4, 6], layers=1, hidden_size=32, heads=4, ffn_size=32,
             batch_size=8, learning_rates=[1e-2, 1e-3], device="cpu", steps=4, map=name, output=str(tmp_path / name),
-            validation_lengths=[6], validation_samples=20, test_lengths=[6, 12], test_samples=20, tested="all",
+            warmup_steps=1, validation_lengths=[6], validation_samples=20, test_lengths=[6, 12], test_samples=20,
+            tested="all",
         ))  # fmt: skip
     words = ["table", "--runs", str(tmp_path / "softmax"), str(tmp_path / "entmax")]
     assert cli.main([*words, "--output", str(tmp_path / "table")]) == 0
@@ -94,7 +97,7 @@ def test_failures_and_unfinished_runs_are_listed(tmp_path):
     record(tmp_path / "c", 1e-3, 0, 0.0, finished=False, map="ssmax")
     text, (best, every) = made(tmp_path)
     assert "Runs: 5; failed: 2; not finished: 2." in text
-    assert {row[0]: row[4] for row in best[2:]} == {"asentmax": "**50.0 ±1.2**", "entmax": "-", "ssmax": "-"}
+    assert {row[0]: row[4] for row in best[2:]} == {"asentmax": "50.0 ±1.2", "entmax": "-", "ssmax": "-"}
     remarks = {(row[0].strip("*"), row[1].strip("*")): row[-1] for row in every[2:]}
     assert remarks["asentmax", "1e+30"] == "loss nan" and remarks["asentmax", "0.002"] == "not finished"
     assert remarks["entmax", "1e+30"] == "loss inf" and remarks["asentmax", "0.001"] == ""
@@ -105,7 +108,39 @@ def test_a_run_that_was_cut_off_and_repeated_counts_once(tmp_path):
         record(tmp_path / order / order[0], 1e-3, 0, 0.0, finished=False)
         record(tmp_path / order / order[1], 1e-3, 0, 0.5, test={64: 0.5})
         text, (best, every) = made(tmp_path / order)
-        assert len(every) == 3 and best[2][-1] == "**50.0 ±1.2**" and "Runs: 1; failed: 0; not finished: 0" in text
+        assert len(every) == 3 and best[2][-1] == "50.0 ±1.2" and "Runs: 1; failed: 0; not finished: 0" in text
+
+
+def test_what_is_best_stands_out_and_nothing_else(tmp_path):
+    for name, shares in (("softmax", (0.0, 0.5, 0.2)), ("entmax", (0.0, 0.5, 0.1)), ("ssmax", (0.0, 0.5))):
+        record(tmp_path / name, 1e-3, 0, 0.5, test=dict(zip((64, 128, 256), shares, strict=False)), map=name)
+    text, (best, _) = made(tmp_path)
+    assert [[cell.startswith("**") for cell in row[4:]] for row in best[2:]] == [
+        [False, False, True], [False, False, False], [False, False, False],
+    ]  # fmt: skip
+    assert "Of runs that are equal in it the one with the most right tokens is the best, then" in text
+
+
+def test_published_numbers_stand_where_they_can_be_compared(tmp_path, capsys):
+    """At the multiple of the training length; beside another task's sizes nowhere."""
+    file = tmp_path / "published.yaml"
+    file.write_text("copy:\n  theirs: {64: 100, 72: 55, 4096: 85.5}\n")
+    record(tmp_path / "same", 1e-3, 0, 0.5, test={64: 0.5})
+    assert "of the same training length, 64." in made(tmp_path / "same", published=str(file))[0]
+    record(tmp_path / "short", 1e-3, 0, 0.5, test={8: 0.5}, lengths=[4, 8])
+    text, (best, _) = made(tmp_path / "short", published=str(file))
+    assert best[0][4:] == ["8 (1x)", "9 (1.125x)", "512 (64x)"] and best[-1][4:] == ["100.0", "55.0", "85.5"]
+    assert "at the same multiple of it, not at the same length" in text and "same multiple" in capsys.readouterr().out
+    record(tmp_path / "shorter", 1e-3, 0, 0.5, test={4: 0.5}, lengths=[2, 4])
+    text, (best, _) = made(tmp_path / "shorter", published=str(file))
+    assert best[0][4:] == ["4 (1x)", "256 (64x)"]
+    record(tmp_path / "small" / "a", 1e-3, 0, 0.5, test={64: 0.5}, task_settings=["symbols=6"])
+    text, (best, _) = made(tmp_path / "small", published=str(file))
+    assert "left out: they are of copy with its own sizes" in text and len(best) == 3
+    record(tmp_path / "small" / "b", 1e-3, 0, 0.5, test={64: 0.5})
+    assert "which some runs do not have" in made(tmp_path / "small", published=str(file))[0]
+    record(tmp_path / "small" / "c", 1e-3, 0, 0.5, test={64: 0.5}, lengths=[4, 8])
+    assert "several training lengths" in made(tmp_path / "small", published=str(file))[0]
 
 
 def test_what_differs_is_part_of_the_name(tmp_path):
@@ -119,6 +154,19 @@ def test_what_differs_is_part_of_the_name(tmp_path):
     ]  # fmt: skip
     settings = re.search("Trained with: (.*)", text)[1]
     assert "steps 10000" in settings and "position" not in settings and "warmup_steps" not in settings
+
+
+def test_an_option_newer_than_a_run_is_not_taken_for_the_usual_one(tmp_path):
+    """Two different things never have one name."""
+    record(tmp_path / "new", 1e-3, 0, 0.5, test={64: 0.5})
+    record(tmp_path / "control", 1e-3, 0, 0.5, map="softmax")
+    record(tmp_path / "old", 1e-3, 0, 0.9, test={64: 0.9})
+    file = tmp_path / "old" / "rate-0.001-seed-0" / "run.json"
+    run = json.loads(file.read_text())
+    del run["identity"]["scale_start"]
+    file.write_text(json.dumps(run))
+    _, (best, _) = made(tmp_path)
+    assert sorted(row[0] for row in best[2:]) == ["asentmax", "asentmax, scale_start unknown", "softmax"]
 
 
 def test_tasks_stand_apart_and_multiples_are_of_the_training_length(tmp_path):
@@ -142,7 +190,7 @@ def test_published_numbers_stand_below_the_runs(tmp_path):
     file.write_text("copy:\n  'softmax, someone': {64: 100, 4096: 85.5}\nsort:\n  theirs: {128: 1}\n")
     _, (best, every) = made(tmp_path, published=str(file))
     assert best[0][-2:] == ["64 (1x)", "4,096 (64x)"] and every[0][-2] == "64 (1x)"
-    assert [row[-2:] for row in best[2:]] == [["**50.0 ±1.2**", "-"], ["100.0", "85.5"]]
+    assert [row[-2:] for row in best[2:]] == [["50.0 ±1.2", "-"], ["100.0", "85.5"]]
     for text, message in (
         ("copy: 5", "does not hold numbers"),
         ("count: {a: {1: 2}}", "numbers of count"),
@@ -171,6 +219,33 @@ def test_the_picture_has_a_panel_a_task_and_a_line_a_map(tmp_path, monkeypatch):
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["softmax", "asentmax"]
 
 
+def test_the_picture_shows_all_runs_the_training_length_and_each_map_in_its_colour(tmp_path, monkeypatch):
+    record(tmp_path / "a", 1e-3, 0, 0.9, test={64: 1.0, 128: 0.5}, map="asentmax")
+    record(tmp_path / "a", 2e-3, 0, 0.1, test={64: 0.2, 128: 0.1}, map="asentmax")
+    record(tmp_path / "b", 1e-3, 0, 0.9, test={64: 0.9}, map="asentmax", position="rope")
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    for others in ("softmax", "ssmax"):
+        record(tmp_path / others, 1e-3, 0, 0.9, test={64: 0.9, 128: 0.4}, map=others)
+        table_of_runs(TableArguments(runs=[str(tmp_path)], output_dir=str(tmp_path / "out")))
+    for figure in drawn:
+        (axes,) = figure.axes
+        lines = {container.get_label(): container.lines[0] for container in axes.containers}
+        best = next(line for line in lines.values() if line.get_ydata().tolist() == [100, 50])
+        assert best.get_color() == pictures.COLOURS[3]
+        (pale,) = [line for line in axes.lines if line.get_ydata() is not None and list(line.get_ydata()) == [20, 10]]
+        assert pale.get_color() == best.get_color() and pale.get_linewidth() < 1 and pale.get_alpha() < 0.5
+        assert [text.get_text() for text in axes.texts] == ["training length 64"]
+    names = [text.get_text() for text in drawn[-1].legends[0].get_texts()]
+    assert names == ["softmax", "asentmax", "ssmax", "asentmax, position rope"]
+    models = [{"label": "a", "map": "entmax", "alpha": 1.0}, {"label": "b", "map": "softmax"}, {"label": "c"}]
+    found = pictures.styles(models)
+    assert len({style["color"] for style in found.values()}) == 3
+    assert [style["linestyle"] == "-" for style in found.values()] == [True, False, True]
+    # The evaluation's pictures have the table's colours.
+    assert found["a"]["color"] == pictures.styles([{"label": "softmax", "map": "softmax"}])["softmax"]["color"]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run of train-task"):
         made(tmp_path)
@@ -185,9 +260,45 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     (tmp_path / "a" / "rate-0.001-seed-0" / "test.json").write_text("[1]")
     with pytest.raises(OSError, match="test.json is damaged"):
         made(tmp_path, runs=[str(tmp_path / "a")])
+    line = {"length": 64, "wanted": 100, "samples": 100, "exact_match": 0.5, "standard_error": 0.05}
+    for lines in (
+        [{**line, "exact_match": 50.0}], [{**line, "exact_match": math.nan}], [{**line, "length": "64"}],
+        [line, {**line, "exact_match": 0.9}], [{"length": 64}], [{"length": 64, "exact_match": 1.0}], {"64": line},
+    ):  # fmt: skip
+        (tmp_path / "a" / "rate-0.001-seed-0" / "test.json").write_text(json.dumps(lines))
+        with pytest.raises(OSError, match="test.json is damaged"):
+            made(tmp_path, runs=[str(tmp_path / "a")])
+    (tmp_path / "a" / "rate-0.001-seed-0" / "test.json").unlink()
+    run = json.loads((tmp_path / "a" / "rate-0.001-seed-0" / "run.json").read_text())
+    for key in ("learning_rate", "finished", "failed", "validation"):
+        saved = {name: value for name, value in run.items() if name != key}
+        (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text(json.dumps(saved))
+        with pytest.raises(OSError, match=f"run.json is damaged .*{key}"):
+            made(tmp_path, runs=[str(tmp_path / "a")])
     (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text("{}")
     with pytest.raises(OSError, match="run.json is damaged"):
         made(tmp_path, runs=[str(tmp_path / "a")])
+
+
+def test_runs_of_train_are_left_out_and_named(tmp_path, caplog):
+    """They are no damaged runs of train-task, which --overwrite would remove."""
+    own = identity_of_train()
+    for name, content in (("pretrained", own), ("staged", {"stages": ["match", "pretrain"]})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds no run of train-task"):
+        made(tmp_path)
+    record(tmp_path / "a", 1e-3, 0, 0.5, test={64: 0.5})
+    caplog.clear()
+    assert "Runs: 1; failed: 0" in made(tmp_path)[0]
+    for name in ("pretrained", "staged"):
+        assert f"{tmp_path / name / 'run.json'} is left out: it is of `train`" in caplog.text
+
+
+def identity_of_train() -> dict:
+    """What `train` writes into run.json."""
+    values = asdict(TrainArguments(model="", output="", train_data=["text.txt"]))
+    return {**values, "block_size": 64, "blocks_per_step": 8, "data": [], "vocabulary": 512, "weights": "0"}
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "reproduction" / "run.sh"

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
-from hf_sparse_attention.train import TrainTaskArguments, task_record, train_task
+from hf_sparse_attention.train import TrainTaskArguments, task_record, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_model import answer_loss, new_model
@@ -33,7 +34,8 @@ TINY = {
 
 
 def options(output, **changes) -> TrainTaskArguments:
-    return TrainTaskArguments(**{**TINY, "output": str(output), **changes})
+    warmup = min(TINY["warmup_steps"], changes.get("steps", 20) // 2)
+    return TrainTaskArguments(**{**TINY, "warmup_steps": warmup, "output": str(output), **changes})
 
 
 def weights(folder):
@@ -143,6 +145,19 @@ def test_score_counts_samples_and_halves_batches():
     assert "not finite" in score(model, task.fixed_blocks(6, 5), batch_tokens=100)["missing"]
 
 
+@pytest.mark.parametrize("name", ["copy", "2back"])
+def test_a_model_without_numbers_answers_nothing_wrong(name):
+    """The largest of logits with a NaN among them is a token too: decoding would go on, and count as a mistake."""
+    task = make_task(name, {"symbols": 6})
+    model = new_model(options("unused", task=name), task, 0).eval()
+    with torch.no_grad():
+        model.lm_head.weight[5, 0] = float("nan")
+    blocks = list(task.fixed_blocks(6, 60))
+    for answer, what in ((teacher_forced, "loss"), (partial(generated, tags=task.tags), "logits")):
+        found = score(model, blocks, batch_tokens=200, answer=answer)
+        assert list(found) == ["missing"] and f"the {what}" in found["missing"] and "60 of 60" in found["missing"]
+
+
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_map_and_position_trains_every_parameter(name, position):
@@ -222,7 +237,8 @@ def test_normal_start_is_the_papers_and_neutral_is_exactly_one():
         assert (start == "neutral") == bool((factor == 1).all())
 
 
-def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys, caplog):
+    caplog.set_level("INFO", logger="hf_sparse_attention")
     changes = {"steps": 30, "checkpoint_every": 10, "validate_every": 15, "log_every": 7, "seeds": [1, 2]}
     whole = train_task(options(tmp_path / "whole", **changes))
     call, calls = TaskStep.__call__, []
@@ -239,6 +255,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
     with pytest.raises(FileExistsError, match="go on with --resume auto"):
         train_task(options(tmp_path / "cut", **changes))
     again = train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    assert f"{tmp_path / 'cut' / again['runs'][1]['name']} goes on from step 10 of 30" in caplog.text
     # 30 of the first run, 18 of the second, the one that was cut, and what was left after its checkpoint at 10.
     assert len(calls) == 30 + 18 + 1 + 20
     for run in whole["runs"]:
@@ -257,6 +274,25 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="was trained otherwise \\(hidden_size 32 then, 64 now"):
         train_task(options(tmp_path / "cut", **changes, resume="auto", hidden_size=64))
     assert "validation 6" in capsys.readouterr().out
+
+
+def test_a_run_interrupted_in_its_last_validation_has_each_line_once(tmp_path, monkeypatch):
+    changes = {"steps": 6, "checkpoint_every": 3, "validate_every": 3, "validation_lengths": [5, 6]}
+    train_task(options(tmp_path / "whole", **changes))
+    write = task_run.write_json
+
+    def interrupted(path, content):
+        if content.get("finished"):
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(task_run, "write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(options(tmp_path / "cut", **changes))
+    monkeypatch.undo()
+    train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    name = "rate-0.01-seed-0"
+    assert lines(tmp_path / "whole" / name) == lines(tmp_path / "cut" / name)
 
 
 def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
@@ -339,6 +375,10 @@ def test_the_best_is_chosen_by_validation():
     assert task_record.best_of(runs)["name"] == "b"
     assert task_record.best_of([run("a", (0.0, 0.1, 2.0)), run("b", (0.0, 0.1, 1.0))])["name"] == "b"
     assert task_record.best_of([run("d", failed="nan")]) is None
+    # A run without a number is no best one, also where no other is sound.
+    silent = {**run("e"), "validation": [{"length": 8, "missing": "the loss is not finite"}]}
+    assert task_record.best_of([silent, run("d", failed="nan")]) is None
+    assert task_record.best_of([silent, run("a", (0.0, 0.0, 9.0))])["name"] == "a"
 
 
 def test_low_precision_and_the_command_line(tmp_path, capsys):
@@ -352,6 +392,8 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         "ssmax",
         "--steps",
         "4",
+        "--warmup_steps",
+        "2",
     ]
     recipe = {key: value for key, value in TINY.items() if key != "device"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
@@ -371,6 +413,11 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"task": "count"}, "task is 'count'"),
         ({"task_settings": ["symbols"]}, "write name=number"),
         ({"task_settings": ["symbols=many"]}, "write name=number"),
+        ({"task_settings": ["symbols=6", "symbols=9"]}, "names symbols twice"),
+        ({"task": "mqmtar", "task_settings": ["share=0.0004"]}, "share is 0.0004"),
+        ({"task": "mqmtar", "task_settings": ["share=0.8004"]}, "share is 0.8004"),
+        ({"schedule": "constant", "final_share": 0.1}, "ends at the peak"),
+        ({"learning_rates": [math.nan]}, "learning_rates is"),
         ({"task_settings": ["queries=3"]}, "copy has no queries"),
         ({"lengths": [4]}, "the shortest and the longest"),
         ({"lengths": [9, 4]}, "lengths are 9 to 4"),
@@ -385,6 +432,8 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
         ({"heads": 32, "position": "rope"}, "rotary"),
         ({"heads": 1}, "at least 2 heads"),
         ({"steps": 0}, "steps is 0"),
+        ({"warmup_steps": 200, "steps": 200}, "warmup_steps is 200 and steps is 200.*--warmup_steps 10, or more"),
+        ({"warmup_steps": 500, "steps": 10}, "such as --warmup_steps 0"),
         ({"beta2": 1.5}, "beta2 is 1.5"),
         ({"learning_rates": []}, "learning_rates is"),
         ({"learning_rates": [0.0]}, "all above 0"),
@@ -412,6 +461,24 @@ def test_what_else_is_in_output_is_respected(tmp_path):
     assert (tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt").read_text() == "mine"
     with pytest.raises(FileExistsError, match="is a file"):
         train_task(options(tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt"))
+
+
+def test_a_run_on_samples_of_an_earlier_version_is_another(tmp_path, monkeypatch):
+    train_task(options(tmp_path / "out", steps=2))
+    monkeypatch.setattr(SYNTHETIC["copy"], "version", 2)
+    with pytest.raises(ValueError, match="was trained otherwise \\(task_version None then, 2 now"):
+        train_task(options(tmp_path / "out", steps=2, resume="auto"))
+
+
+@pytest.mark.parametrize("other", [{"learning_rates": [0.5]}, {"seeds": [1]}])
+def test_the_folder_of_another_run_is_not_taken_for_this_one(tmp_path, other):
+    """Copied or renamed, it would stand in the table with a rate and a seed it never had."""
+    train_task(options(tmp_path / "out", steps=2))
+    arguments = options(tmp_path / "out", steps=2, resume="auto", **other)
+    name = f"rate-{arguments.learning_rates[0]!r}-seed-{arguments.seeds[0]}"
+    (tmp_path / "out" / "rate-0.01-seed-0").rename(tmp_path / "out" / name)
+    with pytest.raises(ValueError, match="was trained otherwise \\((learning_rate 0.01 then, 0.5|seed 0 then, 1) now"):
+        train_task(arguments)
 
 
 def test_every_option_is_an_option_of_the_run():
@@ -540,6 +607,42 @@ def test_softmax_of_the_near_keys_alone_is_the_same(monkeypatch, heads, key_head
         whole, near = sum(read[: read.index(None)]), sum(read[read.index(None) + 1 : -1])
         if dtype == torch.float32 and size < 1:
             assert near < whole
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(60, 60), (9, 200), (300, 300), (290, 301), (301, 290), (300, 20)])
+@pytest.mark.parametrize("near_from", [10**9, 10])
+def test_softmax_with_slopes_is_softmax(monkeypatch, queries, keys, near_from):
+    """Written out in float64: norms of all sizes, steep and flat slopes, queries before the first key."""
+    monkeypatch.setattr(softmax, "_NEAR_FROM", near_from)
+    generator = torch.Generator().manual_seed(queries)
+    slopes_H = torch.tensor([0.0, 1.0, 1 / 3, 1e-5])
+    distance = torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+    for size in (0.0, 0.1, 1.0, 10.0):
+        query, key, value = (
+            torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64) * scale
+            for heads, length, scale in ((4, queries, size), (2, keys, size), (2, keys, 1.0))
+        )
+        scores = query @ key.repeat_interleave(2, 1).mT * 0.3 - slopes_H.double()[:, None, None] * distance
+        weights = scores.masked_fill(distance < 0, -math.inf).softmax(-1).nan_to_num(0.0)
+        found = softmax.softmax_attention(
+            query, key, value, scaling=0.3, causal=True, visible=None, slopes=slopes_H, mask=None
+        )
+        torch.testing.assert_close(found, weights @ value.repeat_interleave(2, 1), atol=1e-11, rtol=0)
+
+
+def test_a_run_does_not_go_on_from_the_checkpoint_of_another(tmp_path):
+    changes = {"steps": 4, "checkpoint_every": 2, "learning_rates": [1e-2, 1e-3]}
+    train_task(options(tmp_path / "out", **changes))
+    one, other = (tmp_path / "out" / f"rate-{rate}-seed-0" for rate in (0.01, 0.001))
+    record = json.loads((one / "run.json").read_text())
+    (one / "run.json").write_text(json.dumps({**record, "finished": False}))
+    own = (one / "checkpoint.pt").read_bytes()
+    (one / "checkpoint.pt").write_bytes((other / "checkpoint.pt").read_bytes())
+    with pytest.raises(OSError, match="it is of another run"):
+        train_task(options(tmp_path / "out", **changes, resume="auto"))
+    (one / "checkpoint.pt").write_bytes(own)
+    again = train_task(options(tmp_path / "out", **changes, resume="auto"))["runs"]
+    assert record["validation"] in [run["validation"] for run in again]
 
 
 def test_damaged_files_of_a_run_are_named(tmp_path):

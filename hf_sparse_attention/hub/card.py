@@ -86,7 +86,13 @@ def _eval_results(evidence: Evidence) -> list[EvalResult]:
     if results is None:
         return []
     own = [cell for cell in results["cells"] if cell["model"] == evidence.label]
-    return _perplexities(results, own) + _exact_matches(own)
+    return _perplexities(results, own) + _exact_matches(results, own)
+
+
+def _drawn(results: dict) -> dict:
+    """What a limited evaluation says of every number: a sample of another size or seed gives others."""
+    arguments = results["arguments"]
+    return {"limit": arguments["limit"], "seed": arguments["seed"]} if arguments["limit"] else {}
 
 
 def _perplexities(results: dict, cells: list[dict]) -> list[EvalResult]:
@@ -98,17 +104,21 @@ def _perplexities(results: dict, cells: list[dict]) -> list[EvalResult]:
             task_name="Language modelling",
             dataset_type=dataset,
             dataset_name=", ".join(names),
-            dataset_args={"documents": results["data"]["documents"], "sha256": results["data"]["sha256"]},
+            dataset_args={
+                "documents": results["data"]["documents"], "sha256": results["data"]["sha256"], **_drawn(results),
+            },
             metric_type="perplexity",
-            metric_name=f"perplexity, windows of {cell['length']} tokens",
+            metric_name=f"perplexity, windows of {cell['length']} tokens"
+            + (f" (limited to {cell['windows']} windows)" if _drawn(results) else ""),
             metric_value=cell["perplexity"],
+            metric_args={"windows": cell["windows"], "tokens": cell["tokens"]},
         )
         for cell in cells
         if cell["task"] == "perplexity" and cell.get("perplexity") is not None
-    ]
+    ]  # fmt: skip
 
 
-def _exact_matches(cells: list[dict]) -> list[EvalResult]:
+def _exact_matches(results: dict, cells: list[dict]) -> list[EvalResult]:
     """One result for each needle or synthetic task and length, the mean over its depths."""
     groups: dict[tuple, list[dict]] = {}
     for cell in cells:
@@ -120,9 +130,16 @@ def _exact_matches(cells: list[dict]) -> list[EvalResult]:
             task_name=task,
             dataset_type=task,
             dataset_name=f"{task} of hf-sparse-attention",
+            dataset_args=_drawn(results) or None,
             metric_type="exact_match",
-            metric_name=f"exact match at {length} tokens" + (", mean over depths" if len(group) > 1 else ""),
+            metric_name=f"exact match at {length} tokens"
+            + (", mean over depths" if len(group) > 1 else "")
+            + (f" (limited to {sum(cell['samples'] for cell in group)} samples)" if _drawn(results) else ""),
             metric_value=mean_over_depths(group)["exact_match"],
+            metric_args={
+                "samples": sum(cell["samples"] for cell in group),
+                **({"depths": [cell["depth"] for cell in group]} if group[0].get("depth") is not None else {}),
+            },
         )
         for (task, length), group in groups.items()
     ]

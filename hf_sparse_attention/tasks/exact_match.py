@@ -28,12 +28,14 @@ class Answers:
         right: asked tokens that are right.
         asked: asked tokens.
         loss: sum of -log p over the asked tokens, or None where only the decoded tokens are known.
+        sound: bool, whether all numbers on the way were finite.
     """
 
     exact: np.ndarray
     right: np.ndarray
     asked: np.ndarray
     loss: np.ndarray | None
+    sound: np.ndarray
 
 
 @torch.inference_mode()
@@ -48,7 +50,7 @@ def teacher_forced(model: nn.Module, samples: Samples) -> Answers:
     right = (logits.argmax(-1) == targets) & asked
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
     counts = [value.sum(1).cpu().numpy() for value in (right, asked, loss.view_as(targets).double())]
-    return Answers(counts[0] == counts[1], *counts)
+    return Answers(counts[0] == counts[1], *counts, np.isfinite(counts[2]))
 
 
 def generated(model: nn.Module, samples: Samples, *, tags: bool) -> Answers:
@@ -65,7 +67,7 @@ def generated(model: nn.Module, samples: Samples, *, tags: bool) -> Answers:
         return _generated_tags(model, samples)
     asked = samples.targets != NO_TARGET
     first, count = asked.argmax(1), asked.sum(1)
-    right = np.zeros(len(samples), dtype=np.int64)
+    right, sound = np.zeros(len(samples), dtype=np.int64), np.zeros(len(samples), dtype=bool)
     # Those whose answers begin and end at the same tokens go together.
     for begin, size in sorted(set(zip(first.tolist(), count.tolist(), strict=True))):
         rows = np.flatnonzero((first == begin) & (count == size))
@@ -73,9 +75,20 @@ def generated(model: nn.Module, samples: Samples, *, tags: bool) -> Answers:
             raise ValueError("an answer that is asked in pieces cannot be generated")
         answer = samples.targets[rows, begin : begin + size]
         # What comes after a token that ends the answer is not part of it.
-        output = _generate(model, samples.tokens[rows, : begin + 1], size)[:, begin + 1 :]
-        right[rows] = (output == answer).sum(1)
-    return Answers(right == count, right, count, None)
+        output, sound[rows] = _generate(model, samples.tokens[rows, : begin + 1], size)
+        right[rows] = (output[:, begin + 1 :] == answer).sum(1)
+    return Answers(right == count, right, count, None, sound)
+
+
+class _Soundness(LogitsProcessor):
+    """Notes whose logits were all finite: the largest of logits with a NaN among them is a token like any other."""
+
+    def __init__(self, sequences: int, device: torch.device):
+        self.sound = torch.ones(sequences, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.sound &= scores.isfinite().all(-1)
+        return scores
 
 
 class _GivenInput(LogitsProcessor):
@@ -97,22 +110,29 @@ def _generated_tags(model: nn.Module, samples: Samples) -> Answers:
     asked = samples.targets != NO_TARGET
     inputs = _GivenInput(torch.from_numpy(samples.tokens).to(next(model.parameters()).device))
     width = samples.tokens.shape[1]
-    _generate(model, samples.tokens[:, :1], width, logits_processor=LogitsProcessorList([inputs]))
+    _, sound = _generate(model, samples.tokens[:, :1], width, inputs)
     said = torch.stack(inputs.said, dim=1).cpu().numpy()
     right = ((said == samples.targets) & asked).sum(1)
-    return Answers(right == asked.sum(1), right, asked.sum(1), None)
+    return Answers(right == asked.sum(1), right, asked.sum(1), None, sound)
 
 
 @torch.inference_mode()
-def _generate(model: nn.Module, prompt: np.ndarray, new_tokens: int, **options) -> np.ndarray:
+def _generate(
+    model: nn.Module, prompt: np.ndarray, new_tokens: int, *processors: LogitsProcessor
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts and what follows them, (samples, tokens), and for which samples all logits were finite."""
     tokens = torch.from_numpy(prompt).to(next(model.parameters()).device)
     # Exactly so many tokens: no token ends it, neither one of the model's own.
     settings = GenerationConfig(
         max_new_tokens=new_tokens, min_new_tokens=0, do_sample=False, num_beams=1, eos_token_id=[], pad_token_id=PAD
     )
     with _own_settings(model, settings):
-        output = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **options)
-    return output.cpu().numpy()
+        soundness = _Soundness(len(tokens), tokens.device)
+        output = model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens),
+            logits_processor=LogitsProcessorList([soundness, *processors]),
+        )  # fmt: skip
+    return output.cpu().numpy(), soundness.sound.cpu().numpy()
 
 
 @contextmanager
@@ -138,7 +158,7 @@ def score(
 
     Returns:
         exact_match, standard_error (of a share over samples), token_accuracy, loss, samples; or {"missing": reason}
-        if a loss is not finite.
+        if a loss, or what was decoded from, is not finite.
 
     Raises:
         torch.OutOfMemoryError: if a single sample does not fit; batches are halved before.
@@ -168,10 +188,11 @@ def score(
         "token_accuracy": float(right.sum() / asked.sum()),
         "samples": len(exact),
     }
-    if found[0].loss is None:
+    decoded = found[0].loss is None
+    if bad := int(sum((~item.sound).sum() for item in found)):
+        what = "logits are" if decoded else "loss is"
+        return {"missing": f"the {what} not finite (NaN or infinity) in {bad} of {len(exact)} samples"}
+    if decoded:
         return result
     loss = np.concatenate([item.loss for item in found])
-    bad = int((~np.isfinite(loss)).sum())
-    if bad:
-        return {"missing": f"the loss is not finite (NaN or infinity) in {bad} of {len(loss)} samples"}
     return {**result, "loss": float(loss.sum() / asked.sum())}

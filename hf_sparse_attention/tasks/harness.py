@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from .haystack import Haystack
@@ -19,6 +20,10 @@ from .needles import NEEDLES, make_prompt
 
 # Where YAML files of our own are, for `lm_eval --include_path`.
 FOLDER = Path(__file__).parent.parent / "data" / "lm_eval"
+# Their names.
+OWN = tuple(f"hsa_{name}" for name in NEEDLES)
+# Bytes from which on a file is told by its size and time, not by its content.
+_LARGE = 2**26
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class HarnessTask:
         path: its YAML file.
         by_length: whether it makes its data for a length in tokens, as RULER's do.
         lengths: the lengths it reports, or None for any.
-        version: of lm-eval and the YAML file.
+        version: of lm-eval, the YAML file, and of a user's task all files that it may read.
     """
 
     name: str
@@ -38,6 +43,16 @@ class HarnessTask:
     by_length: bool
     lengths: list[int] | None
     version: str
+
+    def check_lengths(self, lengths: list[int]) -> None:
+        """Raises ValueError for lengths that the task does not report."""
+        others = [] if self.lengths is None else [length for length in lengths if length not in self.lengths]
+        if others:
+            raise ValueError(
+                f"{self.name} reports lengths {', '.join(map(str, self.lengths))} alone, not "
+                f"{', '.join(map(str, others))}: choose --lengths of these, or needles of this package, which have "
+                f"any: --lm_eval {','.join(OWN)}"
+            )
 
 
 def harness_tasks(names: list[str], folder: str | None = None) -> list[HarnessTask]:
@@ -65,7 +80,10 @@ def harness_tasks(names: list[str], folder: str | None = None) -> list[HarnessTa
 
 def _harness_task(name: str, entry) -> HarnessTask:
     if entry is None:
-        raise ValueError(f"lm_eval names {name!r}, which lm-eval does not know")
+        raise ValueError(
+            f"lm_eval names {name!r}, which lm-eval does not know; needles of this package are {', '.join(OWN)}, and "
+            "--lm_eval_folder adds your own"
+        )
     if (
         entry.yaml_path is None
         or entry.cfg is None
@@ -76,21 +94,36 @@ def _harness_task(name: str, entry) -> HarnessTask:
     metrics = [str(row.get("metric")) for row in entry.cfg.get("metric_list") or []]
     by_length = "custom_dataset" in entry.cfg
     lengths = [int(metric) for metric in metrics] if metrics and all(map(str.isdigit, metrics)) else None
-    content = metadata.version("lm_eval") + Path(entry.yaml_path).read_text(encoding="utf-8")
-    version = hashlib.sha256(content.encode()).hexdigest()
-    return HarnessTask(f"lm_eval:{name}", Path(entry.yaml_path), by_length, lengths, version)
+    digest = hashlib.sha256(metadata.version("lm_eval").encode() + Path(entry.yaml_path).read_bytes())
+    # lm-eval's own files are those of its version.
+    if Path(find_spec("lm_eval").origin).parent not in Path(entry.yaml_path).resolve().parents:
+        digest.update(json.dumps(entry.cfg, default=str).encode())
+        for file in _files_of(entry):
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            is_large = file.stat().st_size > _LARGE
+            digest.update(str(file.stat().st_mtime_ns).encode() if is_large else file.read_bytes())
+    return HarnessTask(f"lm_eval:{name}", Path(entry.yaml_path), by_length, lengths, digest.hexdigest())
+
+
+def _files_of(entry) -> list[Path]:
+    """What a user's task may read: the files beside it, and those that its configuration names."""
+
+    def names(value) -> list[str]:
+        if isinstance(value, dict | list):
+            return [name for item in (value.values() if isinstance(value, dict) else value) for name in names(item)]
+        return [value] if isinstance(value, str) and value else []
+
+    named = map(Path, names([entry.cfg.get("dataset_path"), entry.cfg.get("dataset_kwargs")]))
+    found = [*Path(entry.yaml_path).parent.iterdir()]
+    for place in named:
+        found += place.rglob("*") if place.is_dir() else [place]
+    return sorted({file.resolve() for file in found if file.is_file()})
 
 
 def harness_inputs(
     task: HarnessTask, length: int | None, limit: int | None, seed: int, folder: Path, tokenizer
 ) -> Inputs:
-    """The cell of a task, at a length if it has one.
-
-    Raises:
-        ValueError: for a length that the task does not report.
-    """
-    if task.lengths is not None and length not in task.lengths:
-        raise ValueError(f"{task.name} reports lengths {', '.join(map(str, task.lengths))} alone, not {length}")
+    """The cell of a task, at a length if it has one."""
     same = None if tokenizer is None else tokenizer_identity(tokenizer)
     parts = json.dumps([task.name, task.version, length, limit, seed, same])
     return Inputs(

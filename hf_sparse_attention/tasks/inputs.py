@@ -13,10 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..checkpoint import Checkpoint
 from . import NEEDLE, TEXT, Task, perplexity
 from .exact_match import generated, score, teacher_forced
 from .haystack import Haystack
-from .needles import NEEDLES, TooShort, needle_samples
+from .needles import NEEDLES, TooShort, check_tokenizer, needle_samples
 from .samples import SyntheticTask
 from .synthetic import make_task
 from .windows import TokenizedText, Windows
@@ -40,6 +41,7 @@ class Inputs:
         score: (model, *, batch_tokens, progress) -> a dict of numbers, or {"missing": reason}.
         depth: share of the context before what is asked, or None.
         missing: why there are none.
+        measure: what else the numbers follow from: models that differ in it alone saw the same tokens.
     """
 
     count: int
@@ -49,6 +51,7 @@ class Inputs:
     score: Callable[..., dict]
     depth: float | None = None
     missing: str | None = None
+    measure: str = ""
 
 
 @dataclass
@@ -58,7 +61,8 @@ class Sources:
     Args:
         documents: texts of the user, may be none.
         concatenate: whether they are joined before windows are cut.
-        limit: at most so many inputs a cell.
+        limit: at most so many inputs a cell; of text, windows of the longest length, which all are cut from.
+        lengths: all that are asked for.
         seed: of the draw under a limit, and of needles.
         depths: of needles.
         haystack: one of `HAYSTACKS`.
@@ -68,11 +72,13 @@ class Sources:
     documents: list[str]
     concatenate: bool = False
     limit: int | None = None
+    lengths: tuple[int, ...] = ()
     seed: int = 0
     depths: tuple[float, ...] = DEPTHS
     haystack: str = "sentences"
     answers: str = "forced"
     _texts: dict = field(default_factory=dict)
+    _drawn: dict = field(default_factory=dict)
     _windows: dict = field(default_factory=dict)
     _haystacks: dict = field(default_factory=dict)
 
@@ -108,18 +114,24 @@ class Sources:
         highest = max((int(document.max()) for document in text.documents), default=0)
         _check_vocabulary(name, highest, vocabulary)
         slides = task.name == "sliding_perplexity"
+        if self.limit is not None and same not in self._drawn:
+            self._drawn[same] = text.drawn(self.lengths or (length,), self.limit, self.seed)
+        longest, spans = self._drawn.get(same, (0, None))
         if (same, length, slides) not in self._windows:
             cut = text.sliding_windows if slides else text.windows
-            self._windows[same, length, slides] = cut(length, limit=self.limit, seed=self.seed)
+            self._windows[same, length, slides] = cut(length, spans=spans)
         windows: Windows = self._windows[same, length, slides]
+        drawn = {} if spans is None else {"drawn": {"windows": len(spans), "length": longest}}
         reason = "the joined documents have fewer than" if self.concatenate else "no document has"
         return Inputs(
             count=len(windows),
             sha256=windows.sha256,
             tokens=length,
-            place={"windows": len(windows), "tokens": windows.scored, "documents": windows.documents},
+            place={"windows": len(windows), "tokens": windows.scored, "documents": windows.documents, **drawn},
             score=partial(_score_windows, windows),
             missing=None if len(windows) else f"{reason} {length:,} tokens",
+            # Tokenizers that drop accents or know few words give different texts the same tokens.
+            measure="" if windows.bytes is None else _sha256(windows.bytes.tolist()),
         )
 
     def _needle_inputs(
@@ -127,6 +139,7 @@ class Sources:
     ) -> Inputs:
         same = tokenizer_identity(tokenizer)
         if same not in self._haystacks:
+            check_tokenizer(name, tokenizer)
             documents = self.documents if self.haystack == "data" else None
             self._haystacks[same] = Haystack.of(documents, tokenizer)
         haystack = self._haystacks[same]
@@ -178,6 +191,32 @@ def trained_task(folder: Path, name: str) -> SyntheticTask:
         raise ValueError(f"{name} was not trained on a synthetic task: it has no task.json of train-task") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a task.json of train-task: {error}") from error
+
+
+def _trained_length(folder: Path, name: str) -> tuple[int, int] | None:
+    """Longest length that a model of `train-task` was trained at, and that in tokens; None where no file says it.
+
+    Raises:
+        ValueError: for a task.json that is none.
+    """
+    if not (folder / "task.json").is_file():
+        return None
+    lengths = json.loads((folder / "task.json").read_text(encoding="utf-8")).get("lengths")
+    return None if lengths is None else (lengths[1], trained_task(folder, name).width(lengths[1]))
+
+
+def reach(checkpoint: Checkpoint) -> dict | None:
+    """The length beyond which the model's numbers are marked, also in tokens, and what it is: that of its training
+    where a file says it; max_position_embeddings, which schemes without rotary positions do not know, for the others.
+    """
+    sparse = checkpoint.sparse
+    if trained := _trained_length(checkpoint.source.folder, checkpoint.path):
+        return {"what": "training length", "length": trained[0], "tokens": trained[1]}
+    if sparse is not None and sparse.position != "rope" and sparse.train_length is not None:
+        return {"what": "training length", "length": sparse.train_length, "tokens": sparse.train_length}
+    if checkpoint.positions is None:
+        return None
+    return {"what": "max_position_embeddings", "length": checkpoint.positions, "tokens": checkpoint.positions}
 
 
 def tokenizer_identity(tokenizer) -> str:

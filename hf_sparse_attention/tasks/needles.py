@@ -135,6 +135,18 @@ NEEDLES = {
 }
 
 
+def check_tokenizer(name: str, tokenizer) -> None:
+    """Raises ValueError for the tokenizer of model `name` if what is hidden cannot be told apart in its tokens."""
+    texts = [f" {digit * 5}" for digit in "0123456789"] + [f" {word}" for word in NAMES]
+    found = continuing(tokenizer, texts)
+    unknown = tokenizer.unk_token_id
+    if any(unknown in ids for ids in found) or len({ids.tobytes() for ids in found}) < len(texts):
+        raise ValueError(
+            f"{name}: its tokenizer has no tokens of their own for the numbers and names that needles hide: right and "
+            "wrong answers would be the same"
+        )
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A sample as tokens: prompt (tokens,) and answer (tokens,), and the answer's text."""

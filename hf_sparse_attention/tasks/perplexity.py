@@ -93,14 +93,16 @@ def score(
         torch.OutOfMemoryError: if a single window does not fit; batches are halved before.
     """
     length = windows.tokens.shape[1]
-    edges = position_edges(length)
-    quarter = length - 1 - max(1, (length - 1) // 4)
+    given = windows.given
+    edges = [given, *(edge for edge in position_edges(length) if edge > given)]
+    quarter = length - given - max(1, (length - given) // 4)
     per_window, per_quarter, per_bucket = [], [], []
     for _, losses in _batches(model, windows, batch_tokens, progress):
+        losses = losses[:, given - 1 :]
         per_window.append(losses.mean(1))
         per_quarter.append(losses[:, quarter:].mean(1))
         ranges = zip(edges, edges[1:], strict=False)
-        per_bucket.append(torch.stack([losses[:, start - 1 : end - 1].mean(1) for start, end in ranges], dim=1))
+        per_bucket.append(torch.stack([losses[:, start - given : end - given].mean(1) for start, end in ranges], 1))
     per_window, per_quarter, per_bucket = torch.cat(per_window), torch.cat(per_quarter), torch.cat(per_bucket)
     bad = int((~per_window.isfinite()).sum())
     if bad:
@@ -114,7 +116,7 @@ def score(
         "perplexity": _exp(loss),
         "last_quarter": quarter_loss,
         "last_quarter_standard_error": quarter_error,
-        "bits_per_byte": float(per_window.sum()) * (length - 1) / math.log(2) / size if size else None,
+        "bits_per_byte": float(per_window.sum()) * (length - given) / math.log(2) / size if size else None,
         "positions": [
             {"start": start, "end": end, "loss": loss, "standard_error": error}
             for start, end, (loss, error) in zip(edges, edges[1:], map(_mean, per_bucket.T), strict=False)

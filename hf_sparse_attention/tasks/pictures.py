@@ -5,11 +5,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..figures import COLOURS, MARKERS, Figure, FuncFormatter, NullLocator, losses, picture
-from ..results import mean_over_depths
+from ..config import SPECIFICATIONS
+from ..figures import COLOURS, MARKERS, Figure, FuncFormatter, NullLocator, losses, mark_length, picture
+from ..results import mean_over_depths, reach_of
 
 # Colours of the share of right answers, from 0 to 1, told apart by the colour-blind.
 _SHARES = "cividis"
+_DASHES = (0, (4, 2))
+NAMES = ("results.png", "context.png", "depth.png", "exact_match.png")
+# Letters that a line of a legend is long.
+_LINE = 4.5
+# Every map has its own colour in every picture.
+_MAPS = ("softmax", *SPECIFICATIONS)
 
 
 def draw(results: dict) -> dict[str, bytes]:
@@ -19,15 +26,32 @@ def draw(results: dict) -> dict[str, bytes]:
     found = {}
     of_loss = [cell for cell in cells if cell["task"] == "perplexity"]
     if of_loss or not cells:
-        found["results.png"] = picture(losses({**results, "cells": of_loss}))
+        found["results.png"] = picture(losses({**results, "cells": of_loss}, _marks(results)))
     if any(cell["task"] == "sliding_perplexity" for cell in cells):
         found["context.png"] = picture(by_context(results, cells))
     exact = [cell for cell in cells if cell.get("exact_match") is not None]
     if any(cell.get("depth") is not None for cell in exact):
         found["depth.png"] = picture(by_depth(results, [cell for cell in exact if cell.get("depth") is not None]))
-    if exact:
-        found["exact_match.png"] = picture(by_length(results, exact))
+    # A mean over the depths that have a number is not the mean over depths.
+    lost = {_place(cell) for cell in results["cells"] if cell.get("missing")}
+    if whole := [cell for cell in exact if _place(cell) not in lost]:
+        found["exact_match.png"] = picture(by_length(results, whole))
     return found
+
+
+def _marks(results: dict) -> list[tuple[int, str]]:
+    """The lengths beyond which models' numbers are marked, and what they are."""
+    return sorted({reach for model in results["models"] if (reach := reach_of(model))[0] is not None})
+
+
+def _of_task(results: dict, task: str) -> dict:
+    """The same of the models that were measured on a task."""
+    names = {cell["model"] for cell in results["cells"] if cell["task"] == task}
+    return {"models": [model for model in results["models"] if model["label"] in names]}
+
+
+def _place(cell: dict) -> tuple:
+    return cell["model"], cell["task"], cell["length"]
 
 
 def by_context(results: dict, cells: list[dict]) -> Figure:
@@ -35,7 +59,7 @@ def by_context(results: dict, cells: list[dict]) -> Figure:
     has at least half a window before it; dashed, windows one behind the other, where the first ones have little."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    ways = (("sliding_perplexity", "-", "overlapping"), ("perplexity", (0, (4, 2)), "one behind the other"))
+    ways = (("sliding_perplexity", "-", "overlapping"), ("perplexity", _DASHES, "one behind the other"))
     for index, model in enumerate(results["models"]):
         for task, dashes, words in ways:
             own = [cell for cell in cells if (cell["model"], cell["task"]) == (model["label"], task)]
@@ -50,7 +74,8 @@ def by_context(results: dict, cells: list[dict]) -> Figure:
     lengths = sorted({cell["length"] for cell in cells if cell["task"] in ("perplexity", "sliding_perplexity")})
     axes.set(xlabel="window length, tokens", ylabel="loss, nats per token")
     _length_axis(axes, lengths)
-    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+    # Long enough to show its dashes.
+    for text in axes.legend(frameon=False, fontsize=8, handlelength=_LINE).get_texts():
         text.set_parse_math(False)
     return figure
 
@@ -98,8 +123,36 @@ def by_depth(results: dict, cells: list[dict]) -> Figure:
     return figure
 
 
-def by_length(results: dict, cells: list[dict]) -> Figure:
-    """A panel per task: the share of right answers by length, mean over depths, a line per model; with error bars."""
+def styles(models: list[dict]) -> dict[str, dict]:
+    """Colour, marker and dashes by label: the first model of a map has the map's colour, the others one that is free
+    and dashes. A model of alpha 1 is softmax."""
+    maps = {model["label"]: "softmax" if model.get("alpha") == 1 else model.get("map") for model in models}
+    found = {}
+    for label, name in maps.items():
+        if name in _MAPS and _MAPS.index(name) not in found.values():
+            found[label] = _MAPS.index(name)
+    others = [label for label in maps if label not in found]
+    free = [index for index in range(len(COLOURS)) if index not in found.values()] or list(range(len(COLOURS)))
+    for number, label in enumerate(others):
+        found[label] = free[number % len(free)]
+    return {
+        label: {
+            "color": COLOURS[found[label]], "marker": MARKERS[index % len(MARKERS)],
+            "linestyle": _DASHES if label in others and maps[label] in _MAPS else "-",
+        }
+        for index, label in enumerate(maps)
+    }  # fmt: skip
+
+
+def by_length(
+    results: dict, cells: list[dict], *, others: list[dict] = (), marks: dict[str, list[tuple[int, str]]] | None = None
+) -> Figure:
+    """A panel per task: the share of right answers by length, mean over depths, a line per model; with error bars.
+
+    Args:
+        others: cells of further runs of the models, each with the `run` it is of: a pale thin line a run.
+        marks: (length, what it is) by task, where a line stands; those beyond which numbers are marked by default.
+    """
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     across = min(3, len(tasks))
     down = -(-len(tasks) // across)
@@ -109,21 +162,34 @@ def by_length(results: dict, cells: list[dict]) -> Figure:
     height = 3.4 * down + 0.2 * -(-len(labels) // columns) + 0.2
     figure = Figure(figsize=(4.4 * across, height), layout="constrained")
     grid = figure.subplots(down, across, squeeze=False)
-    handles = {}
+    handles, shown = {}, styles(results["models"])
     for axes, task in zip(grid.flat, tasks, strict=False):
         lengths = sorted({cell["length"] for cell in cells if cell["task"] == task})
-        for index, model in enumerate(results["models"]):
+        for length, what in _marks(_of_task(results, task)) if marks is None else marks.get(task, []):
+            if lengths[0] <= length < lengths[-1]:
+                # At its training length a model is mostly right.
+                mark_length(axes, length, f"{what} {length:,}", at_top=False)
+        runs: dict[tuple, list[dict]] = {}
+        for cell in others:
+            if cell["task"] == task:
+                runs.setdefault((cell["model"], cell["run"]), []).append(cell)
+        for (label, _), own in runs.items():
+            own.sort(key=lambda cell: cell["length"])
+            at, shares = [cell["length"] for cell in own], [100 * cell["exact_match"] for cell in own]
+            axes.plot(at, shares, color=shown[label]["color"], linewidth=0.8, alpha=0.35, zorder=1)
+        for model in results["models"]:
             points = []
             for length in lengths:
                 own = [cell for cell in cells if (cell["model"], cell["task"], cell["length"]) == (
                     model["label"], task, length)]  # fmt: skip
                 if own:
                     mean = mean_over_depths(own)
-                    points.append((length, 100 * mean["exact_match"], 100 * mean["standard_error"]))
+                    # Where the samples tell no error, no bar stands.
+                    error = mean["standard_error"]
+                    points.append((length, 100 * mean["exact_match"], np.nan if error is None else 100 * error))
             if points:
-                style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-                style["linestyle"] = "-" if index < len(COLOURS) else (0, (4, 2))
                 at, shares, errors = zip(*points, strict=True)
+                style = shown[model["label"]]
                 line = axes.errorbar(at, shares, yerr=errors, capsize=3, linewidth=1.8, markersize=4, **style)
                 handles.setdefault(model["label"], line)
         axes.set_title(task, fontsize=10, parse_math=False)
@@ -132,8 +198,9 @@ def by_length(results: dict, cells: list[dict]) -> Figure:
     for axes in grid.flat[len(tasks) :]:
         axes.set_visible(False)
     legend = figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False
-    )
+        list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False,
+        handlelength=_LINE,
+    )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)
     return figure

@@ -55,8 +55,10 @@ class MultiQueryRecall(SyntheticTask):
             raise ValueError(
                 f"alphabet is {self.alphabet}, entries {self.entries}; entries are at most the square of the alphabet"
             )
-        if not 0 < self.share <= 1 or self.queries < 1:
-            raise ValueError(f"share is {self.share}, queries {self.queries}; they are in (0, 1] and at least 1")
+        if not 0 < self.share <= 1 or abs(1000 * self.share - round(1000 * self.share)) > 1e-9 or self.queries < 1:
+            raise ValueError(
+                f"share is {self.share}, queries {self.queries}; they are whole thousandths up to 1 and at least 1"
+            )
 
     @property
     def vocabulary(self) -> int:

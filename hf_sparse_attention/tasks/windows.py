@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+# A stretch of text: number of the document, its first token, and the one after its last.
+Span = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,20 @@ class Windows:
 
     Args:
         tokens: int64 (windows, length).
-        bytes: UTF-8 bytes of the text that the tokens after the first stand for, (windows,); None if the tokenizer
+        bytes: UTF-8 bytes of the text that the predicted tokens stand for, (windows,); None if the tokenizer
             does not say which text its tokens stand for.
         documents: how many documents they come from; one if the documents were joined.
         first: of windows that overlap, the first token of each that is scored, (windows,), at least 1; None where all
-            tokens after the first one are.
+            tokens after the given ones are.
+        given: tokens at the beginning of each that are given, not predicted: what the tokenizer puts before a text,
+            and at least one.
     """
 
     tokens: torch.Tensor
     bytes: torch.Tensor | None
     documents: int
     first: torch.Tensor | None = None
+    given: int = 1
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -38,7 +44,7 @@ class Windows:
     @property
     def sha256(self) -> str:
         """Of the shape and the tokens: two models with the same one saw the same tokens."""
-        shape = ",".join(map(str, self.tokens.shape))
+        shape = ",".join(map(str, self.tokens.shape)) + (f"|{self.given}" if self.given > 1 else "")
         first = b"" if self.first is None else self.first.to(torch.int64).numpy().tobytes()
         return hashlib.sha256(shape.encode() + self.tokens.to(torch.int64).numpy().tobytes() + first).hexdigest()
 
@@ -46,7 +52,7 @@ class Windows:
     def scored(self) -> int:
         """Number of tokens that are predicted."""
         count, length = self.tokens.shape
-        return count * (length - 1) if self.first is None else count * length - int(self.first.sum())
+        return count * (length - self.given) if self.first is None else count * length - int(self.first.sum())
 
 
 @dataclass(frozen=True)
@@ -111,22 +117,32 @@ class TokenizedText:
         ends = None if self.ends is None else [np.concatenate(bounds)]
         return TokenizedText([np.concatenate(pieces)], ends, self.prefix, self.separator)
 
-    def windows(self, length: int, *, limit: int | None = None, seed: int = 0) -> Windows:
+    def drawn(self, lengths: Sequence[int], limit: int, seed: int = 0) -> tuple[int, list[Span]]:
+        """The text of `limit` windows of the longest length of which there are any: a sample that all lengths are cut
+        from, so that what differs between them is not the text.
+
+        Returns:
+            that length (0 if there is none), and the stretches of text.
+        """
+        for length in sorted(set(lengths), reverse=True):
+            size = self._text_length(length)
+            if places := _drawn(self._places(size, self._whole()), limit, seed):
+                return length, [(index, start, start + size) for index, start in places]
+        return 0, []
+
+    def windows(
+        self, length: int, *, limit: int | None = None, seed: int = 0, spans: Sequence[Span] | None = None
+    ) -> Windows:
         """All windows of `length` tokens, prefix included, in the order of the text; or `limit` of them.
 
         A limit takes the first ones of an order drawn with the seed, so that a smaller limit gives a part of a larger
-        one's windows. There may be none: no document is long enough.
+        one's windows. There may be none: no document is long enough. `spans` are what is cut, instead of all text.
 
         Raises:
             ValueError: for a length that leaves no token to predict.
         """
         text_length = self._text_length(length)
-        places = [
-            (index, start)
-            for index, document in enumerate(self.documents)
-            for start in range(0, len(document) - text_length + 1, text_length)
-        ]
-        places = _drawn(places, limit, seed)
+        places = _drawn(self._places(text_length, self._whole() if spans is None else spans), limit, seed)
         tokens = np.empty((len(places), length), dtype=np.int64)
         tokens[:, : len(self.prefix)] = self.prefix
         counts = None if self.ends is None else np.empty(len(places), dtype=np.int64)
@@ -141,27 +157,29 @@ class TokenizedText:
             torch.from_numpy(tokens),
             None if counts is None else torch.from_numpy(counts),
             len({index for index, _ in places}),
+            given=max(1, len(self.prefix)),
         )
 
-    def sliding_windows(self, length: int, *, limit: int | None = None, seed: int = 0) -> Windows:
+    def sliding_windows(self, length: int, *, spans: Sequence[Span] | None = None) -> Windows:
         """Windows of `length` tokens, each half a window further, in which every token of a document is scored once,
         with the most context that is in the window: at least half of it, but for the first ones of a document.
 
-        The last window of a document ends with it. Documents shorter than a window are left out. `limit` as above.
+        The last window of a document ends with it. Documents shorter than a window are left out. Of `spans` every
+        token is scored, instead of all text; what stands before one in its document is context.
         """
         text_length = self._text_length(length)
         step = max(1, text_length // 2)
         places = []
-        for index, document in enumerate(self.documents):
-            if len(document) < text_length:
+        for index, begin, end in self._whole() if spans is None else spans:
+            if end - begin < text_length:
                 continue
             # Without a prefix the first token of a document is given.
-            scored = 0 if self.prefix else 1
-            for start in range(0, len(document) - text_length + step, step):
-                start = min(start, len(document) - text_length)
+            scored = begin if begin or self.prefix else 1
+            while scored < end:
+                stop = min(max(scored + step, text_length), end)
+                start = stop - text_length
                 places.append((index, start, scored - start + len(self.prefix)))
-                scored = start + text_length
-        places = _drawn(places, limit, seed)
+                scored = stop
         tokens = np.empty((len(places), length), dtype=np.int64)
         tokens[:, : len(self.prefix)] = self.prefix
         for row, (index, start, _) in enumerate(places):
@@ -172,6 +190,13 @@ class TokenizedText:
             len({index for index, _, _ in places}),
             torch.tensor([first for _, _, first in places], dtype=torch.int64),
         )
+
+    def _whole(self) -> list[Span]:
+        return [(index, 0, len(document)) for index, document in enumerate(self.documents)]
+
+    def _places(self, size: int, spans: Sequence[Span]) -> list[tuple[int, int]]:
+        """(document, first token) of the pieces of so many tokens that lie one behind the other in the spans."""
+        return [(index, start) for index, begin, end in spans for start in range(begin, end - size + 1, size)]
 
     def _text_length(self, length: int) -> int:
         text_length = length - len(self.prefix)

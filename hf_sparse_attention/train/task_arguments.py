@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ..config import POSITIONS, SPECIFICATIONS
@@ -53,7 +54,7 @@ class TrainTaskArguments:
         default_factory=lambda: [0], metadata=_help("of parameters and training samples; every rate has every seed")
     )
     schedule: str = field(default="cosine", metadata=_help(f"rate after warm-up: {', '.join(SCHEDULES)}"))
-    warmup_steps: int = field(default=500, metadata=_help("steps in which the rate rises from 0"))
+    warmup_steps: int = field(default=500, metadata=_help("steps in which the rate rises from 0, fewer than steps"))
     final_share: float = field(default=0.0, metadata=_help("share of the peak that cosine and linear end at"))
     weight_decay: float = field(default=0.0, metadata=_help("AdamW's, of matrices; a map's own parameters have none"))
     beta1: float = field(default=0.9, metadata=_help("AdamW's first beta"))
@@ -106,6 +107,8 @@ class TrainTaskArguments:
         settings = {}
         for item in self.task_settings:
             name, separator, value = item.partition("=")
+            if name in settings:
+                raise ValueError(f"task_settings names {name} twice: {' '.join(self.task_settings)}")
             try:
                 settings[name] = float(value) if "." in value else int(value)
             except ValueError:
@@ -144,6 +147,11 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     for name, least in at_least.items():
         if not (value := getattr(arguments, name)) >= least:
             raise ValueError(f"{name} is {value}; it must be at least {least}")
+    if arguments.warmup_steps >= arguments.steps:
+        raise ValueError(
+            f"warmup_steps is {arguments.warmup_steps} and steps is {arguments.steps}: the learning rate would rise "
+            f"to the very end. Give fewer, such as --warmup_steps {arguments.steps // 20}, or more steps"
+        )
     for name in ("final_share", "beta1", "beta2"):
         if not 0 <= (value := getattr(arguments, name)) <= 1:
             raise ValueError(f"{name} is {value}; it must be from 0 to 1")
@@ -154,7 +162,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
-    if not arguments.learning_rates or min(arguments.learning_rates) <= 0:
+    if not arguments.learning_rates or not all(0 < rate < math.inf for rate in arguments.learning_rates):
         raise ValueError(f"learning_rates is {arguments.learning_rates}; give at least one, all above 0")
     if not arguments.seeds or min(arguments.seeds) < 0:
         raise ValueError(f"seeds is {arguments.seeds}; give at least one, all from 0")
@@ -164,6 +172,10 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         raise ValueError(
             f"hidden_size {arguments.hidden_size} with {arguments.heads} heads gives them an odd size, which rotary "
             "positions cannot turn"
+        )
+    if arguments.schedule == "constant" and arguments.final_share:
+        raise ValueError(
+            f"final_share is {arguments.final_share}, but schedule 'constant' ends at the peak: leave it out"
         )
     if arguments.map == "softmax" and arguments.alpha is not None:
         raise ValueError(f"alpha is {arguments.alpha}, but softmax has none; entmax takes it")

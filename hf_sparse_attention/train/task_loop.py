@@ -6,7 +6,6 @@ hf-sparse-attention train-task --config examples/reproduction/copy.yaml --map as
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
@@ -26,7 +25,7 @@ from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
-from .task_record import best_of, identity_of, read_record, share
+from .task_record import TIES, best_of, identity_of, read_record, read_tests, share
 from .task_run import train_run
 from .task_step import working_precision
 
@@ -52,7 +51,7 @@ def train_task(arguments: TrainTaskArguments) -> dict:
     output = Path(arguments.output).expanduser()
     grid = [(rate, seed) for rate in sorted(set(arguments.learning_rates)) for seed in sorted(set(arguments.seeds))]
     names = {place: f"rate-{place[0]!r}-seed-{place[1]}" for place in grid}
-    _check_output(output, arguments, names.values())
+    _check_output(output, arguments, names)
     with tqdm(
         total=len(grid) * arguments.steps, desc=task.name, unit="step", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,
@@ -96,10 +95,11 @@ def _side_by_side(runs: list[Generator[None, None, dict]], together: int) -> lis
     return [results[number] for number in range(len(runs))]
 
 
-def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
+def _check_output(output: Path, arguments: TrainTaskArguments, names: dict[tuple[float, int], str]) -> None:
+    """Looks at the folders of a grid, {(rate, seed): name}."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file, not a folder")
-    for name in names:
+    for (rate, seed), name in names.items():
         record = output / name / "run.json"
         if not (output / name).exists():
             continue
@@ -113,7 +113,10 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
             raise FileExistsError(
                 f"{output / name} is there: go on with --resume auto, or replace it with --overwrite"
             )
-        saved, identity = read_record(output / name)["identity"], identity_of(arguments)
+        known = read_record(output / name)
+        # The folder may have been renamed or copied.
+        saved = {**known["identity"], "learning_rate": known.get("learning_rate"), "seed": known.get("seed")}
+        identity = {**identity_of(arguments), "learning_rate": rate, "seed": seed}
         different = [
             f"{key} {saved.get(key)!r} then, {identity.get(key)!r} now"
             for key in sorted({*saved, *identity})
@@ -126,7 +129,7 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names) -> None:
 def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device) -> list[dict]:
     """Exact match of a run's model on the fixed test sets; finished lengths are kept in test.json."""
     file = folder / "test.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() and arguments.resume == "auto" else []
+    found = read_tests(folder) if arguments.resume == "auto" else []
     found = [line for line in found if line.get("wanted") == arguments.test_samples]
     left = [length for length in sorted(set(arguments.test_lengths)) if length not in {row["length"] for row in found}]
     model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device).eval()
@@ -155,6 +158,8 @@ def _shown(summary: dict, table) -> str:
         remark = run["failed"] or ("best" if run["name"] == summary["best"] else "")
         rows.append([run["name"], tables.number(run["steps"] / run["seconds"], 1), *numbers, remark])
     text = f"Exact match, %\n\n{table(header, rows)}"
+    if len(rows) > 1:
+        text += f"\n\nThe best has the highest mean over the validation lengths. {TIES}"
     if summary["tests"]:
         lengths = sorted({line["length"] for lines in summary["tests"].values() for line in lines})
         rows = [[name, *map(share, lines)] for name, lines in summary["tests"].items()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,23 +18,31 @@ FREE = {
 }  # fmt: skip
 
 
+# What `best_of` does, in words.
+TIES = (
+    "Of runs that are equal in it the one with the most right tokens is the best, then the one with the lowest loss."
+)
+
+
 def identity_of(arguments: TrainTaskArguments) -> dict:
     """What must be the same for runs to be compared, and for one to go on."""
-    return json.loads(json.dumps({name: value for name, value in asdict(arguments).items() if name not in FREE}))
+    values = {name: value for name, value in asdict(arguments).items() if name not in FREE}
+    # Later versions of a task have other samples.
+    version = arguments.chosen_task().version
+    return json.loads(json.dumps(values | ({"task_version": version} if version > 1 else {})))
 
 
 def best_of(runs: list[dict]) -> dict | None:
-    """The run with the most exact answers, then right tokens, then the lowest loss, mean over validation lengths."""
+    """The run with the most exact answers, then right tokens, then the lowest loss, mean over validation lengths; None
+    if there is none with a number for each."""
 
     def rank(run: dict) -> tuple:
         lines = run["validation"]
-        if run["failed"] or any("missing" in line for line in lines):
-            return (-1.0, -1.0, -math.inf)
         mean = [sum(line[name] for line in lines) / len(lines) for name in ("exact_match", "token_accuracy", "loss")]
         return (mean[0], mean[1], -mean[2])
 
-    best = max(runs, key=rank)
-    return None if best["failed"] else best
+    sound = [run for run in runs if not run["failed"] and not any("missing" in line for line in run["validation"])]
+    return max(sound, key=rank, default=None)
 
 
 def share(line: dict | None) -> str:
@@ -55,6 +62,38 @@ def read_record(folder: Path) -> dict:
     file = folder / "run.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
+        needed = ("learning_rate", "seed", "finished")
+        needed += ("name", "steps", "seconds", "failed", "validation") if saved["finished"] else ()
+        if lost := [key for key in needed if key not in saved]:
+            raise ValueError(f"it has no {', '.join(lost)}")
+        _check_lines(saved.get("validation", []))
         return {**saved, "identity": dict(saved["identity"])}
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
+
+
+def read_tests(folder: Path) -> list[dict]:
+    """What is in a run's test.json, nothing if it has none.
+
+    Raises:
+        OSError: if it cannot be read as one.
+    """
+    file = folder / "test.json"
+    if not file.is_file():
+        return []
+    try:
+        lines = json.loads(file.read_text(encoding="utf-8"))
+        _check_lines(lines)
+        return lines
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{file} is damaged ({error}): remove it, and test the run again with --resume auto") from error
+
+
+def _check_lines(lines: list[dict]) -> None:
+    """Raises an error unless every length is there once, with a share of exact answers or the reason why not."""
+    lengths = [line["length"] for line in lines]
+    if any(type(length) is not int for length in lengths) or len(set(lengths)) < len(lengths):
+        raise ValueError(f"its lengths are {lengths}")
+    for line in lines:
+        if "missing" not in line and not (0 <= line["exact_match"] <= 1 and 0 <= line["standard_error"] <= 1):
+            raise ValueError(f"exact match at length {line['length']} is {line['exact_match']}")

@@ -60,11 +60,12 @@ def train_run(
     step = TaskStep(model, arguments, (arguments.batch_size, task.width(lengths[1])), device)
     start, spans = 0, []
     if (folder / "checkpoint.pt").is_file():
-        start, spans = _load_checkpoint(folder / "checkpoint.pt", step, device)
+        start, spans = _load_checkpoint(folder / "checkpoint.pt", step, device, _whose(record))
         bar.update(start)
+        logger.info("%s goes on from step %d of %d", folder, start, arguments.steps)
     earlier = sum(end - begin for begin, end in spans)
     write_json(folder / "run.json", {**record, "finished": False})
-    _keep_metrics(folder / "metrics.jsonl", start)
+    _keep_metrics(folder / "metrics.jsonl", start, arguments.steps)
     begun, failed, window_begun, window, done = time.time(), None, time.perf_counter(), 0, start
     model.train()
     for done in range(start + 1, arguments.steps + 1):
@@ -96,7 +97,7 @@ def train_run(
                 _write_metrics(folder / "metrics.jsonl", done, kind="validation", **line)
             model.train()
         if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or last):
-            _save_checkpoint(folder, step, done, [*spans, [begun, time.time()]])
+            _save_checkpoint(folder, step, done, [*spans, [begun, time.time()]], _whose(record))
         window_begun += time.perf_counter() - pause
         yield
     spans = [*spans, [begun, time.time()]]
@@ -119,7 +120,7 @@ def _validated_as_asked(
     folder: Path, saved: dict, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device
 ) -> dict:
     """A finished run, validated anew if other lengths or samples are asked for than it was validated on."""
-    if saved["failed"] or saved["validation_of"] == _validation_of(arguments):
+    if saved["failed"] or saved.get("validation_of") == _validation_of(arguments):
         return saved
     model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device)
     saved |= {"validation": _validate(model, arguments, task), "validation_of": _validation_of(arguments)}
@@ -141,10 +142,17 @@ def _validate(model, arguments: TrainTaskArguments, task: SyntheticTask) -> list
     return found
 
 
-def _load_checkpoint(file: Path, step: TaskStep, device: torch.device) -> tuple[int, list]:
+def _whose(record: dict) -> dict:
+    """Of which run a checkpoint is."""
+    return {name: record[name] for name in ("learning_rate", "seed", "identity")}
+
+
+def _load_checkpoint(file: Path, step: TaskStep, device: torch.device, whose: dict) -> tuple[int, list]:
     """Takes up a checkpoint; returns the steps done and when they were: [begin, end] of each time."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
+        if state.get("run", whose) != whose:
+            raise ValueError("it is of another run")
         step.load(state["step"])
         return state["done"], state["spans"]
     # PyTorch has no error of its own for a damaged file.
@@ -152,21 +160,23 @@ def _load_checkpoint(file: Path, step: TaskStep, device: torch.device) -> tuple[
         raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
 
 
-def _save_checkpoint(folder: Path, step: TaskStep, done: int, spans: list) -> None:
+def _save_checkpoint(folder: Path, step: TaskStep, done: int, spans: list, whose: dict) -> None:
     # A checkpoint is never ahead of the lines.
     if (folder / "metrics.jsonl").exists():
         flush_file(folder / "metrics.jsonl")
     content = io.BytesIO()
-    torch.save({"step": step.state(), "done": done, "spans": spans}, content)
+    torch.save({"step": step.state(), "done": done, "spans": spans, "run": whose}, content)
     write_bytes(folder / "checkpoint.pt", content.getvalue())
 
 
-def _keep_metrics(file: Path, start: int) -> None:
-    """Leaves the lines up to a step, so that no step is there twice."""
+def _keep_metrics(file: Path, start: int, steps: int) -> None:
+    """Leaves the lines up to a step, so that no step is there twice; the validation at the end comes after it."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if start and file.is_file() else []:
         try:
-            if json.loads(line)["step"] <= start:
+            content = json.loads(line)
+            ended = content["step"] == steps and content["kind"] == "validation"
+            if content["step"] <= start and not ended:
                 lines.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             # A line cut off by the end of the process that wrote it.

@@ -7,15 +7,21 @@ hf-sparse-attention table --runs runs --published examples/reproduction/publishe
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import tables
 from ..files import write_bytes, write_text
-from ..tasks.synthetic import SYNTHETIC
+from ..tasks.synthetic import SYNTHETIC, make_task
 from .task_arguments import MAPS, TrainTaskArguments
-from .task_record import best_of, read_record, share
+from .task_record import TIES, best_of, read_record, read_tests, share
+
+logger = logging.getLogger(__name__)
+
+# Value of an option that a run's record does not have.
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class TableArguments:
     published: str | None = field(
         default=None,
         metadata={
-            "help": "YAML file of numbers to stand beside the runs': percent of exact matches by task, name and length"
+            "help": "YAML file of numbers to stand beside the runs': percent of exact matches by task, name and "
+            "length, of the task's own sizes and training lengths"
         },
     )
     figure: bool = field(default=True, metadata={"help": "draw table.png (needs matplotlib)"})
@@ -68,20 +75,32 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
     blocks, shown = ["# Runs of train-task"], []
     for task, groups in by_task.items():
         lengths = sorted({length for group in groups for run in group.runs for length in run["tests"]})
-        best = _best_table(groups, lengths, published.get(task, {}))
-        blocks += [f"## {task}", _settings(groups), tables.markdown(*best), _time(groups)]
+        beside, remark = _beside(task, groups, published.get(task, {}))
+        best = _best_table(groups, lengths, beside)
+        blocks += [
+            f"## {task}",
+            _settings(groups),
+            tables.markdown(*best),
+            *([remark] if remark else []),
+            _time(groups),
+        ]
         blocks += [tables.markdown(*_every_run(groups, lengths))]
         header, rows = best
         # Bold is Markdown's.
-        shown += [task, tables.plain(header, [[cell.strip("*") for cell in row] for row in rows]), ""]
+        shown += [task, tables.plain(header, [[cell.strip("*") for cell in row] for row in rows])]
+        shown += [*([remark] if remark else []), ""]
     if len(by_task) > 1:
         blocks += ["## All tasks", _time([group for groups in by_task.values() for group in groups])]
     found = {task: [{"label": group.label, **group.best} for group in groups if group.best] for task, groups in
              by_task.items()}  # fmt: skip
     if arguments.figure and (content := _cells(found)):
         groups = sorted((group for groups in by_task.values() for group in groups), key=_Group.place)
-        labels = dict.fromkeys(group.label for group in groups if group.best)
-        figure = pictures.by_length({"models": [{"label": label} for label in labels]}, content)
+        # Its map by label.
+        shown_as = {group.label: group.identity["map"] for group in groups if group.best}
+        models = [{"label": label, "map": name} for label, name in shown_as.items()]
+        figure = pictures.by_length(
+            {"models": models}, content, others=_others(by_task), marks=_training_lengths(by_task)
+        )
         write_bytes(output / "table.png", pictures.picture(figure))
         blocks.insert(1, "![exact match by length](table.png)")
     write_text(output / "table.md", "\n\n".join(blocks) + "\n")
@@ -96,8 +115,14 @@ def _read(folders: list[str]) -> list[dict]:
         files = sorted(folder.rglob("run.json"))
         if not files:
             raise ValueError(f"{folder} holds no run of train-task (no run.json)")
-        for file in files:
-            run = {**read_record(file.parent), "folder": file.parent, "tests": _tests(file.parent)}
+        foreign = [file for file in files if _of_train(file)]
+        for file in foreign:
+            logger.warning("%s is left out: it is of `train`, not of train-task", file)
+        if len(foreign) == len(files):
+            raise ValueError(f"{folder} holds no run of train-task (no run.json of one)")
+        for file in (file for file in files if file not in foreign):
+            tests = {line["length"]: line for line in read_tests(file.parent)}
+            run = {**read_record(file.parent), "folder": file.parent, "tests": tests}
             same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
             other = found.setdefault(same, run)
             if other["folder"].resolve() == file.parent.resolve():
@@ -111,14 +136,17 @@ def _read(folders: list[str]) -> list[dict]:
     return list(found.values())
 
 
-def _tests(folder: Path) -> dict[int, dict]:
-    file = folder / "test.json"
-    if not file.is_file():
-        return {}
+def _of_train(file: Path) -> bool:
+    """Whether a run.json is one that `train` writes: of a run, or of several stages."""
     try:
-        return {line["length"]: line for line in json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{file} is damaged ({error}): remove it, and test the run again with --resume auto") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return (
+        isinstance(content, dict)
+        and "identity" not in content
+        and ("blocks_per_step" in content or "stages" in content)
+    )
 
 
 def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
@@ -131,7 +159,7 @@ def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
     for task in sorted(found, key=list(SYNTHETIC).index):
         identities = [own[0]["identity"] for own in found[task].values()]
         keys = dict.fromkeys(key for identity in identities for key in identity)
-        usual = {key: _usual([identity.get(key) for identity in identities]) for key in keys}
+        usual = {key: _usual([identity.get(key, _UNKNOWN) for identity in identities]) for key in keys}
         groups = [_group(own, usual) for own in found[task].values()]
         by_task[task] = sorted(groups, key=_Group.place)
     return by_task
@@ -145,11 +173,13 @@ def _usual(values: list):
 def _group(runs: list[dict], usual: dict) -> _Group:
     runs = sorted(runs, key=lambda run: (run["learning_rate"], run["seed"]))
     identity = runs[0]["identity"]
-    unusual = [f"{key} {value}" for key, value in identity.items() if key != "map" and value != usual[key]]
+    # An option that is newer than a run is not in what was written of it.
+    values = {key: identity.get(key, _UNKNOWN) for key in usual}
+    unusual = [f"{key} {value}" for key, value in values.items() if key != "map" and value != usual[key]]
     done = [run for run in runs if run["finished"]]
     sound = [run for run in done if not run["failed"]]
     for run in sound:
-        if run["validation_of"] != sound[0]["validation_of"]:
+        if run.get("validation_of") != sound[0].get("validation_of"):
             raise ValueError(
                 f"{sound[0]['folder']} and {run['folder']} were not validated on the same lengths and number of "
                 "samples: call train-task for both again with --resume auto and the same ones"
@@ -168,22 +198,60 @@ def _settings(groups: list[_Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     validated = dict.fromkeys(
         f"{samples:,} other samples of each of the lengths {', '.join(f'{length:,}' for length in lengths)}"
-        for lengths, samples in (run["validation_of"] for run in runs if run.get("validation"))
+        for lengths, samples in (
+            run["validation_of"] for run in runs if run.get("validation") and "validation_of" in run
+        )
     )
     counts = sorted({line["samples"] for run in runs for line in run["tests"].values() if "samples" in line})
     tested = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
     return (
         f"Trained with: {', '.join(shared)}. Exact match in %"
         + (f" of {tested} test samples a length, ± standard error unless it is 0.0" if counts else "")
-        + f"; validation, which chooses the best: its mean over {' or '.join(validated)}."
+        + f"; validation, which chooses the best: its mean over {' or '.join(validated)}. {TIES}"
     )
+
+
+def _arguments(group: _Group) -> TrainTaskArguments:
+    """What its runs were called with, as far as the task goes."""
+    return TrainTaskArguments(output="", **{key: group.identity[key] for key in ("task", "task_settings", "lengths")})
 
 
 def _longest(group: _Group) -> int:
     """Longest training length."""
-    return TrainTaskArguments(
-        output="", **{key: group.identity[key] for key in ("task", "task_settings", "lengths")}
-    ).training_lengths()[1]
+    return _arguments(group).training_lengths()[1]
+
+
+def _beside(task: str, groups: list[_Group], published: dict) -> tuple[dict, str]:
+    """Published numbers at the lengths where they can stand beside the runs', and what to say of that.
+
+    They are of the task's own sizes and training lengths; beside runs of other lengths they stand at the same multiple
+    of the training length, beside runs of other sizes nowhere.
+    """
+    if not published:
+        return {}, ""
+    usual = make_task(task, {})
+    comparable = [group for group in groups if _arguments(group).chosen_task() == usual]
+    if not comparable:
+        return {}, f"Published numbers are left out: they are of {task} with its own sizes, which no run here has."
+    theirs, ours = usual.default_lengths[1], {_longest(group) for group in comparable}
+    if len(ours) > 1:
+        return {}, "Published numbers are left out: the runs have several training lengths."
+    (longest,) = ours
+    others = (
+        "" if len(comparable) == len(groups) else " They are of the task's own sizes, which some runs do not have."
+    )
+    if longest == theirs:
+        return published, f"Published numbers are of the same training length, {theirs:,}.{others}"
+    moved = {
+        name: {
+            length * longest // theirs: value for length, value in numbers.items() if length * longest % theirs == 0
+        }
+        for name, numbers in published.items()
+    }
+    return moved, (
+        f"Published numbers are of training length {theirs:,} and stand at the same multiple of it, not at the same "
+        f"length.{others}"
+    )
 
 
 def _length_header(groups: list[_Group], lengths: list[int]) -> list[str]:
@@ -194,7 +262,8 @@ def _length_header(groups: list[_Group], lengths: list[int]) -> list[str]:
 
 
 def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tuple[list[str], list[list[str]]]:
-    """A row per group, its best run, and the published ones; the highest of a length in bold."""
+    """A row per group, its best run, and the published ones; the highest of a length in bold, if it is not that of
+    all."""
     lengths = sorted({*lengths, *(length for numbers in published.values() for length in numbers)})
     rows = []
     for group in groups:
@@ -207,8 +276,10 @@ def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tu
         )
     for column, length in enumerate(lengths, 4):
         shares = [(group.best or {"tests": {}})["tests"].get(length, {}).get("exact_match", -1.0) for group in groups]
+        measured = [value for value in shares if value >= 0]
         for row, value in zip(rows, shares, strict=True):
-            if value == max(shares) >= 0:
+            # Where all are alike none is the best.
+            if measured and value == max(measured) > min(measured):
                 row[column] = f"**{row[column]}**"
     for name, numbers in published.items():
         found = [tables.number(numbers[length], 1) if length in numbers else tables.MISSING for length in lengths]
@@ -273,6 +344,23 @@ def _cells(found: dict[str, list[dict]]) -> list[dict]:
         {"model": run["label"], "task": task, **line}
         for task, runs in found.items() for run in runs for line in run["tests"].values() if "exact_match" in line
     ]  # fmt: skip
+
+
+def _others(by_task: dict[str, list[_Group]]) -> list[dict]:
+    """The tests of the runs that are not the best of their group, as `_cells`."""
+    return [
+        {"model": group.label, "task": task, "run": run["name"], **line}
+        for task, groups in by_task.items() for group in groups if group.best for run in group.runs
+        if run is not group.best for line in run["tests"].values() if "exact_match" in line
+    ]  # fmt: skip
+
+
+def _training_lengths(by_task: dict[str, list[_Group]]) -> dict[str, list[tuple[int, str]]]:
+    """The longest training lengths of a task's runs."""
+    return {
+        task: [(length, "training length") for length in sorted({_longest(group) for group in groups})]
+        for task, groups in by_task.items()
+    }
 
 
 def _published(file: Path) -> dict[str, dict[str, dict[int, float]]]:
