@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, row_ranges, weights
-from .rows import chained, listed_tiles, locate, tile_range
+from .rows import listed_tiles, locate, tile_range
 
 # Scores of one row tile that are looked at together, and numbers of parts that are added at once.
 AT_ONCE = 8192
@@ -113,9 +113,7 @@ def output_kernel(
     SCAN: tl.constexpr,
     TILES: tl.constexpr,
     PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    chained(OVERLAP)
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
     scratch = group_tile.to(tl.int64) * tiles
