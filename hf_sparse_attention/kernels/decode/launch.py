@@ -6,7 +6,7 @@ import torch
 import triton
 
 from ..configurations import TILE, processors
-from ..tiles import ENTMAX15, HAS_PTX
+from ..tiles import ENTMAX15
 from . import output, scores, threshold
 from .pages import REST, bounds_of_pages
 
@@ -90,10 +90,6 @@ def run_passes(call, pages=None):
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     launch = launch_of(query.element_size(), call.block_dim, block)
-    output_launch = {**launch, "num_stages": 2}
-    if HAS_PTX and query.element_size() == 2 and launch["num_warps"] == 4:
-        # Just enough for four programs per processor.
-        output_launch["maxnreg"] = 128
     idle = votes = None
     if pages is not None:
         bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
@@ -152,7 +148,7 @@ def run_passes(call, pages=None):
         SCAN=min(output.SCAN, output.AT_ONCE // existing),
         TILES=max(1, output.AT_ONCE // (existing * TILE)),
         PARTS=max(1, output.AT_ONCE // (existing * call.block_dim)),
-        **output_launch,
+        **{**launch, "num_stages": 2},
     )  # fmt: skip
     return out, tau
 
