@@ -348,7 +348,7 @@ def test_every_configuration_compiles_for_hopper():
     for line in lines:
         numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
         assert numbers["shared"] <= 227 * 1024, line
-        # float32 pays for exact products, as in the training kernels; 64 rows of 256 channels of output are just too many.
+        # float32 pays for exact products, as in the training kernels; 64 rows of 256 channels are just too many.
         wide = "output_kernel" in line and ":256:" in line
         assert numbers["stack"] <= (8192 if "float32" in line else 256 if wide else 128), line
 
