@@ -27,12 +27,11 @@ TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
     torch.uint8: "*u8", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def _compile(function, arguments, keywords):
     bound = inspect.signature(function.fn).bind(*arguments, **{k: v for k, v in keywords.items() if k not in OPTIONS})
-    bound.apply_defaults()
     signature, constants, attributes = {}, {}, {}
     for index, (parameter, (name, value)) in enumerate(zip(function.params, bound.arguments.items(), strict=True)):
         wide = [["tt.divisibility", 16]]
@@ -103,7 +102,6 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
     from hf_sparse_attention.kernels import decode
 
     decode.run_passes.__globals__["processors"] = lambda index: 132
-    decode.run_passes.__globals__["overlapping"] = lambda index: {"launch_pdl": True}
     dtype = getattr(torch, name)
     query = torch.empty(1, heads, queries, dim, dtype=dtype)
     key = torch.empty(1, key_heads, keys, dim, dtype=dtype)

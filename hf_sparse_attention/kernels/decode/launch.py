@@ -2,13 +2,11 @@
 
 No grid depends on the data and nothing waits for the device, so a CUDA graph can hold them."""
 
-from functools import cache
-
 import torch
 import triton
 
 from ..configurations import TILE, processors
-from ..tiles import ENTMAX15, HAS_PTX
+from ..tiles import ENTMAX15
 from . import output, scores, threshold
 from .pages import REST, bounds_of_pages
 
@@ -16,9 +14,6 @@ from .pages import REST, bounds_of_pages
 MOST_ROWS = 64
 MOST_SPLITS = 128
 PROGRAMS_PER_PROCESSOR = 3
-POWERS = True
-STAGES = 4
-LIST_STAGES = 1
 
 
 def row_block(rows, precision):
@@ -29,17 +24,8 @@ def row_block(rows, precision):
 
 
 def split_count(group_tiles, device_index):
-    """How many programs share the keys of one key head, at most: a power of two, the same for every length."""
-    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles)
-    return min(MOST_SPLITS, 1 << wanted.bit_length() - 1 if POWERS else wanted)
-
-
-@cache
-def overlapping(device_index):
-    """What a launch says so that its programs are placed while the kernel before still runs: Hopper and later."""
-    if not HAS_PTX or torch.cuda.get_device_capability(device_index) < (9, 0):
-        return {}
-    return {"launch_pdl": True}
+    """How many programs share the keys of one key head, at most, the same for every length."""
+    return min(MOST_SPLITS, max(1, PROGRAMS_PER_PROCESSOR * processors(device_index) // group_tiles))
 
 
 def division(call):
@@ -69,7 +55,7 @@ def pages_read(call, pages):
     maxima = torch.empty((group_tiles, rows, tiles), dtype=torch.float32, device=call.query.device)
     bound = torch.full((group_tiles, rows), torch.inf, device=call.query.device)
     launch = launch_of(call.query.element_size(), call.block_dim, block)
-    bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlapping(call.query.device.index))
+    bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
     return (maxima > bound[..., None]).any(1).sum(1)
 
 
@@ -104,18 +90,10 @@ def run_passes(call, pages=None):
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     launch = launch_of(query.element_size(), call.block_dim, block)
-    overlap = overlapping(device.index)
-    # More stages take registers, of which four programs per processor have just enough.
-    output_launch = {**launch, "num_stages": 2}
-    if overlap and query.element_size() == 2 and launch["num_warps"] == 4:
-        output_launch["maxnreg"] = 128
-    # A first kernel waits for whatever ran before it.
-    first, idle, votes, scores_launch = {}, None, None, launch
+    idle = votes = None
     if pages is not None:
-        bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap)
-        first, idle, votes = overlap, pages[3], scratch(splits, dtype=torch.int32)
-        # One stage more: the list is read before the keys it names.
-        scores_launch = {**launch, "num_stages": launch["num_stages"] + LIST_STAGES}
+        bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
+        idle, votes = pages[3], scratch(splits, dtype=torch.int32)
     scores.scores_kernel[(group_tiles, splits)](
         query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, idle, bound,
         stored, maxima, slots,
@@ -133,8 +111,7 @@ def run_passes(call, pages=None):
         LEAST_TILES=scores.LEAST_TILES,
         STEPS=threshold.STEPS,
         SCAN=min(threshold.SCAN, output.AT_ONCE // existing),
-        OVERLAP=bool(overlap),
-        **scores_launch, **first,
+        **launch,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
         value, call.alpha_tensor, call.visible, bound, votes, idle,
@@ -151,13 +128,12 @@ def run_passes(call, pages=None):
         SCAN=threshold.SCAN,
         HELD=threshold.HELD,
         SEARCHED=threshold.SEARCHED,
+        SEARCH=threshold.SEARCH,
         KEYS=max(1, threshold.AT_ONCE // call.block_dim),
         STEPS=threshold.STEPS,
         TOLERANCE=1e-9 if call.alpha_kind == ENTMAX15 else 1e-7,
         REST=REST,
-        OVERLAP=bool(overlap),
-        num_warps=4,
-        **overlap,
+        num_warps=8,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](
         value, call.alpha_tensor, call.visible, stored, maxima, origin, level, pending, tile_lists, key_lists,
@@ -172,8 +148,7 @@ def run_passes(call, pages=None):
         SCAN=min(output.SCAN, output.AT_ONCE // existing),
         TILES=max(1, output.AT_ONCE // (existing * TILE)),
         PARTS=max(1, output.AT_ONCE // (existing * call.block_dim)),
-        OVERLAP=bool(overlap),
-        **output_launch, **overlap,
+        **{**launch, "num_stages": 2},
     )  # fmt: skip
     return out, tau
 
@@ -183,5 +158,5 @@ def launch_of(element_size, block_dim, block):
     tile_bytes = TILE * block_dim * element_size
     return {
         "num_warps": 8 if block * block_dim >= 64 * 128 else 4,
-        "num_stages": STAGES if tile_bytes <= 16384 else 3 if tile_bytes <= 32768 else 2,
+        "num_stages": 3 if tile_bytes <= 32768 else 2,
     }

@@ -5,10 +5,10 @@ import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, row_ranges, weights
-from .rows import chained, listed_tiles, locate, tile_range
+from .rows import listed_tiles, locate, tile_range
 
 # Scores of one row tile that are looked at together, and numbers of parts that are added at once.
-AT_ONCE = 8192
+AT_ONCE = 4096
 # Tiles whose maxima are scanned at once.
 SCAN = 512
 
@@ -66,16 +66,18 @@ def _add_parts(
     parts = tl.arange(0, PARTS)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    first = group_tile.to(tl.int64) * splits
     for base in range(0, splits, PARTS):
         split = base + parts
-        part = group_tile.to(tl.int64) * splits + split
-        filled = tl.load(counts_ptr + part, mask=split < splits, other=0, cache_modifier=".cg") > 0
-        part_rows = part[:, None] * rows + local[None, :]
+        filled = tl.load(counts_ptr + first + split, mask=split < splits, other=0, cache_modifier=".cg") > 0
+        # From the first part of the row tile on, 32 bits are enough.
+        part_rows = split[:, None] * rows + local[None, :]
         known = filled[:, None] & inside[None, :]
-        total += tl.sum(tl.load(sums_ptr + part_rows, mask=known, other=0.0, cache_modifier=".cg"), 0)
+        row_sums = tl.load(sums_ptr + first * rows + part_rows, mask=known, other=0.0, cache_modifier=".cg")
+        total += tl.sum(row_sums, 0)
         acc += tl.sum(
             tl.load(
-                parts_ptr + part_rows[:, :, None] * head_dim + dims[None, None, :],
+                parts_ptr + first * rows * head_dim + (part_rows[:, :, None] * head_dim + dims[None, None, :]),
                 mask=known[:, :, None] & (dims < head_dim)[None, None, :],
                 other=0.0,
                 cache_modifier=".cg",
@@ -113,9 +115,7 @@ def output_kernel(
     SCAN: tl.constexpr,
     TILES: tl.constexpr,
     PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    chained(OVERLAP)
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
     scratch = group_tile.to(tl.int64) * tiles

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..configurations import TILE
 from ..operators import _block_dim
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .rows import chained_unless_resting, locate
+from .rows import locate
 from .threshold import STEPS, subset_threshold
 
 # Pages whose keys give the lower bound of tau: the newest one, and the best of what so many programs bounded.
@@ -109,9 +109,9 @@ def _bounds_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     MARGIN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP):
+    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
+    if resting:
         return
     group_tile = tl.program_id(0)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
@@ -209,9 +209,9 @@ def _seed_kernel(
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
     MARGIN: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    if chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP):
+    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
+    if resting:
         return
     row = tl.program_id(0)
     group_tile = row // rows
@@ -288,7 +288,7 @@ def _seed_kernel(
     tl.store(bound_ptr + row, tl.where(empty, float("-inf"), bound))
 
 
-def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap):
+def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch):
     """Fills maxima (row tiles of all key heads, rows, tiles) with the pages' bounds and bound with those of tau.
 
     pages: lower, upper, radius and, to measure whether they help, how many calls they rest still (int32 (1,)) or None;
@@ -322,7 +322,6 @@ def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap):
         # One tf32 product instead of three exact ones: a bound may be coarse, if its margin says how coarse.
         PRECISION="tf32",
         MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
-        OVERLAP="launch_pdl" in overlap,
         **launch,
     )  # fmt: skip
     _seed_kernel[(group_tiles * rows,)](
@@ -340,9 +339,7 @@ def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch, overlap):
         CHANNELS=min(CHANNELS, call.block_dim),
         STEPS=STEPS,
         MARGIN=margin,
-        OVERLAP="launch_pdl" in overlap,
         num_warps=4,
-        **overlap,
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """Rows of a decoding program: the queries of all heads of one key head, so that a key is read once for all of them;
-the tiles of keys they ask for; and how a kernel begins before the one before it has ended.
+and the tiles of keys they ask for.
 
 Legend: M rows of a row tile, numbered query by query; a group tile is one row tile of one key head of one sequence.
 """
@@ -50,31 +50,3 @@ def listed_tiles(
         tl.store(lists + count + tl.cumsum(alive, 0) - alive, tile, mask=alive > 0)
         count += tl.sum(alive, 0)
     return count
-
-
-@triton.jit
-def chained(OVERLAP: tl.constexpr):
-    """The first thing a kernel does: waits until the one before it has ended and what it wrote can be read.
-
-    OVERLAP: whether programs are launched while the kernel before still runs (programmatic dependent launch). Those of
-    the next one may then take what room there is; they wait here.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def chained_unless_resting(idle_ptr, HAS_IDLE: tl.constexpr, OVERLAP: tl.constexpr):
-    """As `chained`; whether the bounds of pages rest, which is read first: then there is nothing to wait for.
-
-    The kernels before this one, back to the first of the call, which was not launched early, write nothing then. The
-    one that changes the answer waits for all that have read it.
-    """
-    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
-    if resting:
-        if OVERLAP:
-            tl.extra.cuda.gdc_launch_dependents()
-    else:
-        chained(OVERLAP)
-    return resting

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .rows import chained_unless_resting, listed_tiles, locate, tile_range
+from .rows import listed_tiles, locate, tile_range
 from .threshold import subset_thresholds
 
 # A tile is kept if its maximum comes this near to the running maximum minus 1: rounding of tau loses no key.
@@ -29,7 +29,6 @@ def _key_scores(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK_D: tl.constexpr,
-    EVICT: tl.constexpr,
 ):  # fmt: skip
     """x of the rows and a tile of keys, -inf where a row does not see the key."""
     # A tensor core cuts off, always towards zero, what a partial sum has no digits for. float32 is to have all of its
@@ -42,7 +41,7 @@ def _key_scores(
         k_mask = (columns < keys)[:, None]
         if not EVEN_D:
             k_mask = k_mask & (dims < head_dim)[None, :]
-        k = tl.load(k_rows + dims[None, :], mask=k_mask, other=0.0, eviction_policy=EVICT)
+        k = tl.load(k_rows + dims[None, :], mask=k_mask, other=0.0)
         q_part = q
         if CHUNK < BLOCK_D:
             q_part = tl.load(q_rows + dims[None, :], mask=inside[:, None] & (dims < head_dim)[None, :], other=0.0)
@@ -62,7 +61,7 @@ def _key_scores(
 
 @triton.jit
 def _walk(
-    first, step, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
+    first, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
     mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
     LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,19 +74,18 @@ def _walk(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK_D: tl.constexpr,
-    EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Every step-th tile from the first, or those listed: maxima of tiles and of classes of keys, and what is kept."""
+    """Tiles from the first on, or those listed: the maxima of tiles and of classes of keys, and the scores to keep."""
     columns_of_tile = tl.arange(0, TILE)
     slots = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
     running = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     for index in range(0, count):
-        tile = tl.load(lists + index) if LISTED else first + index * step
+        tile = tl.load(lists + index) if LISTED else first + index
         x = _key_scores(
             tile * TILE + columns_of_tile, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope,
             stride_kn, stride_mk, keys, head_dim,
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
         slots = tl.maximum(slots, x)
         greatest = tl.max(x, 1)
@@ -130,11 +128,7 @@ def scores_kernel(
     LEAST_TILES: tl.constexpr,
     STEPS: tl.constexpr,
     SCAN: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    EVICT: tl.constexpr = "",
-    DEAL: tl.constexpr = 0,
 ):  # fmt: skip
-    resting = chained_unless_resting(idle_ptr, HAS_IDLE=HAS_IDLE, OVERLAP=OVERLAP)
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
@@ -169,7 +163,9 @@ def scores_kernel(
     scores_rows = scores_ptr + scratch * rows * TILE
 
     share = tl.cdiv(high - low, splits)
-    plain = resting if HAS_LIST else True
+    plain = not HAS_LIST
+    if HAS_IDLE:
+        plain = tl.load(idle_ptr) > 0
     if plain:
         floor = zeros - float("inf")
         low_key = tl.min(tl.where(end > start, start, keys), 0)
@@ -181,7 +177,7 @@ def scores_kernel(
                 columns, q, q_rows, k_base, mask_rows, start, end, inside, factor, slope,
                 stride_kn, stride_mk, keys, head_dim,
                 RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT="",
+                BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
             )  # fmt: skip
             greatest = tl.max(x, 1)
             empty = greatest == float("-inf")
@@ -189,20 +185,14 @@ def scores_kernel(
             found = subset_thresholds(x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
             found = origin + found - SLACK * (1.0 + tl.abs(origin))
             floor = tl.maximum(floor, tl.where(empty, float("-inf"), found))
-        if DEAL == 0:
-            first = low + split * share
-            step = 1
-            count = tl.minimum(first + share, high) - first
-        else:
-            first = low + split
-            step = splits
-            count = tl.maximum(high - low - split + splits - 1, 0) // splits
+        first = low + split * share
+        count = tl.minimum(first + share, high) - first
         slots = _walk(
-            first, step, count, list_ptr, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
+            first, count, list_ptr, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
             mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
             LISTED=False, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
         # What the threshold must not fall below, as less was not kept; the same for all splits.
         tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
@@ -218,11 +208,11 @@ def scores_kernel(
         )  # fmt: skip
         tl.debug_barrier()
         slots = _walk(
-            0, 1, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
+            0, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
             mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
             LISTED=True, BLOCK_M=BLOCK_M, TILE=TILE, SLACK=SLACK,
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D, EVICT=EVICT,
+            BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
         if HAS_IDLE:
             # Positive where more than 9 of 10 pages were read.

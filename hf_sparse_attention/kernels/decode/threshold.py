@@ -10,17 +10,17 @@ from ..forward import last_step
 from ..refine import refine
 from ..tiles import HAS_PTX, entmax_parameters, row_ranges, weights, weights_and_curvature
 from .output import add_values
-from .rows import chained
 
 STEPS = 5
 # Tiles whose maxima are scanned at once.
 SCAN = 1024
 # Tiles whose scores are held in registers, or as many keys of any tiles.
 HELD = 16
-# In at most so many tiles the keys above the bound are looked for one by one.
-SEARCHED = 128
+# In at most so many tiles the keys above the bound are looked for, and in how many at once.
+SEARCHED = 256
+SEARCH = 32
 # Keys times channels of the values that are loaded together.
-AT_ONCE = 8192
+AT_ONCE = 16384
 
 
 @triton.jit
@@ -123,13 +123,12 @@ def threshold_kernel(
     SCAN: tl.constexpr,
     HELD: tl.constexpr,
     SEARCHED: tl.constexpr,
+    SEARCH: tl.constexpr,
     KEYS: tl.constexpr,
     STEPS: tl.constexpr,
     TOLERANCE: tl.constexpr,
     REST: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    chained(OVERLAP)
     row = tl.program_id(0)
     if HAS_IDLE:
         _rest(row, tl.num_programs(0) // rows * splits, votes_ptr, idle_ptr, SCAN=SCAN, REST=REST)
@@ -178,11 +177,11 @@ def threshold_kernel(
     tl.debug_barrier()
 
     scores = scores_ptr + (group_tile.to(tl.int64) * tiles * rows + row % rows) * TILE
-    entries = tl.arange(0, HELD * TILE)
+    entries = tl.arange(0, SEARCH * TILE)
     key_list = key_list_ptr + row.to(tl.int64) * HELD * TILE
     found = 0
     searched = tl.where(count <= SEARCHED, count, 0)
-    for base in range(0, searched, HELD):
+    for base in range(0, searched, SEARCH):
         listed = base + entries // TILE
         tile = tl.load(lists + listed, mask=listed < count, other=0)
         x = tl.load(
@@ -193,6 +192,7 @@ def threshold_kernel(
         tl.store(key_list + place, tile * TILE + entries % TILE, mask=(above > 0) & (place < HELD * TILE))
         found += tl.sum(above, 0)
     tl.debug_barrier()
+    entries = tl.arange(0, HELD * TILE)
     few = (count <= SEARCHED) & (found <= HELD * TILE)
     # Few keys, and all that can hold weight; or the first of many tiles.
     first = tl.load(lists + entries // TILE, mask=entries // TILE < count, other=0) * TILE + entries % TILE
