@@ -165,6 +165,7 @@ def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[
 
 
 def _timed_or_refused(timer: Callable, call: Callable) -> dict:
+    """Of another's kernel, which says in errors of its own kind what it does not compute."""
     try:
         return {"ms": timer(call)}
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -188,10 +188,10 @@ def _compile_together(variants, shapes, seed: int, device: str, processes: int) 
 def _apart(variant: Variant, shapes, device: str) -> list[list[tuple[int, int]]]:
     """The shapes that one set of kernels serves and those that another does: those of few keys."""
     from ..kernels.configurations import configuration
+    from ..kernels.operators import _block_dim
     from ..kernels.short import is_short
 
-    block_dim = max(16, 1 << (variant.head_dim - 1).bit_length())
-    row = configuration(torch.device(device), DTYPES[variant.dtype].itemsize, block_dim)
+    row = configuration(torch.device(device), DTYPES[variant.dtype].itemsize, _block_dim(variant.head_dim))
     few = [shape for shape in shapes if is_short(row, *shape)]
     return [some for some in ([shape for shape in shapes if shape not in few], few) if some]
 
