@@ -300,6 +300,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                 report = explain_no_memory(error, model, numbers, data, step=done)
                 # The other processes wait for this one's gradients: no step can be skipped by one of several.
                 if arguments.on_nonfinite == "stop" or processes > 1 or is_zero(model):
+                    metrics.write(done, "failed", reason=report)
                     raise RuntimeError(f"{report}. {last_whole(output)}") from error
                 accelerator.step = 0
                 if accelerator.device.type == "cuda":
@@ -321,6 +322,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                         numbers, data, values=values + (f", alpha {alpha:g}" if alpha is not None else ""),
                     )  # fmt: skip
                     if arguments.on_nonfinite == "stop":
+                        metrics.write(done, "failed", reason=report)
                         raise RuntimeError(f"{report}. {last_whole(output)}")
             if not checked and report is None and (alpha != 1.0 or target == 1.0):
                 _warn_of_idle(model, accelerator)
