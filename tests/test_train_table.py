@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -11,6 +12,7 @@ from training_cases import dense_folder, options, write_text
 from hf_sparse_attention import cli
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
 from hf_sparse_attention.train import TableArguments, TrainArguments, table_of_runs, train_model
+from hf_sparse_attention.train.run_record import Run
 
 pytest.importorskip("accelerate")
 
@@ -184,6 +186,14 @@ def test_a_control_of_another_kind_is_none(home, tmp_path, place):
     # Windows of text can be compared whatever blocks a run was looked at on while it was trained.
     column = {row["run"]: row["16 to the control"] for row in shown[1]}
     assert column["asentmax"].endswith("%") == (place in ("eval_blocks", "block_size"))
+
+
+@pytest.mark.parametrize("folder, name", [
+    ("anneal-from-1.01-3e-4", "anneal-from-1.01"), ("new-rate-20x-lr1e-3-s12", "new-rate-20x"), ("md-500", "md-500"),
+    ("control-lr0.001-s0", "control"), ("-s0", "-s0"), ("layers-odd", "layers-odd"),
+])  # fmt: skip
+def test_a_folders_name_without_rate_and_seed(folder, name):
+    assert Run(Path(folder), [], None, "").name == name
 
 
 def test_recipes_of_one_name_are_told_apart(home, tmp_path):

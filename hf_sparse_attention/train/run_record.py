@@ -13,8 +13,8 @@ from .run import FREE
 
 # What may differ between two runs of a recipe; and where something lies, which their fingerprints stand for.
 _NO_RECIPE = FREE | {"learning_rate", "new_learning_rate", "seed", "model", "train_data", "eval_data", "revision"}
-# What examples/conversion/run.sh puts behind the name of a recipe.
-_TAG = re.compile(r"(-lr[\d.e-]*\d|-s\d+)+$")
+# Rate and seed behind the name of a recipe: -lr3e-4-s0, -3e-4, -s0.
+_TAG = re.compile(r"(-(lr)?[\d.]+e-?\d+|-lr[\d.]+|-s\d+)+$")
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Run:
     @property
     def map(self) -> str:
         """The map, its positions and its alpha where they are not the usual ones."""
+        if self.is_control:
+            return "softmax"
         if self.summary is None:
             return next((part["map"] for part in self.parts if part["map"]), tables.MISSING)
         block = self.summary["sparse_attention"]
-        if block is None:
-            return "softmax"
         words = [block["map"]] + ([block["position"]] if block["position"] != "rope" else [])
         return ", ".join(words + (["alpha 1"] if block["alpha"] == 1 and block["map"] != "ssmax" else []))
 
