@@ -104,6 +104,16 @@ class ASEntmaxScale(nn.Module):
         factor_BNH = 1 + self.delta_bias.float() + (beta_BNH * power_BNH - NEUTRAL_BETA)
         return factor_BNH.transpose(1, 2)[..., None]
 
+    @torch.no_grad()
+    def start_normal(self, generator: torch.Generator | None = None) -> None:
+        """The paper's start instead of the neutral one: delta 1, w_beta and w_gamma from N(0, 0.02), biases 0, a
+        median factor of about 1.7; in the distances that are stored."""
+        self.delta_bias.fill_(NEUTRAL_BETA)
+        nn.init.normal_(self.beta_bias_weight, std=0.02, generator=generator)
+        nn.init.normal_(self.gamma_bias_weight, std=0.02, generator=generator)
+        self.beta_bias.fill_(-NEUTRAL_BETA_BIAS)
+        self.gamma_bias.zero_()
+
 
 class AdaptiveAlpha(nn.Module):
     """One learned alpha per head, `alpha_h = 1 + 2 (alpha - 1) sigmoid(alpha_bias_h)` (arXiv 1909.00015).
