@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE
 from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
-from .tiles import entmax_parameters, load_block, on_support, row_ranges, weights
+from .tiles import entmax_parameters, load_block, on_support, row_ranges, share_of, weights
 
 
 @triton.jit
@@ -33,7 +33,9 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "excess", "scaling"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "at_once", "excess", "scaling"]
+)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, point_ptr, tau_ptr, out_ptr, mean_ptr, code_ptr, score_ptr, stray_count_ptr,
@@ -45,7 +47,7 @@ def _forward_kernel(
     stride_ob, stride_oh, stride_on,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim, at_once,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -65,8 +67,8 @@ def _forward_kernel(
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    head_index = program // query_tiles
-    row_tile = query_tiles - 1 - program % query_tiles
+    head_index, place = share_of(program, tl.num_programs(0), query_tiles, at_once)
+    row_tile = query_tiles - 1 - place
     list_row = head_index.to(tl.int64) * query_tiles + row_tile
     count = tl.load(count_ptr + list_row)
     if count < 0:
@@ -235,6 +237,7 @@ def attend(call, point, lists, save, strays=None):
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             *call.visible_strides, *call.mask_strides,
             heads, queries, key.shape[2], counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
+            call.heads_at_once,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,

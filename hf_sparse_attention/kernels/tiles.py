@@ -178,6 +178,20 @@ def entmax_parameters(alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA: t
 
 
 @triton.jit
+def share_of(program, programs, tiles, at_once):
+    """(head, place) of a program: `at_once` heads at a time, of all of these their first tiles first.
+
+    Programs of one launch differ in length, under a causal mask as 1 to `tiles`, and start in their order: with the
+    longest of every head in front none of these is alone at the end.
+    """
+    heads = programs // tiles
+    first = program // (at_once * tiles) * at_once
+    size = tl.minimum(at_once, heads - first)
+    inside = program - first * tiles
+    return first + inside % size, inside // size
+
+
+@triton.jit
 def listed_start(lists, index, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
     """First position of the index-th piece of BLOCK_N of the listed tiles."""
     PIECES: tl.constexpr = TILE // BLOCK_N
