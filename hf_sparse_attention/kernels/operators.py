@@ -64,7 +64,7 @@ class Call:
     @property
     def heads_at_once(self):
         """How many heads are walked at a time by what reads keys and values."""
-        return self.group * self._resident(self.key)
+        return self.group * self._resident(self.key) if self.configuration.resident else 1
 
     @property
     def groups_at_once(self):
