@@ -49,18 +49,6 @@ class AttentionMap:
         return SPECIFICATIONS[self.name].alpha
 
 
-class _Once(torch.autograd.Function):
-    """The same tensor, which a compiler keeps: inductor would compute it anew for every number it multiplies."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.as_strided(x.size(), x.stride())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
 class SSMaxScale(nn.Module):
     """The factor `s_h log(n_i)` of SSMax (arXiv 2501.19399), `s_h = 1 / mean(log n) + scale_bias_h`.
 
@@ -117,7 +105,8 @@ class ASEntmaxScale(nn.Module):
         power_BNH = torch.exp(2 * gamma_BNH.tanh() * lengths_BN.float().log().log()[..., None])
         factor_BNH = 1 + self.delta_bias.float() + (beta_BNH * power_BNH - NEUTRAL_BETA)
         if torch.compiler.is_compiling():
-            factor_BNH = _Once.apply(factor_BNH)
+            # Inductor would compute it anew for every number it multiplies; what is given strides it keeps.
+            factor_BNH = factor_BNH.as_strided(factor_BNH.shape, factor_BNH.stride())
         return factor_BNH.transpose(1, 2)[..., None]
 
 
