@@ -72,10 +72,9 @@ class Call:
         return self._resident(self.query)
 
     def _resident(self, tensor):
-        """How many heads of a tensor, and of another like it, the configuration walks at a time."""
-        batch, heads, length, head_dim = tensor.shape
-        size = 2 * length * head_dim * tensor.element_size()
-        return min(max(self.configuration.resident // size, 1), batch * heads)
+        """How many key heads are walked at a time where of each so much is read as two heads of the tensor hold."""
+        size = 2 * tensor.shape[2] * tensor.shape[3] * tensor.element_size()
+        return min(max(self.configuration.resident // size, 1), self.key.shape[0] * self.key.shape[1])
 
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
