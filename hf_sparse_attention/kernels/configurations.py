@@ -74,7 +74,6 @@ class Configuration:
     short_forward: Launch = Launch(4, 1)
     short_query_gradient: Launch = Launch(4, 1)
     short_key_gradient: Launch = Launch(4, 1)
-    ahead: bool = False
     measured: str = ""
 
     @property

@@ -82,68 +82,6 @@ def add_queries(
     return dk, dv
 
 
-@triton.jit
-def scores_of(
-    k, first_row, q_source, batch, head, stride_qn, dims, queries, head_dim,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """k q of the queries from first_row on."""
-    q = load_block(
-        q_source, batch, head, first_row, stride_qn, dims, queries, head_dim,
-        BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
-    )  # fmt: skip
-    return tl.dot(k, tl.trans(q), input_precision=PRECISION)
-
-
-@triton.jit
-def add_queries_ahead(
-    dk, dv, x, k, v, first_row, next_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-    columns, pair_base, queries, keys, head_dim, factor, exponent, cut,
-    ALPHA_KIND: tl.constexpr,
-    RANGE_KIND: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    visible_base, stride_vn,
-):  # fmt: skip
-    rows = first_row + pieces
-    do = load_block(
-        do_source, batch, head, first_row, stride_gn, dims, queries, head_dim,
-        BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
-    )  # fmt: skip
-    tau, delta = tl.split(tl.load(pair_base + rows[:, None] * 2 + tl.arange(0, 2)[None, :]))
-    gradient = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    if cut:
-        if RANGE_KIND == 1:
-            # Columns and rows past the end are of no consequence.
-            seen = columns[:, None] - rows[None, :] < keys - queries + 1
-        else:
-            start, end = row_ranges(visible_base, stride_vn, rows, queries, keys, RANGE_KIND=RANGE_KIND, PAIRS=True)
-            seen = sees(columns[:, None], start[None, :], end[None, :], RANGE_KIND=RANGE_KIND)
-        x = tl.where(seen, x, float("-inf"))
-        gradient = tl.where(seen, gradient, 0.0)
-    x *= factor
-    p, u = weights(x, tau[None, :], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=True)
-    following = scores_of(
-        k, next_row, q_source, batch, head, stride_qn, dims, queries, head_dim,
-        DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION,
-    )  # fmt: skip
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = u * (gradient - delta[None, :])
-    q = load_block(
-        q_source, batch, head, first_row, stride_qn, dims, queries, head_dim,
-        BLOCK=BLOCK_N, BLOCK_D=BLOCK_D, MASKED=True, EVEN_D=EVEN_D, DESCRIPTORS=DESCRIPTORS,
-    )  # fmt: skip
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv, following
-
-
 @Kernel
 @triton.jit(
     do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "at_once", "moved", "excess", "scaling"]
@@ -175,7 +113,6 @@ def _key_gradient_kernel(
     PRECISION: tl.constexpr,
     STRAYS: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     groups = heads // GROUP
@@ -228,48 +165,23 @@ def _key_gradient_kernel(
         else:
             whole = 0
             total = tl.load(count_ptr + list_row) * PIECES
-        if AHEAD:
-            place = tl.where(whole == 0, query_tiles * PIECES - total, 0) if SPLIT else 0
-            # Of an empty list nothing is known: what stands there is not read.
-            first_row = tl.load(lists + place // PIECES, mask=total > 0, other=0).to(tl.int32) * BLOCK
-            x = scores_of(
-                k, first_row, q_source, batch, head, stride_qn, dims, queries, head_dim,
-                DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION,
+        for index in range(0, total):
+            if SPLIT:
+                # The tiles that some row's range cuts stand at the end of the row.
+                cut = index >= whole
+                place = index + tl.where(cut, query_tiles * PIECES - total, 0)
+                first_row = listed_start(lists, place, TILE=BLOCK, BLOCK_N=BLOCK_N)
+            else:
+                first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
+                cut = first_row + (keys - queries + 1) < last_key if RANGE_KIND == 1 else False
+            dk, dv = add_queries(
+                dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
+                columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
+                factor, slope, exponent, mask_base, stride_mn, stride_mk, cut,
+                ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+                TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
+                PRECISION=PRECISION,
             )  # fmt: skip
-            for index in range(0, total):
-                following = tl.minimum(index + 1, total - 1)
-                if SPLIT:
-                    cut = index >= whole
-                    following = following + tl.where(following >= whole, query_tiles * PIECES - total, 0)
-                else:
-                    cut = first_row + (keys - queries + 1) < last_key if RANGE_KIND == 1 else False
-                next_row = listed_start(lists, following, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                dk, dv, x = add_queries_ahead(
-                    dk, dv, x, k, v, first_row, next_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims,
-                    pieces, columns, pair_base, queries, keys, head_dim, factor, exponent, cut,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N,
-                    BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, visible_base=visible_base,
-                    stride_vn=stride_vn,
-                )  # fmt: skip
-                first_row = next_row
-        else:
-            for index in range(0, total):
-                if SPLIT:
-                    # The tiles that some row's range cuts stand at the end of the row.
-                    cut = index >= whole
-                    place = index + tl.where(cut, query_tiles * PIECES - total, 0)
-                    first_row = listed_start(lists, place, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                else:
-                    first_row = listed_start(lists, index, TILE=BLOCK, BLOCK_N=BLOCK_N)
-                    cut = first_row + (keys - queries + 1) < last_key if RANGE_KIND == 1 else False
-                dk, dv = add_queries(
-                    dk, dv, k, v, first_row, q_source, do_source, batch, head, stride_qn, stride_gn, dims, pieces,
-                    columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
-                    factor, slope, exponent, mask_base, stride_mn, stride_mk, cut,
-                    ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                    TWO_WALKS=TWO_WALKS, DESCRIPTORS=DESCRIPTORS, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, EVEN_D=EVEN_D,
-                    PRECISION=PRECISION,
-                )  # fmt: skip
     if STRAYS:
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
@@ -307,12 +219,6 @@ def walk_keys(call, grad_out, by_keys, pairs, dkey, dvalue):
         BLOCK_N=config.inner,
         STRAYS=by_keys.room > 0,
         STRAY_STAGES=config.stray_stages,
-        AHEAD=config.ahead
-        and call.query.element_size() == 2
-        and call.slopes is None
-        and call.mask is None
-        and call.constants["ALPHA_KIND"] in (1, 15, 20)
-        and config.inner == TILE,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),
