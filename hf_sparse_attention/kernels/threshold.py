@@ -304,6 +304,8 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
     pieces = config.threshold_columns // TILE
     padded_tiles = triton.cdiv(call.key_tiles, pieces) * pieces
     scratch = torch.empty((programs, padded_tiles, rows), dtype=torch.float32, device=device)
+    # What the programs keep of the tiles lies in the same cache: where it fills that, all had better read one head.
+    at_once = call.heads_at_once if scratch.nbytes <= 2 * config.resident else 1
     reach = None
     if call.slopes is not None:
         reach = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(-1)
@@ -315,7 +317,7 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         heads, queries, keys, row_tiles, total, call.query_tiles, call.key_tiles, row_tiles, head_dim,
-        call.heads_at_once,
+        at_once,
         **call.constants,
         BLOCK_M=rows,
         BLOCK_N=config.threshold_columns,

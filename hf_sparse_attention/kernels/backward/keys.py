@@ -83,9 +83,7 @@ def add_queries(
 
 
 @Kernel
-@triton.jit(
-    do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "at_once", "moved", "excess", "scaling"]
-)
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "at_once", "moved", "excess", "scaling"])
 def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, pair_ptr, dk_ptr, dv_ptr, end_ptr, total_ptr, moved_code_ptr, moved_ptr,
