@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE
 from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
-from .tiles import entmax_parameters, load_block, on_support, row_ranges, share_of, weights
+from .tiles import entmax_parameters, load_block, on_support, ones_of, row_ranges, share_of, weights
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _forward_kernel(
     HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     parts = tl.zeros((BLOCK_M, 4), tl.float32)
     signs = tl.zeros((BLOCK_M, 4), tl.int32)
-    support_parts = tl.zeros((BLOCK_M, 4), tl.float32)
+    acc_support = tl.zeros((BLOCK_M, 8), tl.float32)
     ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
     # An alpha that learns has a gradient in float32: its tau is as exact.
     CLAMPED: tl.constexpr = HALF and ALPHA_KIND != 0
@@ -145,7 +145,7 @@ def _forward_kernel(
         if PRECISE:
             slope_parts += lane_sums(u)
         if ALPHA_KIND == 15 and HALF:
-            support_parts += lane_sums(on_support(u))
+            acc_support = tl.dot(ones_of(rounded if MEAN else p.to(q.dtype)), ones, acc_support)
         elif ALPHA_KIND == 15:
             # A sign is one instruction, a comparison and a sum of its ones are three.
             signs += lane_sums((x - tau[:, None]).to(tl.int32, bitcast=True) >> 31)
@@ -161,7 +161,7 @@ def _forward_kernel(
             else:
                 slope_sum += tl.sum(u, 1)
     sums = tl.sum(parts, 1)
-    support = tl.sum(support_parts, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
+    support = tl.max(acc_support, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):

@@ -97,6 +97,24 @@ def on_support(u):
 
 
 @triton.jit
+def ones_of(rounded):
+    """1 where a number of half precision is above 0, else 0, in its dtype: one instruction for two."""
+    if HAS_PTX:
+        if rounded.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; set.gt.bf16x2.bf16x2 $0, $1, zero; }",
+                "=r,r", [rounded], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; set.gt.f16x2.f16x2 $0, $1, zero; }",
+                "=r,r", [rounded], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        return tl.where(rounded > 0, 1.0, 0.0).to(rounded.dtype)
+
+
+@triton.jit
 def power(excess, exponent, ALPHA_KIND: tl.constexpr):
     """excess ^ exponent where excess > 0, else 0; excess >= 0. BELOW_2 takes exponents > 0 only."""
     if ALPHA_KIND == 0:
