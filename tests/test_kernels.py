@@ -213,6 +213,24 @@ def test_two_runs_give_the_same_bits(poisoned):
     assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in first.gradients)
 
 
+@pytest.mark.parametrize("strays", [0, 16])
+def test_however_many_heads_are_walked_at_once_the_bits_are_the_same(strays, poisoned, monkeypatch):
+    """One head after the other, two key heads of three at a time, so that one is left, and all of them."""
+    walked = []
+    describe = operators.describe
+    monkeypatch.setattr(operators, "describe", lambda *arguments: walked.append(describe(*arguments)) or walked[-1])
+    tensors = [randn(1, heads, 130, 16, seed=heads) for heads in (6, 3, 3, 6)]
+    size = 2 * 130 * 16 * 2
+    found = []
+    for resident in (0, 2 * size, 32 << 20):
+        with configurations.configured(resident=resident, stray_limit=strays, short_keys=0, threshold_rows=128):
+            found.append(run(entmax_attention, *tensors))
+    assert [(call.heads_at_once, call.groups_at_once) for call in walked[::2]] == [(1, 1), (4, 2), (6, 3)]
+    for other in found[1:]:
+        assert torch.equal(found[0].out, other.out) and torch.equal(found[0].tau, other.tau)
+        assert all(torch.equal(found[0].gradients[name], other.gradients[name]) for name in other.gradients)
+
+
 def test_compiles_without_a_graph_break():
     query, key, value = (randn(1, heads, 70, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
 

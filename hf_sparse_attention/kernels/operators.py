@@ -61,6 +61,21 @@ class Call:
         known = self.constants["ALPHA_KIND"] in (BELOW_2, ENTMAX15, SPARSEMAX)
         return save or not known or self.query.dtype != torch.bfloat16
 
+    @property
+    def heads_at_once(self):
+        """How many heads are walked at a time by what reads keys and values."""
+        return self.group * self._resident(self.key) if self.configuration.resident else 1
+
+    @property
+    def groups_at_once(self):
+        """How many key heads are walked at a time by what reads queries, one of the group's heads after the other."""
+        return self._resident(self.query)
+
+    def _resident(self, tensor):
+        """How many key heads are walked at a time where of each so much is read as two heads of the tensor hold."""
+        size = 2 * tensor.shape[2] * tensor.shape[3] * tensor.element_size()
+        return min(max(self.configuration.resident // size, 1), self.key.shape[0] * self.key.shape[1])
+
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
         if not self.descriptors:

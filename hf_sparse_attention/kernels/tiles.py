@@ -97,6 +97,24 @@ def on_support(u):
 
 
 @triton.jit
+def ones_of(rounded):
+    """1 where a number of half precision is above 0, else 0, in its dtype: one instruction for two."""
+    if HAS_PTX:
+        if rounded.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; set.gt.bf16x2.bf16x2 $0, $1, zero; }",
+                "=r,r", [rounded], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; set.gt.f16x2.f16x2 $0, $1, zero; }",
+                "=r,r", [rounded], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        return tl.where(rounded > 0, 1.0, 0.0).to(rounded.dtype)
+
+
+@triton.jit
 def power(excess, exponent, ALPHA_KIND: tl.constexpr):
     """excess ^ exponent where excess > 0, else 0; excess >= 0. BELOW_2 takes exponents > 0 only."""
     if ALPHA_KIND == 0:
@@ -175,6 +193,20 @@ def entmax_parameters(alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA: t
     if HAS_SLOPES:
         slope = excess_head * tl.load(slopes_ptr + head).to(tl.float32)
     return excess_head + 1.0, 1.0 / excess_head, excess_head * scaling, slope
+
+
+@triton.jit
+def share_of(program, programs, tiles, at_once):
+    """(head, place) of a program: `at_once` heads at a time, of all of these their first tiles first.
+
+    Programs of one launch differ in length, under a causal mask as 1 to `tiles`, and start in their order: with the
+    longest of every head in front none of these is alone at the end.
+    """
+    heads = programs // tiles
+    first = program // (at_once * tiles) * at_once
+    size = tl.minimum(at_once, heads - first)
+    inside = program - first * tiles
+    return first + inside % size, inside // size
 
 
 @triton.jit
