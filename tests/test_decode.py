@@ -9,6 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import bounds  # noqa: E402
 import families  # noqa: E402
 from bounds import check_against_reference  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
@@ -114,13 +115,35 @@ def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
     )
 
 
+@pytest.fixture
+def other_processes_share_the_card():
+    """What this test's process keeps for itself it gives back: pytest -m slow -n 8 runs eight of them."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.usefixtures("other_processes_share_the_card")
 @pytest.mark.parametrize("seed", range(2000, 2300))
 def test_many_random_calls(seed, poisoned):  # noqa: F811
     lengths = (1, 111, 4097, 20000) if seed % 3 else (65536, 131072, 200000)
     case = random_case(seed, device=DEVICE, lengths=lengths, few=FEW, dtypes=DTYPES, budget=1 << 23)
     check(case, pages=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_large_calls_are_compared_with_is_the_same_in_pieces(seed, monkeypatch):
+    case = random_case(seed, lengths=(63, 200), few=FEW, dtypes=DTYPES)
+    tensors, whole = (case.query, case.key, case.value, None), []
+    for most in (1 << 40, 1):
+        monkeypatch.setattr(bounds, "PIECE", most)
+        whole.append(bounds.rounded_terms(*tensors, case.arguments))
+        named = dict(zip(("query", "key", "value", "gradient"), tensors, strict=True))
+        whole[-1].append(bounds.reference_in_pieces(named, case.arguments, lambda name, piece, index: piece.double()))
+    for one, other in zip(*whole, strict=True):
+        torch.testing.assert_close(other.out, one.out, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(other.tau, one.tau, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("path", ["decode", "short", "long"])
