@@ -123,7 +123,8 @@ def test_the_command_refuses_without_a_gpu_and_names_bad_values(capsys):
 
 def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     """With what it had measured, if the same is asked for on the same card; one that came to its end starts anew."""
-    arguments, file, timed = small(tmp_path), tmp_path / "out" / "decode.json", []
+    sizes = {"cache_lengths": [64, 128], "batches": [1], "heads": 2, "kv_heads": 1, "new_tokens": 1}
+    arguments, file, timed = small(tmp_path, **sizes), tmp_path / "out" / "decode.json", []
     whole = generation._generation_row
 
     def timer(call):
@@ -133,7 +134,7 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
         return float(len(timed))
 
     def generate(arguments, length, model, kind):
-        if length == 256 and len(known()["generation"]) == 3:
+        if length == 128 and len(known()["generation"]) == 3:
             raise KeyboardInterrupt
         return whole(arguments, length, model, kind)
 
@@ -159,16 +160,15 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     assert len(timed) == 11 and "unfinished" not in known()
     found = [row for row in rows if "tokens_per_second" in row]
     assert [(row["length"], row["implementation"]) for row in found] == [
-        (length, name) for length in (128, 256) for name in generation.GENERATED
+        (length, name) for length in (64, 128) for name in generation.GENERATED
     ]
     kept = {(row["length"], row["implementation"]): row["tokens_per_second"] for row in found}
     assert all(kept[row["length"], row["implementation"]] == row["tokens_per_second"] for row in before)
-    # All of it again: the same command after the end, or another one.
+    # All of it again: another command, or the same one after its end.
     file.write_text(json.dumps(known() | {"unfinished": True}))
-    run(small(tmp_path, seed=5, new_tokens=0))
-    assert len(timed) == 11 + 10
-    run(small(tmp_path, seed=5, new_tokens=0))
-    assert len(timed) == 11 + 20
+    other = small(tmp_path, **sizes | {"cache_lengths": [64], "noise": [0.9], "new_tokens": 0})
+    for count in (3, 6):
+        assert len(run(other)) == 3 + 4 and len(timed) == 11 + count
     file.write_text("{")
     with pytest.raises(ValueError, match="is no JSON file"):
         run()
