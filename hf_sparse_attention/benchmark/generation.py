@@ -37,11 +37,10 @@ def time_generation(arguments, device: str, shape: dict, rows: list[dict], done:
 
     config, dtype = LlamaConfig(**shape), getattr(torch, arguments.dtype)
     known = {(row["length"], row["implementation"]) for row in rows}
-    # By implementation, as its model does for all lengths.
-    wanted = [(name, length) for name in GENERATED for length in arguments.cache_lengths]
+    wanted = [(length, name) for length in arguments.cache_lengths for name in GENERATED]
     model = made = None
     with tqdm(total=len(wanted), desc="generate", unit="cache") as progress:
-        for name, length in wanted:
+        for length, name in wanted:
             progress.set_postfix_str(f"{name}, {length} tokens: compiles")
             if (length, name) not in known:
                 sparse = name != DENSE
@@ -61,7 +60,6 @@ def time_generation(arguments, device: str, shape: dict, rows: list[dict], done:
                     f"{WARM_UP} tokens {row['first_seconds']:.1f} s"
                 )
             progress.update()
-    rows.sort(key=lambda row: (arguments.cache_lengths.index(row["length"]), GENERATED.index(row["implementation"])))
     softmax = {row["length"]: row["tokens_per_second"] for row in rows if row["implementation"] == DENSE}
     for row in rows:
         row["ratio"] = row["tokens_per_second"] / softmax[row["length"]]
