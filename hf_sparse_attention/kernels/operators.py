@@ -14,6 +14,7 @@ from .configurations import TILE, Configuration, configuration
 from .forward import attend
 from .gather import collect, collects, sparse_limits
 from .lists import Lists
+from .near import settle, settles
 from .refine import refined_threshold
 from .short import attend_short, is_short, short_gradients
 from .strays import Strays
@@ -60,6 +61,11 @@ class Call:
         """
         known = self.constants["ALPHA_KIND"] in (BELOW_2, ENTMAX15, SPARSEMAX)
         return save or not known or self.query.dtype != torch.bfloat16
+
+    @property
+    def has_near(self):
+        """Whether tiles of the call may be settled by `near`."""
+        return settles(self.configuration, self.constants["ALPHA_KIND"], self.query.dtype, self.slopes)
 
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
@@ -187,10 +193,7 @@ def _forward(
             *call.constants.values(),
         )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
-        bound, lists = threshold_bound(call, save, *sparse_limits(call, save))
-        strays = collect(call, bound, lists, save)
-        point = refined_threshold(call, bound, lists, save, strays)
-        out, tau, mean = attend(call, point, lists, save, strays)
+        out, tau, mean, lists, strays = _launch_forward(call, save)
     if not save:
         # Without a backward nothing but the result outlives the call.
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
@@ -234,12 +237,19 @@ def _without_memory(call):
     return replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
 
 
+def _launch_forward(call, save):
+    limits = sparse_limits(call, save)
+    near = settle(call, save, limits[0])
+    bound, lists = threshold_bound(call, save, *limits, near)
+    strays = collect(call, bound, lists, save, near)
+    point = refined_threshold(call, bound, lists, save, strays)
+    return *attend(call, point, lists, save, strays, near), lists, strays
+
+
 def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
     call = _without_memory(call)
-    bound, lists = threshold_bound(call, save, *sparse_limits(call, save))
-    strays = collect(call, bound, lists, save)
-    out, tau, mean = attend(call, refined_threshold(call, bound, lists, save, strays), lists, save, strays)
+    out, tau, mean, lists, strays = _launch_forward(call, save)
     if save:
         gradients(call, out, tau, mean, lists, call.alpha_tensor is not None, strays)
 

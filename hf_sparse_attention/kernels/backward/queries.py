@@ -6,6 +6,7 @@ import triton.language as tl
 from ..compiling import Kernel
 from ..configurations import TILE
 from ..edges import edge_scores, seen_by_all, turn_start, turns
+from ..near import settled
 from ..strays import gather_rows, move_strays, stray_arguments, stray_weights
 from ..tiles import (
     alpha_slopes,
@@ -52,6 +53,7 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
     ALPHA_GRADIENT: tl.constexpr,
     TWO_WALKS: tl.constexpr,
+    NEAR: tl.constexpr,
     ROOM: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -61,6 +63,10 @@ def _query_gradient_kernel(
     row_tile = query_tiles - 1 - program % query_tiles
     list_row = head_index.to(tl.int64) * query_tiles + row_tile
     count = tl.load(count_ptr + list_row)
+    if NEAR:
+        # A settled tile has no stored mean, and so few keys that they are walked twice.
+        near = count < -1
+        count = tl.where(near, settled(count), count)
     if count < 0:
         return
     lists = list_ptr + list_row * key_tiles
@@ -108,13 +114,16 @@ def _query_gradient_kernel(
     do = tl.load(g_base + local[:, None] * stride_gn + dims[None, :], mask=tile_mask, other=0.0)
     tau = tl.load(tau_ptr + tau_rows, mask=row_mask, other=float("inf"))
     pieces = count * (TILE // BLOCK_N)
-    if TWO_WALKS:
+    if TWO_WALKS or NEAR:
         # g and its mean from the same products cancel exactly where one key holds the slope; a stored mean would not.
         slope_sum = tl.zeros((BLOCK_M,), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
         walked_pieces = pieces
         walked_strays = strays
-        if ALPHA_KIND == 2:
+        if NEAR:
+            walked_pieces = tl.where(near, pieces, 0)
+            walked_strays = 0
+        elif ALPHA_KIND == 2:
             # In half precision only heads of alpha > 2 need it: the others walk nothing here.
             walked_pieces = tl.where(alpha_head > 2.0, pieces, 0)
             walked_strays = tl.where(alpha_head > 2.0, strays, 0)
@@ -149,9 +158,15 @@ def _query_gradient_kernel(
                 delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
     if not TWO_WALKS or ALPHA_KIND == 2:
-        mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
+        mean_mask = tile_mask
+        if NEAR:
+            mean_mask = (rows < tl.where(near, 0, queries))[:, None] & dim_mask
+        mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=mean_mask, other=0.0)
         stored = tl.sum(do.to(tl.float32) * mean, 1)
-        delta = tl.where(alpha_head > 2.0, delta, stored) if TWO_WALKS else stored
+        if NEAR:
+            delta = tl.where(near, delta, stored)
+        else:
+            delta = tl.where(alpha_head > 2.0, delta, stored) if TWO_WALKS else stored
     # Whole tiles, so that the key gradient needs no mask: past the end a finite number above every score.
     padded = list_queries * TILE
     pair_rows = (head_index.to(tl.int64) * padded + rows) * 2
@@ -255,6 +270,7 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
             TILE=TILE,
             ALPHA_GRADIENT=dalpha is not None,
             TWO_WALKS=call.two_walks,
+            NEAR=rows == TILE and call.has_near,
             ROOM=room,
             STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,
