@@ -96,6 +96,19 @@ def test_a_far_key_that_outweighs_the_slope_is_found(poisoned, settled):  # noqa
     assert not settled[0][:, :, 390 // TILE].any()
 
 
+def test_a_key_that_is_just_in_reach_is_found(poisoned, settled):  # noqa: F811
+    query, key, value, gradient = inputs(400)
+    # Only the last dimension counts for one query, of which the keys next to it have nothing; one has all of it.
+    key[..., -1] = 0.0
+    key[:, :, 200] = 0.0
+    key[:, :, 200, -1] = 8.0
+    query[:, :, 390] = 0.0
+    query[:, :, 390, -1] = 10.0
+    slopes = torch.tensor([0.1, 0.1], device=DEVICE)
+    check_against_reference(entmax_attention, query, key, value, gradient, slopes=slopes)
+    assert settled[0][0, :, 390 // TILE].all()
+
+
 def test_keys_of_one_class_that_all_hold_weight_are_not_settled(poisoned, settled):  # noqa: F811
     """The keys of a class are 64 apart: of these only one would count in the bound, and tau would be too low."""
     query, key, value, gradient = inputs(300)
