@@ -136,6 +136,13 @@ def test_the_same_bits_and_no_second_way(settled):
     assert settled[-3:] == [None, None, None], "float32, no slopes, alpha above 2"
 
 
+def test_operators_are_registered_whole():
+    query, key, value = (randn(1, heads, 70, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
+    arguments = (query, key, value, 1.5, None, 0.25, True, None, torch.ones(4, device=DEVICE), None, True)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.hf_sparse_attention.entmax_forward.default, arguments, test_utils=tests)
+
+
 def test_rows_of_a_configuration_say_how_many_tiles():
     with pytest.raises(ValueError, match="near_tiles is 3"), configured(near_tiles=3):
         pass
