@@ -201,7 +201,8 @@ def ahead(kind):
 
 def main(words):
     """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16:64 for a stray_limit of 16 and a head_dim of 64, or
-    training:0:128:0 for a forward alone -> a line per kernel; ahead: and causal, documents, strays, slopes, short -> JSON.
+    training:0:128:0 for a forward alone -> a line per kernel; or ahead:causal, ahead:documents, strays, slopes, short
+    -> JSON.
     """
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for word in words:
