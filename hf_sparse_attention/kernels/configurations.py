@@ -61,6 +61,8 @@ class Configuration:
     # Where a slope leaves at most so many tiles in reach, a power of two, `near` settles them; 0: it settles none.
     near_tiles: int = 8
     near: Launch = Launch(4, 1)
+    near_gradient: Launch = Launch(4, 1)
+    near_columns: int = TILE
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
     # Two tiles of queries are walked together where their lists have at most so many tenths of the tiles together that
@@ -106,6 +108,7 @@ def _default(element_size, block_dim):
         key_gradient=Launch(warps, 1),
         output=Launch(warps, stages),
         near=Launch(warps, 1),
+        near_gradient=Launch(warps, 1),
         output_pairs=Launch(8, stages),
         collect=Launch(warps, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
@@ -135,6 +138,8 @@ _HOPPER = Configuration(
     stray_limit=16,
     stray_forward=False,
     near=Launch(4, 1, 128),
+    near_gradient=Launch(4, 1, 128),
+    near_columns=32,
     measured="NVIDIA H200",
 )
 
@@ -281,6 +286,12 @@ def configuration(device, element_size, block_dim):
 @cache
 def _changed(row, changes):
     return _checked(replace(row, **dict(changes)))
+
+
+@cache
+def without_pairs(row):
+    """The same where no tiles of queries are walked together: what few of them save costs launches of all others."""
+    return replace(row, pair_tenths=0)
 
 
 @contextmanager

@@ -64,9 +64,7 @@ def _query_gradient_kernel(
     list_row = head_index.to(tl.int64) * query_tiles + row_tile
     count = tl.load(count_ptr + list_row)
     if NEAR:
-        # A settled tile has no stored mean, and so few keys that they are walked twice.
-        near = count < -1
-        count = tl.where(near, settled(count), count)
+        count = settled(count)
     if count < 0:
         return
     lists = list_ptr + list_row * key_tiles
@@ -114,16 +112,13 @@ def _query_gradient_kernel(
     do = tl.load(g_base + local[:, None] * stride_gn + dims[None, :], mask=tile_mask, other=0.0)
     tau = tl.load(tau_ptr + tau_rows, mask=row_mask, other=float("inf"))
     pieces = count * (TILE // BLOCK_N)
-    if TWO_WALKS or NEAR:
+    if TWO_WALKS:
         # g and its mean from the same products cancel exactly where one key holds the slope; a stored mean would not.
         slope_sum = tl.zeros((BLOCK_M,), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
         walked_pieces = pieces
         walked_strays = strays
-        if NEAR:
-            walked_pieces = tl.where(near, pieces, 0)
-            walked_strays = 0
-        elif ALPHA_KIND == 2:
+        if ALPHA_KIND == 2:
             # In half precision only heads of alpha > 2 need it: the others walk nothing here.
             walked_pieces = tl.where(alpha_head > 2.0, pieces, 0)
             walked_strays = tl.where(alpha_head > 2.0, strays, 0)
@@ -158,15 +153,9 @@ def _query_gradient_kernel(
                 delta += tl.sum(u * gradient, 1)
         delta /= tl.where(slope_sum > 0, slope_sum, 1.0)
     if not TWO_WALKS or ALPHA_KIND == 2:
-        mean_mask = tile_mask
-        if NEAR:
-            mean_mask = (rows < tl.where(near, 0, queries))[:, None] & dim_mask
-        mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=mean_mask, other=0.0)
+        mean = tl.load(mean_ptr + o_offset + local[:, None] * stride_on + dims[None, :], mask=tile_mask, other=0.0)
         stored = tl.sum(do.to(tl.float32) * mean, 1)
-        if NEAR:
-            delta = tl.where(near, delta, stored)
-        else:
-            delta = tl.where(alpha_head > 2.0, delta, stored) if TWO_WALKS else stored
+        delta = tl.where(alpha_head > 2.0, delta, stored) if TWO_WALKS else stored
     # Whole tiles, so that the key gradient needs no mask: past the end a finite number above every score.
     padded = list_queries * TILE
     pair_rows = (head_index.to(tl.int64) * padded + rows) * 2
@@ -249,11 +238,16 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
     query, key, value, config = call.query, call.key, call.value, call.configuration
     heads, queries, head_dim = query.shape[1:]
     keys = key.shape[2]
-    for rows, tiles, counts in lists.walks():
-        stray_pointers, room = stray_arguments(strays, rows)
+    walks = [(False, *walk) for walk in lists.walks()]
+    if call.has_near:
+        # Settled tiles have no mean, and so few keys that they are walked twice.
+        walks.append((True, TILE, lists.tiles, lists.counts))
+    for near, rows, tiles, counts in walks:
+        stray_pointers, room = stray_arguments(None if near else strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
+        launch, columns = (config.near_gradient, config.near_columns) if near else (launch, config.inner)
         _query_gradient_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key), call.descriptor(value),
+            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha, *stray_pointers[:3],
             by_keys.starts, by_keys.ends, by_keys.totals, by_keys.codes, by_keys.weights,
@@ -266,11 +260,11 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             ALPHA_GRADIENT=dalpha is not None,
-            TWO_WALKS=call.two_walks,
-            NEAR=rows == TILE and call.has_near,
+            TWO_WALKS=call.two_walks or near,
+            NEAR=near,
             ROOM=room,
             STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,
