@@ -191,14 +191,19 @@ def ahead(kind):
         positions = torch.arange(length)
         documents = torch.stack([positions // 100 * 100, positions + 1], -1)[None].int()
         with configurations.configured(**changes):
-            out, _ = kernels.entmax_attention(*tensors, visible=documents if kind == "documents" else None)
+            slopes = torch.ones(4) if kind == "slopes" else None
+            out, _ = kernels.entmax_attention(
+                *tensors, slopes=slopes, visible=documents if kind == "documents" else None
+            )
             torch.autograd.grad(out, tensors, torch.ones_like(out))
     return {"ahead": [name for name, early in compiled if early], "late": [n for n, early in compiled if not early]}
 
 
 def main(words):
-    """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16:64 for a stray_limit of 16 and a head_dim of 64,
-    training:0:128:0 for a forward alone -> a line per kernel; or ahead:causal, :documents, :strays, :short -> JSON."""
+    """Words such as bfloat16:128:32:8:1:1.5:0:0:0, or training:16:64 for a stray_limit of 16 and a head_dim of 64, or
+    training:0:128:0 for a forward alone -> a line per kernel; or ahead:causal, ahead:documents, strays, slopes, short
+    -> JSON.
+    """
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
     for word in words:
         if word.startswith("ahead"):

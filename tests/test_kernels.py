@@ -24,6 +24,7 @@ from hf_sparse_attention.kernels import (  # noqa: E402
     entmax_attention,
     forward,
     gather,
+    near,
     operators,
     refine,
     supports,
@@ -261,13 +262,13 @@ def compiled_kernels(kind, folder):
 
 
 @pytest.mark.parametrize(
-    "ranges", ["causal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("documents", "strays"))]
+    "ranges", ["causal", *(pytest.param(name, marks=pytest.mark.slow) for name in ("documents", "strays", "slopes"))]
 )
 def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
     assert compiled_kernels(ranges, tmp_path) == sorted(
         ["_threshold_kernel", "_transpose_kernel", "_key_gradient_kernel"]
         + 2 * ["_refine_kernel", "_forward_kernel", "_query_gradient_kernel"]
-        + (["_collect_kernel"] if ranges == "strays" else [])
+        + {"strays": ["_collect_kernel"], "slopes": ["_near_kernel"]}.get(ranges, [])
     )
 
 
@@ -292,9 +293,9 @@ def test_products_do_not_wait_for_each_other_on_hopper():
 
 def test_every_kernel_that_is_planned_can_be_noted_down():
     """One that is not would really be launched by the plan, on tensors without memory."""
-    rooms = (threshold, gather, refine, forward, transposition, backward.queries, backward.keys)
+    rooms = (near, threshold, gather, refine, forward, transposition, backward.queries, backward.keys)
     found = [value for room in rooms for name, value in vars(room).items() if name.endswith("_kernel")]
-    assert len(found) == 7 and all(isinstance(value, compiling.Kernel) for value in found)
+    assert len(found) == 8 and all(isinstance(value, compiling.Kernel) for value in found)
 
 
 def test_operators_are_registered_whole():

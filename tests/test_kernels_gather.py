@@ -41,9 +41,9 @@ def collected(monkeypatch):
     """What the calls of a test took apart: (call, bound, lists before and after, strays)."""
     found = []
 
-    def collect(call, bound, lists, save):
+    def collect(call, bound, lists, save, *near):
         before = [(rows, tiles.clone(), counts.clone()) for rows, tiles, counts in lists.walks()]
-        strays = gather.collect(call, bound, lists, save)
+        strays = gather.collect(call, bound, lists, save, *near)
         found.append((call, bound, before, lists, strays))
         return strays
 

@@ -58,6 +58,11 @@ class Configuration:
     collect: Launch = Launch(4, 2, 128)
     # Programs of TILE queries that run on a multiprocessor.
     collect_programs: int = 4
+    # Where a slope leaves at most so many tiles in reach, a power of two, `near` settles them; 0: it settles none.
+    near_tiles: int = 8
+    near: Launch = Launch(4, 1)
+    near_gradient: Launch = Launch(4, 1)
+    near_columns: int = TILE
     # Columns of a listed tile taken at once, a divisor of TILE.
     inner: int = TILE
     # Two tiles of queries are walked together where their lists have at most so many tenths of the tiles together that
@@ -105,6 +110,8 @@ def _default(element_size, block_dim):
         query_gradient_pairs=Launch(8, stages),
         key_gradient=Launch(warps, 1),
         output=Launch(warps, stages),
+        near=Launch(warps, 1),
+        near_gradient=Launch(warps, 1),
         output_pairs=Launch(8, stages),
         collect=Launch(warps, stages),
         inner=32 if block_dim * element_size > 512 else TILE,
@@ -133,6 +140,9 @@ _HOPPER = Configuration(
     output_pairs=Launch(8, 3),
     stray_limit=16,
     stray_forward=False,
+    near=Launch(4, 1, 128),
+    near_gradient=Launch(4, 1, 128),
+    near_columns=32,
     measured="NVIDIA H200",
 )
 
@@ -236,6 +246,8 @@ def _checked(configuration):
     for name in ("short_rows", "short_columns"):
         if getattr(configuration, name) not in (16, 32, TILE):
             raise ValueError(f"{name} is {getattr(configuration, name)}, not 16, 32 or {TILE}")
+    if configuration.near_tiles not in (0, 1, 2, 4, 8, 16):
+        raise ValueError(f"near_tiles is {configuration.near_tiles}, not a power of two up to 16; 0 settles none")
     for name in ("stray_room", "stray_stages", "collect_programs"):
         if getattr(configuration, name) < 1:
             raise ValueError(f"{name} is {getattr(configuration, name)}; the least is 1")
@@ -289,6 +301,12 @@ def configuration(device, element_size, block_dim):
 @cache
 def _changed(row, changes):
     return _checked(replace(row, **dict(changes)))
+
+
+@cache
+def without_pairs(row):
+    """The same where no tiles of queries are walked together: what few of them save costs launches of all others."""
+    return replace(row, pair_tenths=0)
 
 
 @contextmanager

@@ -211,16 +211,21 @@ def _forward_kernel(
         tl.store(mean_ptr + o_offsets, acc_mean.to(mean_ptr.dtype.element_ty), mask=o_mask)
 
 
-def attend(call, point, lists, save, strays=None):
-    """Output (B, H, N, D), laid out (B, N, H, D), tau (B, H, N), and for a backward the mean of the values under u."""
+def attend(call, point, lists, save, strays=None, near=None):
+    """Output (B, H, N, D), laid out (B, N, H, D), tau (B, H, N), and for a backward the mean of the values under u.
+
+    near: the tiles that are settled already, of which there is no mean.
+    """
     query, key, value, config = call.query, call.key, call.value, call.configuration
     batch, heads, queries, head_dim = query.shape
-    out = None if strays is None else strays.out
+    if near is not None:
+        out, tau = near.out, near.tau
+    else:
+        out, tau = None if strays is None else strays.out, torch.empty_like(point)
     if out is None:
         out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device).transpose(1, 2)
     # In float32 whatever the input: the backward subtracts its product from another.
     mean = torch.empty_like(out, dtype=torch.float32) if save else None
-    tau = torch.empty_like(point)
     means = call.sums_means(save)
     for rows, tiles, counts in lists.walks():
         stray_pointers, room = stray_arguments(strays, rows)

@@ -257,7 +257,7 @@ def sparse_limits(call, save):
     return call.configuration.stray_rows if on else 0, FEWEST
 
 
-def collect(call, bound, lists, save):
+def collect(call, bound, lists, save, near=None):
     """Takes the tiles with few pairs above the bound out of the lists, in place; their `Strays`, or None if off."""
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
@@ -276,7 +276,10 @@ def collect(call, bound, lists, save):
             return None
         # Divisions by a power of two cost nothing.
         room = 1 << ((row_bytes // 8).bit_length() - 1)
-        out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
+        if near is not None:
+            out = near.out
+        else:
+            out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
         pool = out.view(torch.int32)[..., : 2 * room]
     # Rows that are walked in pairs share dense tiles: they are not in the queue.
     sparse = lists.sparse

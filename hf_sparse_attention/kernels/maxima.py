@@ -1,9 +1,12 @@
-"""Blocks of keys -> per row the maximum of every tile and of 64 interleaved classes of keys."""
+"""Blocks of keys -> per row the maximum of every tile and of 64 interleaved classes of keys, and what follows of them:
+how far a bias lets a row reach, and a lower bound of its tau.
+"""
 
+import torch
 import triton
 import triton.language as tl
 
-from .tiles import masked_scores
+from .tiles import masked_scores, weights
 
 
 @triton.jit
@@ -94,3 +97,51 @@ def visit_keys(
             slots = tl.maximum(slots, tl.max(x, 1))
             tl.store(scratch_ptr + (block * PIECES + pieces)[None, :] * BLOCK_M + local_rows[:, None], tl.max(x, 2))
     return slots
+
+
+@triton.jit
+def farthest_reached(q, slots, key_length, factor, slope, inside, end, keys):
+    """The first key that some row can give weight to, from what it has seen: no key farther comes within 1 of that."""
+    nearest = tl.max(slots, 1)
+    length = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
+    upper = factor * length * key_length
+    reach = (upper * 1.001 + 1.0 - nearest) / tl.maximum(slope, 1e-30) + 2.0
+    # A row without a key so far has an unknown maximum: everything stays in reach.
+    reach = tl.where((nearest > float("-inf")) & (reach < 1e9), reach, 1e9)
+    return tl.min(tl.where(inside, end - 1 - reach.to(tl.int32), keys), 0)
+
+
+@triton.jit
+def class_bound(
+    slots, inside, alpha, exponent, STEPS: tl.constexpr, ALPHA_KIND: tl.constexpr, CLAMPED: tl.constexpr
+):  # fmt: skip
+    """A lower bound of tau from the maxima of classes of keys, 1e30 for rows that see none, and which those are."""
+    # Newton steps from the left on the e-norm of [slots - tau]_+, which is convex for alpha <= 2: never past tau.
+    greatest = tl.max(slots, 1)
+    empty = (greatest == float("-inf")) | (inside == 0)
+    tau = tl.where(empty, 1e30, greatest - 1.0)
+    convex = alpha <= 2.0
+    if convex:
+        for _ in range(STEPS):
+            p, u = weights(slots, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
+            total_weight = tl.sum(p, 1)
+            slope_sum = tl.sum(u, 1)
+            if ALPHA_KIND == 15:
+                norm_power = tl.sqrt(total_weight)
+            elif ALPHA_KIND == 20:
+                norm_power = tl.zeros_like(total_weight) + 1.0
+            else:
+                norm_power = tl.exp2(tl.log2(tl.maximum(total_weight, 1.0)) * (1.0 - 1.0 / exponent))
+            step = (total_weight - norm_power) / tl.maximum(slope_sum, 1e-30)
+            tau += tl.where(empty, 0.0, tl.maximum(step, 0.0))
+    # Rounding of the steps must not lift the bound above tau.
+    tau -= tl.where(empty, 0.0, 1e-6 * tl.abs(tau) + 1e-6)
+    if CLAMPED:
+        # No weight exceeds 1, which the passes that follow take for granted.
+        tau = tl.where(empty, tau, tl.maximum(tau, greatest - 1.0))
+    return tau, empty
+
+
+def longest_keys(key):
+    """(B, G, K, D) -> lengths (B, G) of the longest keys, as `farthest_reached` takes them."""
+    return torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(-1)

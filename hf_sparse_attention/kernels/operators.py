@@ -10,10 +10,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import gradients
 from .compiling import compile_together, like
-from .configurations import TILE, Configuration, configuration
+from .configurations import TILE, Configuration, configuration, without_pairs
 from .forward import attend
 from .gather import collect, collects, sparse_limits
 from .lists import Lists
+from .near import settle, settles
 from .refine import refined_threshold
 from .short import attend_short, is_short, short_gradients
 from .strays import Strays
@@ -76,6 +77,11 @@ class Call:
         size = 2 * tensor.shape[2] * tensor.shape[3] * tensor.element_size()
         return min(max(self.configuration.resident // size, 1), self.key.shape[0] * self.key.shape[1])
 
+    @property
+    def has_near(self):
+        """Whether tiles of the call may be settled by `near`."""
+        return settles(self.configuration, self.constants["ALPHA_KIND"], self.query.dtype, self.slopes)
+
     def descriptor(self, tensor, columns=None):
         """How the copy engine reads blocks of rows of a tensor, or None where they are read through pointers."""
         if not self.descriptors:
@@ -112,16 +118,24 @@ def describable(tensor, block_dim):
     return tensor.stride(-1) == 1 and aligned and 16 <= block_dim * size <= 512
 
 
+def _kinds(dtype, alpha, alpha_tensor):
+    """The closed form of the threshold, and of the powers."""
+    kind = GENERAL if alpha_tensor is not None else {1.5: ENTMAX15, 2.0: SPARSEMAX}.get(alpha, GENERAL)
+    if kind == GENERAL and dtype != torch.float32 and not alpha > 2:
+        return kind, BELOW_2 if alpha_tensor is None else PER_HEAD
+    return kind, kind
+
+
+def _configuration(query, power_kind, slopes):
+    row = configuration(query.device, query.element_size(), _block_dim(query.shape[-1]))
+    return without_pairs(row) if settles(row, power_kind, query.dtype, slopes) else row
+
+
 def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask):
     """Everything the launchers need to know about a call."""
     head_dim = query.shape[-1]
     block_dim = _block_dim(head_dim)
-    alpha_kind = GENERAL
-    if alpha_tensor is None:
-        alpha_kind = {1.5: ENTMAX15, 2.0: SPARSEMAX}.get(alpha, GENERAL)
-    power_kind = alpha_kind
-    if alpha_kind == GENERAL and query.dtype != torch.float32 and not alpha > 2:
-        power_kind = BELOW_2 if alpha_tensor is None else PER_HEAD
+    alpha_kind, power_kind = _kinds(query.dtype, alpha, alpha_tensor)
     visible_strides = (0, 0)
     range_kind = CAUSAL if causal else FULL
     if visible is not None:
@@ -150,7 +164,6 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         # Above alpha = 2 a slope hangs on the last bits of a score, which must come out alike in every kernel.
         "enable_fp_fusion": not alpha > 2,
     }
-    row = configuration(query.device, query.element_size(), block_dim)
     return Call(
         query=_rows(query),
         key=_rows(key),
@@ -172,7 +185,7 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
         descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
         constants=constants,
-        configuration=row,
+        configuration=_configuration(query, power_kind, slopes),
     )
 
 
@@ -202,10 +215,7 @@ def _forward(
             *call.constants.values(),
         )  # fmt: skip
         compile_together(variant, query.device, lambda: _launch_all(call, save))
-        bound, lists = threshold_bound(call, save, *sparse_limits(call, save))
-        strays = collect(call, bound, lists, save)
-        point = refined_threshold(call, bound, lists, save, strays)
-        out, tau, mean = attend(call, point, lists, save, strays)
+        out, tau, mean, lists, strays = _launch_forward(call, save)
     if not save:
         # Without a backward nothing but the result outlives the call.
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
@@ -249,12 +259,19 @@ def _without_memory(call):
     return replace(call, **{name: like(getattr(call, name)) for name in tensors}, made={})
 
 
+def _launch_forward(call, save):
+    limits = sparse_limits(call, save)
+    near = settle(call, save, limits[0])
+    bound, lists = threshold_bound(call, save, *limits, near)
+    strays = collect(call, bound, lists, save, near)
+    point = refined_threshold(call, bound, lists, save, strays)
+    return *attend(call, point, lists, save, strays, near), lists, strays
+
+
 def _launch_all(call, save):
     """Launches, on tensors without memory, whatever a call and its backward launch."""
     call = _without_memory(call)
-    bound, lists = threshold_bound(call, save, *sparse_limits(call, save))
-    strays = collect(call, bound, lists, save)
-    out, tau, mean = attend(call, refined_threshold(call, bound, lists, save, strays), lists, save, strays)
+    out, tau, mean, lists, strays = _launch_forward(call, save)
     if save:
         gradients(call, out, tau, mean, lists, call.alpha_tensor is not None, strays)
 
@@ -263,7 +280,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
     batch, heads, queries, head_dim = query.shape
     out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
     tau = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    config = configuration(query.device, query.element_size(), _block_dim(head_dim))
+    config = _configuration(query, _kinds(query.dtype, alpha, alpha_tensor)[1], slopes)
     if not save or is_short(config, queries, key.shape[2]):
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])

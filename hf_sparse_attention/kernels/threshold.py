@@ -12,8 +12,8 @@ import triton.language as tl
 from .compiling import Kernel
 from .configurations import TILE, processors
 from .lists import Lists, Sparse
-from .maxima import visit_keys
-from .tiles import entmax_parameters, row_ranges, share_of, weights
+from .maxima import class_bound, farthest_reached, longest_keys, visit_keys
+from .tiles import entmax_parameters, row_ranges, share_of
 
 # Tiles scanned at once for the lists, and Newton steps on the classes: more steps no longer tighten the bound.
 SCAN = 32
@@ -38,7 +38,7 @@ STEPS = 5
 def _threshold_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, reach_ptr,
     scratch_ptr, counter_ptr, tau_ptr, list_ptr, count_ptr, pair_ptr, pair_count_ptr, map_ptr, rows_ptr,
-    queue_ptr, stray_count_ptr,
+    queue_ptr, stray_count_ptr, near_queue_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -72,11 +72,18 @@ def _threshold_kernel(
     local_rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     own_scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * (tl.cdiv(list_keys, PIECES) * PIECES) * BLOCK_M
+    if near_queue_ptr is not None:
+        total = tl.load(counter_ptr + 2)
     work = tl.atomic_add(counter_ptr, 1)
     while work < total:
-        # The heaviest tiles come first: causal rows see more keys the later they are.
-        head_index, place_index = share_of(work, total, query_tiles, at_once)
-        row_tile = query_tiles - 1 - place_index
+        if near_queue_ptr is not None:
+            item = tl.load(near_queue_ptr + work)
+            head_index = item // query_tiles
+            row_tile = item % query_tiles
+        else:
+            # The heaviest tiles come first: causal rows see more keys the later they are.
+            head_index, place_index = share_of(work, total, query_tiles, at_once)
+            row_tile = query_tiles - 1 - place_index
         batch = head_index // heads
         head = head_index % heads
         rows = row_tile * BLOCK_M + local_rows
@@ -130,15 +137,8 @@ def _threshold_kernel(
             DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
         if HAS_SLOPES:
-            # No key farther than this can come within 1 of the row's maximum, so none can hold weight.
-            nearest = tl.max(slots, 1)
-            length = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1))
             key_length = tl.load(reach_ptr + batch * (heads // GROUP) + head // GROUP)
-            upper = factor * length * key_length
-            reach = (upper * 1.001 + 1.0 - nearest) / tl.maximum(slope, 1e-30) + 2.0
-            # A row without a key so far has an unknown maximum: everything stays in reach.
-            reach = tl.where((nearest > float("-inf")) & (reach < 1e9), reach, 1e9)
-            farthest = tl.min(tl.where(inside, end - 1 - reach.to(tl.int32), keys), 0)
+            farthest = farthest_reached(q, slots, key_length, factor, slope, inside, end, keys)
             low = tl.where(slope > 0, tl.maximum(low, tl.maximum(farthest, 0) // BLOCK_N), low)
             low = tl.minimum(low, high)
             full_low = tl.maximum(full_low, low)
@@ -161,32 +161,11 @@ def _threshold_kernel(
             DESCRIPTORS=DESCRIPTORS, PRECISION=PRECISION,
         )  # fmt: skip
 
-        # Newton steps from the left on the e-norm of [slots - tau]_+, which is convex for alpha <= 2: never past tau.
         if not HAS_SLOPES:
             slots *= factor
-        greatest = tl.max(slots, 1)
-        empty = (greatest == float("-inf")) | (inside == 0)
-        tau = tl.where(empty, 1e30, greatest - 1.0)
-        convex = alpha_head <= 2.0
-        if convex:
-            for _ in range(STEPS):
-                p, u = weights(slots, tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED)
-                total_weight = tl.sum(p, 1)
-                slope_sum = tl.sum(u, 1)
-                if ALPHA_KIND == 15:
-                    norm_power = tl.sqrt(total_weight)
-                elif ALPHA_KIND == 20:
-                    norm_power = tl.zeros_like(total_weight) + 1.0
-                else:
-                    norm_power = tl.exp2(tl.log2(tl.maximum(total_weight, 1.0)) * (1.0 - 1.0 / exponent))
-                step = (total_weight - norm_power) / tl.maximum(slope_sum, 1e-30)
-                tau += tl.where(empty, 0.0, tl.maximum(step, 0.0))
-        # Rounding of the steps must not lift the bound above tau.
-        tau -= tl.where(empty, 0.0, 1e-6 * tl.abs(tau) + 1e-6)
-        if CLAMPED:
-            # No weight exceeds 1, which the passes that follow take for granted.
-            tau = tl.where(empty, tau, tl.maximum(tau, greatest - 1.0))
-
+        tau, empty = class_bound(
+            slots, inside, alpha_head, exponent, STEPS=STEPS, ALPHA_KIND=ALPHA_KIND, CLAMPED=CLAMPED
+        )
         tau_rows = head_index.to(tl.int64) * queries + rows
         tl.store(tau_ptr + tau_rows, tl.where(empty, float("inf"), tau), mask=rows < queries)
 
@@ -272,11 +251,11 @@ def _threshold_kernel(
         work = tl.atomic_add(counter_ptr, 1)
 
 
-def threshold_bound(call, save, row_limit=0, fewest=1):
+def threshold_bound(call, save, row_limit=0, fewest=1, near=None):
     """Lower bound of tau (B, H, N) and the tile lists with their lengths, as `Lists`.
 
     row_limit: in how many rows a tile that may be taken apart is alive at most, 0: none may; lists with fewer than
-    fewest such tiles stay as they are.
+    fewest such tiles stay as they are. near: what is settled, whose tensors are completed.
     """
     query, key, config = call.query, call.key, call.configuration
     batch, heads, queries, head_dim = query.shape
@@ -285,20 +264,29 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
     rows = config.threshold_rows
     row_tiles = triton.cdiv(queries, rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
-    lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
-    counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
-    pairs = pair_counts = tile_map = sparse = alive_rows = queue = stray_counts = None
+    pairs = pair_counts = tile_map = sparse = alive_rows = queue = stray_counts = reach = near_queue = None
+    if near is None:
+        lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
+        counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
+        counter = torch.zeros((2,), dtype=torch.int32, device=device)
+        if config.paired:
+            pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
+        if row_limit:
+            stray_counts = torch.empty_like(counts)
+        if save:
+            shape = (batch, heads, call.key_tiles, call.query_tiles)
+            tile_map = torch.zeros(shape, dtype=torch.uint8, device=device)
+        if call.slopes is not None:
+            reach = longest_keys(key)
+    else:
+        lists, counts, counter, pair_counts = near.tiles, near.counts, near.queued, near.pair_counts
+        stray_counts, tile_map, reach, near_queue = near.stray_counts, near.tile_map, near.lengths, near.queue
     if config.paired:
         pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
-        pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
-    counter = torch.zeros((2,), dtype=torch.int32, device=device)
     if row_limit:
         alive_rows = torch.empty_like(lists, dtype=torch.uint8)
-        queue, stray_counts = torch.empty_like(counts), torch.empty_like(counts)
+        queue = torch.empty_like(counts)
         sparse = Sparse(alive_rows, queue, counter, stray_counts)
-    if save:
-        shape = (batch, heads, call.key_tiles, call.query_tiles)
-        tile_map = torch.zeros(shape, dtype=torch.uint8, device=device)
     total = row_tiles * heads * batch
     programs = min(total, config.threshold_programs * processors(device.index))
     pieces = config.threshold_columns // TILE
@@ -306,14 +294,11 @@ def threshold_bound(call, save, row_limit=0, fewest=1):
     scratch = torch.empty((programs, padded_tiles, rows), dtype=torch.float32, device=device)
     # What the programs keep of the tiles lies in the same cache: where it fills that, all had better read one head.
     at_once = call.heads_at_once if scratch.nbytes <= 2 * config.resident else 1
-    reach = None
-    if call.slopes is not None:
-        reach = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(-1)
     _threshold_kernel[(programs,)](
         query, key, call.descriptor(key, config.threshold_columns), call.alpha_tensor, call.slopes, call.visible,
         call.mask, reach,
         scratch, counter, tau, lists, counts, pairs, pair_counts, tile_map, alive_rows,
-        queue, stray_counts,
+        queue, stray_counts, near_queue,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         heads, queries, keys, row_tiles, total, call.query_tiles, call.key_tiles, row_tiles, head_dim,

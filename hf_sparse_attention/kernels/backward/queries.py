@@ -6,6 +6,7 @@ import triton.language as tl
 from ..compiling import Kernel
 from ..configurations import TILE
 from ..edges import edge_scores, seen_by_all, turn_start, turns
+from ..near import settled
 from ..strays import gather_rows, move_strays, stray_arguments, stray_weights
 from ..tiles import (
     alpha_slopes,
@@ -63,6 +64,7 @@ def _query_gradient_kernel(
     PRECISION: tl.constexpr,
     ALPHA_GRADIENT: tl.constexpr,
     TWO_WALKS: tl.constexpr,
+    NEAR: tl.constexpr,
     ROOM: tl.constexpr,
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -72,6 +74,8 @@ def _query_gradient_kernel(
     row_tile = query_tiles - 1 - place
     list_row = head_index.to(tl.int64) * query_tiles + row_tile
     count = tl.load(count_ptr + list_row)
+    if NEAR:
+        count = settled(count)
     if count < 0:
         return
     lists = list_ptr + list_row * key_tiles
@@ -245,11 +249,16 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
     query, key, value, config = call.query, call.key, call.value, call.configuration
     heads, queries, head_dim = query.shape[1:]
     keys = key.shape[2]
-    for rows, tiles, counts in lists.walks():
-        stray_pointers, room = stray_arguments(strays, rows)
+    walks = [(False, *walk) for walk in lists.walks()]
+    if call.has_near:
+        # Settled tiles have no mean, and so few keys that they are walked twice.
+        walks.append((True, TILE, lists.tiles, lists.counts))
+    for near, rows, tiles, counts in walks:
+        stray_pointers, room = stray_arguments(None if near else strays, rows)
         launch = config.query_gradient if rows == TILE else config.query_gradient_pairs
+        launch, columns = (config.near_gradient, config.near_columns) if near else (launch, config.inner)
         _query_gradient_kernel[(counts.numel(),)](
-            query, key, value, call.descriptor(key), call.descriptor(value),
+            query, key, value, call.descriptor(key, columns), call.descriptor(value, columns),
             call.alpha_tensor, call.slopes, call.visible, call.mask,
             tiles, counts, tau, mean, grad_out, pairs, dquery, dalpha, *stray_pointers[:3],
             by_keys.starts, by_keys.ends, by_keys.totals, by_keys.codes, by_keys.weights,
@@ -263,10 +272,11 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
-            BLOCK_N=config.inner,
+            BLOCK_N=columns,
             TILE=TILE,
             ALPHA_GRADIENT=dalpha is not None,
-            TWO_WALKS=call.two_walks,
+            TWO_WALKS=call.two_walks or near,
+            NEAR=near,
             ROOM=room,
             STRAY_STAGES=config.stray_stages,
             num_warps=launch.warps,
