@@ -27,8 +27,8 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
         # With the second order of a sum of p that is the power 2 e of a line, between the power e and an exponential.
         step = (sums - 1.0) * (1.0 + (0.5 - 0.25 / exponent) * (sums - 1.0)) / (exponent * divisor)
         if ALPHA_KIND == 0 or ALPHA_KIND == 2:
-            # Above alpha = 2 every u is at least 1. One key alone stands 1 above the threshold, and p / u is how far it
-            # does: its slope 1 / (alpha - 1) would multiply the rounding of p.
+            # Above alpha = 2 every u is at least 1. One key alone stands 1 above the threshold, and p / u is how far
+            # it does: its slope 1 / (alpha - 1) would multiply the rounding of p.
             above = tl.where(slope_sum < 1.5, sums / divisor - 1.0, step)
             # No key is nearer to the threshold than this. The step must be shorter than its way, where slopes grow
             # without bound, or else it is only right next to the end of the bracket.

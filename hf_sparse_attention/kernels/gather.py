@@ -235,7 +235,7 @@ def _collect_kernel(
             )
             k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
             x = masked_scores(
-                products(k, q, PRECISION=PRECISION), factor, slope, chosen[:, None],
+                products(k, q, PRECISION=PRECISION, FIRST=True), factor, slope, chosen[:, None],
                 start[None, :], end[None, :], mask_ptr, True,
                 MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
             )  # fmt: skip

@@ -122,9 +122,6 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
     if query.dtype == torch.float32:
         # Three tf32 products nearly keep float32's accuracy, but hold operands twice: too much for the widest heads.
         precision = "tf32x3" if block_dim <= 128 else "ieee"
-    elif alpha > 2:
-        # A slope hangs on the last bits of a score.
-        precision = "ieee"
     constants = {
         "GROUP": query.shape[1] // key.shape[1],
         "ALPHA_KIND": power_kind,

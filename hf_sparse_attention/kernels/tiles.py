@@ -16,7 +16,6 @@ GENERAL, BELOW_2, PER_HEAD, ENTMAX15, SPARSEMAX = 0, 1, 2, 15, 20
 
 # Channels that a tensor core adds up where a score is to have all digits of float32.
 CHANNELS = tl.constexpr(32)
-CHANNELS_32 = tl.constexpr(1024)
 
 # Whether PTX can be written: for a logarithm from the special function unit, where tl.log2 is 28 instructions.
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
@@ -233,20 +232,20 @@ def rounded_sum(x, y):
 
 
 @triton.jit
-def products(q, k, PRECISION: tl.constexpr):
-    """q k^T (M, N) of q (M, D) and k (N, D). PRECISION "ieee" in half precision: to the last digits of float32.
+def products(q, k, PRECISION: tl.constexpr, FIRST: tl.constexpr = False):
+    """q k^T (M, N) of q (M, D) and k (N, D). Three tf32 products to the last digits of float32.
 
     A tensor core cuts off, always towards zero, what a partial sum has no digits for. So there sums of CHANNELS
-    channels are added as a processor does, rounded; the other channels of such a sum are zeros, which cost time only.
+    channels are added as a processor does, rounded. The other channels are zeros, which cost time only: of k, or of q
+    (FIRST), whichever is another one at every turn, as the parts of what stays would all lie in shared memory.
     """
-    CHUNKED: tl.constexpr = (PRECISION == "ieee" and q.dtype != tl.float32) or PRECISION == "tf32x3"
-    CHUNK: tl.constexpr = CHANNELS_32 if q.dtype == tl.float32 else CHANNELS
-    if CHUNKED and CHUNK < q.shape[1]:
-        channels = tl.arange(0, q.shape[1])[None, :] // CHUNK
-        x = tl.dot(q, tl.trans(tl.where(channels == 0, k, 0.0)), input_precision=PRECISION)
-        for part in tl.static_range(1, q.shape[1] // CHUNK):
-            y = tl.dot(q, tl.trans(tl.where(channels == part, k, 0.0)), input_precision=PRECISION)
-            x = rounded_sum(x, y)
+    if PRECISION == "tf32x3" and q.shape[1] > CHANNELS:
+        channels = tl.arange(0, q.shape[1])[None, :] // CHANNELS
+        x = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
+        for part in tl.static_range(q.shape[1] // CHANNELS):
+            some_q = tl.where(channels == part, q, 0.0) if FIRST else q
+            some_k = k if FIRST else tl.where(channels == part, k, 0.0)
+            x = rounded_sum(x, tl.dot(some_q, tl.trans(some_k), input_precision=PRECISION))
         return x
     else:
         return tl.dot(q, tl.trans(k), input_precision=PRECISION)

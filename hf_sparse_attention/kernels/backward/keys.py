@@ -48,7 +48,7 @@ def add_queries(
     if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
         # those scores, and in float32 a score that differs is most of the error. Of a tensor no one knows beforehand.
-        x = tl.trans(products(q, k, PRECISION=PRECISION))
+        x = tl.trans(products(q, k, PRECISION=PRECISION, FIRST=True))
         gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
     else:
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
