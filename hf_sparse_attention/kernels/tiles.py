@@ -15,7 +15,7 @@ FULL, CAUSAL, RANGE = 0, 1, 2
 GENERAL, BELOW_2, PER_HEAD, ENTMAX15, SPARSEMAX = 0, 1, 2, 15, 20
 
 # Channels that a tensor core adds up where a score is to have all digits of float32.
-CHANNELS = tl.constexpr(32)
+CHANNELS = tl.constexpr(64)
 
 # Whether PTX can be written: for a logarithm from the special function unit, where tl.log2 is 28 instructions.
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
