@@ -1,10 +1,15 @@
 """The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
 
+import contextlib
+import contextvars
 import functools
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -260,6 +265,43 @@ def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
         + 2 * ["_refine_kernel", "_forward_kernel", "_query_gradient_kernel"]
         + (["_collect_kernel"] if ranges == "strays" else [])
     )
+
+
+def test_launchers_are_built_by_threads_and_kept_by_one(monkeypatch):
+    """Python hands out one module object for all of them: a thread read the launcher of another thread's kernel."""
+    building, built, kept = [], [], []
+
+    class Built:
+        def __init__(self, name):
+            self.src, self.metadata = name, None
+
+        @property
+        def run(self):
+            assert not building and len(built) == 8 and threading.current_thread() is threading.main_thread()
+            kept.append(self.src)
+
+    class Planned:
+        def warmup(self, name, grid):
+            return Built(name)
+
+    def launcher(name, metadata):
+        building.append(name)
+        time.sleep(0.01)
+        built.append(name)
+        building.remove(name)
+
+    monkeypatch.setattr(
+        triton, "AsyncCompileMode", lambda pool, ignore_errors: contextlib.nullcontext(), raising=False
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(launcher_cls=launcher))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    names = [f"kernel {number}" for number in range(8)]
+
+    def plan():
+        compiling._planned.get().extend((Planned(), (1,), (name,), {}) for name in names)
+
+    contextvars.Context().run(compiling._compile, torch.device("cuda", 0), plan)
+    assert kept == names and sorted(built) == names
 
 
 @pytest.mark.slow
