@@ -121,10 +121,8 @@ def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
         keys, values = (longer(tensor, 1.0, both) for tensor in (key, value))
         own = {**arguments, "scaling": _scaling(query, arguments)}
         result = run(reference.attention, queries, keys, values, gradients, **own)
-        # Copies: a view would keep both halves in memory.
-        kept = {name: tensor[..., : sizes[name]].clone() for name, tensor in result.gradients.items()}
-        results.append(Results(result.out[..., : sizes["value"]].clone(), result.tau, kept))
-        del queries, keys, values, gradients, result
+        kept = {name: tensor[..., : sizes[name]] for name, tensor in result.gradients.items()}
+        results.append(Results(result.out[..., : sizes["value"]], result.tau, kept))
     return results
 
 
