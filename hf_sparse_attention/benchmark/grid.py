@@ -15,7 +15,7 @@ import random
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .. import reference
 from .inputs import DTYPES
 from .ours import attend, difference
-from .rows import table, write_rows
+from .rows import table, unfinished_rows, write_rows
 from .timing import median, synchronize
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ def time_grid(
     if processes is None:
         most = min(MOST_PROCESSES, 2 * len(variants), max(1, _cores() // CORES_PER_PROCESS))
         processes = most if device == "cuda" else 0
-    about = _about(arguments, device, variants, shapes)
-    rows = _measured_before(arguments, about)
+    measured = _measured(variants, shapes)
+    rows = _kept_rows(arguments, device, measured)
     left = [variant for variant in variants if not any(row["variant"] == vars(variant) for row in rows)]
     if processes and left:
         _compile_together(left, shapes, arguments.seed, device, processes)
@@ -89,7 +89,7 @@ def time_grid(
     done = len(variants) - len(left)
     for variant in tqdm(left, desc="grid", unit="variant", initial=done, total=len(variants)):
         rows += [_row(arguments, variant, shape, device) for shape in shapes]
-        write_rows(arguments, device, PARTIAL, about=about, rows=rows)
+        write_rows(arguments, device, PARTIAL, unfinished=True, measured=measured, rows=rows)
     slowest = []
     for variant in variants:
         own = [row for row in rows if row["variant"] == vars(variant)]
@@ -106,36 +106,23 @@ def time_grid(
     return rows
 
 
-def _about(arguments, device: str, variants, shapes) -> dict:
-    """What the rows of an interrupted run must have been measured with for this run to go on there."""
+def _measured(variants, shapes) -> dict:
+    """What rows are of, besides arguments and card: an interrupted run of anything else is not gone on with."""
     package = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         package.update(file.read_bytes())
-    about = {
-        "card": torch.cuda.get_device_name() if device == "cuda" else device,
-        "torch": torch.__version__,
-        "package": package.hexdigest(),
-        "arguments": {name: value for name, value in asdict(arguments).items() if name != "output_dir"},
-        "variants": [vars(variant) for variant in variants],
-        "shapes": shapes,
-    }
-    return json.loads(json.dumps(about))
+    measured = {"package": package.hexdigest(), "variants": [vars(one) for one in variants], "shapes": shapes}
+    return json.loads(json.dumps(measured))
 
 
-def _measured_before(arguments, about: dict) -> list[dict]:
+def _kept_rows(arguments, device: str, measured: dict) -> list[dict]:
     """The rows an interrupted run of the same left, or none."""
-    file = Path(arguments.output_dir) / PARTIAL
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        rows, others = found["rows"], [name for name in about if found["about"].get(name) != about[name]]
-    except FileNotFoundError:
-        return []
-    except (AttributeError, KeyError, TypeError, ValueError):
-        rows, others = [], ["text"]
-    if others:
-        logger.warning("%s is of an interrupted run with another %s: this one begins anew", file, ", ".join(others))
-        return []
-    logger.warning("%s holds %d rows of an interrupted run: they are kept, this run goes on there", file, len(rows))
+    left = unfinished_rows(arguments, device, PARTIAL)
+    rows = left["rows"] if left.get("measured") == measured else []
+    if rows:
+        logger.warning("%d rows of an interrupted run are kept, this run goes on there", len(rows))
+    elif (Path(arguments.output_dir) / PARTIAL).exists():
+        logger.warning("%s is of an interrupted run of other arguments or code: this one begins anew", PARTIAL)
     return rows
 
 
