@@ -26,9 +26,15 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
     else:
         # With the second order of a sum of p that is the power 2 e of a line, between the power e and an exponential.
         step = (sums - 1.0) * (1.0 + (0.5 - 0.25 / exponent) * (sums - 1.0)) / (exponent * divisor)
-        # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the
-        # way of a key to the threshold.
-        step = tl.where(alpha > 2.0, tl.where(tl.abs(sums - 1.0) < 1e-6, step, 0.0), step)
+        if ALPHA_KIND == 0 or ALPHA_KIND == 2:
+            # Above alpha = 2 every u is at least 1. One key alone stands 1 above the threshold, and p / u is how far
+            # it does: its slope 1 / (alpha - 1) would multiply the rounding of p.
+            above = tl.where(slope_sum < 1.5, sums / divisor - 1.0, step)
+            # No key is nearer to the threshold than this. The step must be shorter than its way, where slopes grow
+            # without bound, or else it is only right next to the end of the bracket.
+            nearest = tl.exp2(tl.log2(divisor) / tl.minimum(exponent - 1.0, -1e-3))
+            right = (tl.abs(above) < 0.25 * nearest) | (tl.abs(sums - 1.0) < 1e-6)
+            step = tl.where(alpha > 2.0, tl.where(right, above, 0.0), step)
     return tl.where(positive, step, 0.0)
 
 

@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE, processors
 from .edges import edge_scores, seen_by_all
 from .strays import APART, ROW_BIT, Strays, gather_rows, stray_codes, stray_places
-from .tiles import entmax_parameters, load_block, masked_scores, row_ranges
+from .tiles import entmax_parameters, load_block, masked_scores, products, row_ranges
 
 # Candidates sorted out at once, and the fewest in a list that are worth it; list entries looked at at once.
 SEGMENT = 8
@@ -235,7 +235,7 @@ def _collect_kernel(
             )
             k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
             x = masked_scores(
-                tl.dot(k, tl.trans(q), input_precision=PRECISION), factor, slope, chosen[:, None],
+                products(k, q, PRECISION=PRECISION, FIRST=True), factor, slope, chosen[:, None],
                 start[None, :], end[None, :], mask_ptr, True,
                 MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
             )  # fmt: skip

@@ -7,7 +7,16 @@ from ..compiling import Kernel
 from ..configurations import TILE
 from ..edges import sees
 from ..strays import add_strays
-from ..tiles import entmax_parameters, listed_start, load_block, masked_scores, row_ranges, share_of, weights
+from ..tiles import (
+    entmax_parameters,
+    listed_start,
+    load_block,
+    masked_scores,
+    products,
+    row_ranges,
+    share_of,
+    weights,
+)
 
 
 @triton.jit
@@ -48,7 +57,7 @@ def add_queries(
     if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
         # those scores, and in float32 a score that differs is most of the error. Of a tensor no one knows beforehand.
-        x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
+        x = tl.trans(products(q, k, PRECISION=PRECISION, FIRST=True))
         gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
     else:
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
