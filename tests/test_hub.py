@@ -576,9 +576,14 @@ def test_paths_of_a_machine_are_cut():
         (f"{PLACE}/a.txt", "a.txt"), ("~/a/b/", "b"), ("../x/y", "y"), (r"C:\data\z.txt", "z.txt"),
         ("data/a.txt", "data/a.txt"), ("owner/name", "owner/name"), (f"sparse={PLACE}/m", "sparse=m"),
         (f"{PLACE}/*.jsonl", "*.jsonl"), ("file:///a/b", "b"),
+        (f'{{"distill": "{PLACE}/base", "steps": 2}}', '{"distill": "base", "steps": 2}'),
+        (f"{{steps: 2, distill: {PLACE}/base}}", "{steps: 2, distill: base}"),
+        ("{distill: ~/a/b, block_size: '1024:0.8,4096:0.2'}", "{distill: b, block_size: '1024:0.8,4096:0.2'}"),
+        ("{distill: owner/name, rate: 1.0e-3}", "{distill: owner/name, rate: 1.0e-3}"),
     ):  # fmt: skip
         assert local_name(path) == name
     assert (
         without_folders(f"train --output={PLACE}/run --data '{PLACE}/my text.txt'")
         == "train --output=run --data 'my text.txt'"
     )
+    assert PLACE not in without_folders(f"train --stages '{{\"distill\": \"{PLACE}/base\"}}' '{{distill: {PLACE}/b}}'")
