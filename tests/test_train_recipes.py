@@ -1,13 +1,17 @@
 """The recipes of examples/: every file is one that train takes, on the options that it says, and is in the table."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from training_cases import dense_folder, options, write_text
 
 from hf_sparse_attention.arguments import parse_arguments
-from hf_sparse_attention.train import TrainArguments, train_model
+from hf_sparse_attention.evaluate import EvaluateArguments
+from hf_sparse_attention.report import ReportArguments
+from hf_sparse_attention.train import TableArguments, TrainArguments, train_model
 from hf_sparse_attention.train.arguments import check_arguments
 from hf_sparse_attention.train.stages import stages_of
 
@@ -18,7 +22,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 def parsed(name, *words):
     common = ["--model", "m", "--output", "o", "--train_data", "t.txt", "--eval_data", "e.txt"]
-    common += ["--distill", "m"] if name.startswith("distill") else []
+    # As run.sh does.
+    common += ["--distill", "m"] if "distill_weight" in (FOLDER / f"{name}.yaml").read_text() else []
     return parse_arguments(
         TrainArguments, ["--config", str(FOLDER / f"{name}.yaml"), *common, *words], program="train"
     )
@@ -42,6 +47,39 @@ def test_every_recipe_has_the_same_tokens(name):
     assert tokens == 674 * 2**16
 
 
+def test_one_command_makes_a_row(tmp_path):
+    """run.sh names the dense model where a recipe learns from it, reports what has zeros, and ends with the table."""
+    fake = tmp_path / "hf-sparse-attention"
+    fake.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *"seed 9"*) exit 3 ;; esac\n')
+    fake.chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def called(*names, **environment):
+        words = ["sh", str(FOLDER / "run.sh"), "base", "train.jsonl", "held.jsonl", *names]
+        ended = subprocess.run(words, capture_output=True, text=True, env={**paths, **environment})
+        return [line.split() for line in ended.stdout.splitlines()], ended.returncode
+
+    lines, code = called("control-softmax", "match-distill", "asentmax", TEXT="books.jsonl")
+    assert code == 0
+    assert [line[0] for line in lines] == [
+        "train", "evaluate", "train", "evaluate", "report", "train", "evaluate", "report", "table"
+    ]  # fmt: skip
+    distilled = [" ".join(line).count("--distill base") for line in lines if line[0] == "train"]
+    assert distilled == [0, 1, 0]
+    assert all("books.jsonl" in line and "runs/" in line[3] for line in lines if line[0] == "evaluate")
+    # Each of them is one that the commands take.
+    parse_arguments(TrainArguments, lines[2][1:], program="train")
+    parse_arguments(EvaluateArguments, lines[3][1:], program="evaluate")
+    parse_arguments(ReportArguments, lines[4][1:], program="report")
+    parse_arguments(TableArguments, lines[8][1:], program="table")
+    assert lines[2][-2:] == ["--distill", "base"] and lines[3][3] == "runs/match-distill-s0/model"
+    lines, code = called("asentmax", OPTIONS="--seed 1", TAG="-s1")
+    assert lines[0][-4:] == ["--output", "runs/asentmax-s1", "--seed", "1"] and lines[1][3] == "runs/asentmax-s1/model"
+    # Nothing is measured of a training that failed.
+    lines, code = called("asentmax", OPTIONS="--seed 9")
+    assert code == 3 and len(lines) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_runs(tmp_path, name):
@@ -61,7 +99,7 @@ def test_every_recipe_runs(tmp_path, name):
     changes["block_size"] = smaller(str(arguments.block_size))
     stages = []
     for stage in arguments.stages:
-        stage = re.sub(r'"steps": \d+', '"steps": 3', stage).replace('"dense-base"', f'"{values["model"]}"')
+        stage = re.sub(r'"steps": \d+', '"steps": 3', stage)
         stage = re.sub(r'"block_size": "\d+"', lambda found: smaller(found[0]), stage)
         stages.append(re.sub(r'"batch_size": \d+', '"batch_size": 8', stage))
     changes |= {"stages": stages} if stages else {}
