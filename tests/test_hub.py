@@ -321,6 +321,9 @@ def test_a_card_says_what_each_stage_did(model, tmp_path):
     text = dry_run(model, tmp_path / "again").text
     assert "the attention layers alone" in text and "from 1.3 to 1.5" in text and "in 4 plateaus" in text
     assert "its pretraining continued for 1,234 steps" in text
+    assert "start of the factor" not in text
+    write(model.parent / "summary.json", {**whole, "options": {**options, "scale_start": "normal"}})
+    assert "| start of the factor | normal |" in dry_run(model, tmp_path / "normal").text
 
 
 def test_needles_reach_the_card(model, tmp_path):
