@@ -1,5 +1,5 @@
 """A run of `train` -> its card and its numbers in this folder: NAME.md as `push` renders it, and in NAME/ the summary
-with the command, the metrics of every stage, what `evaluate` measured and the report's pictures. No weights.
+with the command, the metrics of every stage, what `evaluate` measured (by position too), the report's pictures. No weights.
 
     python model_cards/keep.py --run runs/NAME --license apache-2.0"""
 
@@ -16,6 +16,7 @@ from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.files import write_json, write_text
 from hf_sparse_attention.hub import PushArguments, push_model
 from hf_sparse_attention.hub.evidence import local_name, without_folders
+from hf_sparse_attention.results import markdown
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def keep_run(arguments: KeepArguments) -> Path:
     kept = output / run.name
     for name, file in (("summary.json", run / "summary.json"), ("results.json", results), ("report.json", report)):
         write_json(kept / name, without_places(json.loads(file.read_text(encoding="utf-8"))))
+    write_text(kept / "results.md", markdown(json.loads(results.read_text(encoding="utf-8"))))
     lines = []
     for file in metrics:
         stage = {} if file.parent == run else {"stage": file.parent.name}

@@ -247,7 +247,9 @@ def test_a_run_is_kept_with_its_card(home, tmp_path):
     push_model(PushArguments(model=str(run / "model"), dry_run=str(tmp_path / "up"), license="mit"))
     assert card.read_text() == (tmp_path / "up" / "README.md").read_text()
     kept = sorted((tmp_path / "cards" / "tiny").iterdir())
-    assert {"summary.json", "results.json", "report.json", "metrics.jsonl"} < {file.name for file in kept}
+    assert {"summary.json", "results.json", "results.md", "report.json", "metrics.jsonl"} < {
+        file.name for file in kept
+    }
     assert any(file.suffix == ".png" for file in kept) and not any(file.suffix == ".safetensors" for file in kept)
     for file in (card, *kept):
         assert str(home).encode() not in (content := file.read_bytes()) and str(tmp_path).encode() not in content
