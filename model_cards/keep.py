@@ -1,5 +1,6 @@
 """A run of `train` -> its card and its numbers in this folder: NAME.md as `push` renders it, and in NAME/ the summary
-with the command, the metrics of every stage, what `evaluate` measured (by position too), the report's pictures. No weights.
+with the command, the metrics of every stage, what `evaluate` measured (by position too) and the report's pictures.
+No weights.
 
     python model_cards/keep.py --run runs/NAME --license apache-2.0"""
 
