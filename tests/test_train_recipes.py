@@ -47,37 +47,56 @@ def test_every_recipe_has_the_same_tokens(name):
     assert tokens == 674 * 2**16
 
 
-def test_one_command_makes_a_row(tmp_path):
-    """run.sh names the dense model where a recipe learns from it, reports what has zeros, and ends with the table."""
+@pytest.fixture
+def called(tmp_path):
+    """Calls run.sh; returns the commands it calls as (card, words), and its exit code. Training with seed 9 fails."""
     fake = tmp_path / "hf-sparse-attention"
-    fake.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *"seed 9"*) exit 3 ;; esac\n')
+    fake.write_text('#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:--} $*"\ncase "$1 $*" in train*"seed 9"*) exit 3 ;; esac\n')
     fake.chmod(0o755)
-    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
-    def called(*names, **environment):
+    def call(*names, **environment):
         words = ["sh", str(FOLDER / "run.sh"), "base", "train.jsonl", "held.jsonl", *names]
-        ended = subprocess.run(words, capture_output=True, text=True, env={**paths, **environment})
-        return [line.split() for line in ended.stdout.splitlines()], ended.returncode
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+        ended = subprocess.run(words, capture_output=True, text=True, env=environment)
+        return [(line.split()[0], line.split()[1:]) for line in ended.stdout.splitlines()], ended.returncode
 
-    lines, code = called("control-softmax", "match-distill", "asentmax", TEXT="books.jsonl")
-    assert code == 0
+    return call
+
+
+def test_one_command_makes_a_row(called):
+    """It names the dense model where a recipe learns from it, reports what has zeros, and ends with the table."""
+    found, code = called("control-softmax", "match-distill", "asentmax", TEXT="books.jsonl", CUDA_VISIBLE_DEVICES="2")
+    lines = [line for _, line in found]
+    assert code == 0 and {card for card, _ in found} == {"2"}
     assert [line[0] for line in lines] == [
         "train", "evaluate", "train", "evaluate", "report", "train", "evaluate", "report", "table"
     ]  # fmt: skip
-    distilled = [" ".join(line).count("--distill base") for line in lines if line[0] == "train"]
-    assert distilled == [0, 1, 0]
-    assert all("books.jsonl" in line and "runs/" in line[3] for line in lines if line[0] == "evaluate")
+    assert [" ".join(line).count("--distill base") for line in lines if line[0] == "train"] == [0, 1, 0]
+    assert all("books.jsonl" in line for line in lines if line[0] == "evaluate")
     # Each of them is one that the commands take.
-    parse_arguments(TrainArguments, lines[2][1:], program="train")
-    parse_arguments(EvaluateArguments, lines[3][1:], program="evaluate")
-    parse_arguments(ReportArguments, lines[4][1:], program="report")
-    parse_arguments(TableArguments, lines[8][1:], program="table")
-    assert lines[2][-2:] == ["--distill", "base"] and lines[3][3] == "runs/match-distill-s0/model"
-    lines, code = called("asentmax", OPTIONS="--seed 1", TAG="-s1")
-    assert lines[0][-4:] == ["--output", "runs/asentmax-s1", "--seed", "1"] and lines[1][3] == "runs/asentmax-s1/model"
-    # Nothing is measured of a training that failed.
-    lines, code = called("asentmax", OPTIONS="--seed 9")
-    assert code == 3 and len(lines) == 1
+    train = parse_arguments(TrainArguments, lines[2][1:], program="train")
+    evaluate = parse_arguments(EvaluateArguments, lines[3][1:], program="evaluate")
+    report = parse_arguments(ReportArguments, lines[4][1:], program="report")
+    table = parse_arguments(TableArguments, lines[8][1:], program="table")
+    assert train.output == "runs/match-distill-s0" and table.runs == ["runs"]
+    assert evaluate.models == ["base", "runs/match-distill-s0/model"] and report.model == evaluate.models[1]
+    assert [check_arguments(stage).distill for stage in stages_of(train)] == [None, "base"]
+
+
+def test_rows_go_over_seeds_rates_and_cards(called):
+    found, code = called("asentmax", "nape", SEEDS="0 9", RATES="3e-4 1e-3", CARDS="1 3", OUT="elsewhere")
+    trained = {line[line.index("--output") + 1]: (card, line) for card, line in found if line[0] == "train"}
+    names = [
+        f"{name}-lr{rate}-s{seed}" for name in ("asentmax", "nape") for seed in (0, 9) for rate in ("3e-4", "1e-3")
+    ]
+    assert sorted(trained) == sorted(f"elsewhere/{name}" for name in names)
+    assert [trained[f"elsewhere/{name}"][0] for name in names] == ["1", "3"] * 4
+    for name in names:
+        line = " ".join(trained[f"elsewhere/{name}"][1])
+        assert f"--learning_rate {name.split('-lr')[1][:4]}" in line and f"--seed {name[-1]}" in line
+    # Nothing is measured of a training that failed, and it stops no other.
+    assert code == 1 and sum(line[0] == "evaluate" for _, line in found) == 4 and found[-1][1][0] == "table"
+    assert called("asentmax", "nothing") == ([], 2) and called("match-distill", RATES="1e-3") == ([], 2)
 
 
 @pytest.mark.slow
