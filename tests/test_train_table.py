@@ -1,8 +1,10 @@
 """Runs of train, and what evaluate measured of their models, as tables."""
 
+import importlib.util
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -11,6 +13,8 @@ from training_cases import dense_folder, options, write_text
 
 from hf_sparse_attention import cli
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
+from hf_sparse_attention.hub import PushArguments, push_model
+from hf_sparse_attention.report import ReportArguments, report_model
 from hf_sparse_attention.train import TableArguments, TrainArguments, table_of_runs, train_model
 from hf_sparse_attention.train.run_record import Run
 
@@ -220,6 +224,49 @@ def test_recipes_of_one_name_are_told_apart(home, tmp_path):
     first = tmp_path / "c" / "staged-s1" / "stages" / "1-match" / "run.json"
     first.write_text(json.dumps({**json.loads(first.read_text()), "weights": "other"}))
     assert [row["seed"] for row in made(tmp_path, tmp_path / "c")[2][0]] == ["0", "1"]
+
+
+def test_a_run_is_kept_with_its_card(home, tmp_path):
+    """The command of model_cards: the card that push renders, and the numbers it is made of, without places."""
+    spec = importlib.util.spec_from_file_location("keep", Path(__file__).parent.parent / "model_cards" / "keep.py")
+    keep = importlib.util.module_from_spec(spec)
+    sys.modules["keep"] = keep
+    spec.loader.exec_module(keep)
+    run = shutil.copytree(home / "runs" / "staged-s0", tmp_path / "runs" / "tiny")
+    arguments = keep.KeepArguments(run=str(run), license="mit", output_dir=str(tmp_path / "cards"))
+    with pytest.raises(FileNotFoundError, match="results is .*results.json, which is not a file"):
+        keep.keep_run(arguments)
+    text = {"data": [str(home / "eval.txt")], "device": "cpu", "concatenate": True}
+    evaluate_models(EvaluateArguments(
+        models=[str(run / "model")], lengths=[16], output_dir=str(run / "evaluation"), **text
+    ))  # fmt: skip
+    report_model(ReportArguments(
+        model=str(run / "model"), length=16, windows=2, html=False, output_dir=str(run / "report"), **text
+    ))  # fmt: skip
+    card = keep.keep_run(arguments)
+    push_model(PushArguments(model=str(run / "model"), dry_run=str(tmp_path / "up"), license="mit"))
+    assert card.read_text() == (tmp_path / "up" / "README.md").read_text()
+    kept = sorted((tmp_path / "cards" / "tiny").iterdir())
+    assert {"summary.json", "results.json", "results.md", "report.json", "metrics.jsonl"} < {
+        file.name for file in kept
+    }
+    assert any(file.suffix == ".png" for file in kept) and not any(file.suffix == ".safetensors" for file in kept)
+    for file in (card, *kept):
+        assert str(home).encode() not in (content := file.read_bytes()) and str(tmp_path).encode() not in content
+    summary = json.loads((tmp_path / "cards" / "tiny" / "summary.json").read_text())
+    assert summary["eval_loss"] == json.loads((run / "summary.json").read_text())["eval_loss"]
+    assert '"distill": "dense"' in summary["command"] or "distill: dense" in summary["command"]
+    lines = [json.loads(line) for line in (tmp_path / "cards" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"1-match", "2-pretrain"} and len(lines) == sum(
+        len(file.read_text().splitlines()) for file in run.rglob("metrics.jsonl")
+    )
+    # A number that is not there is not kept as if it were.
+    shutil.rmtree(tmp_path / "cards")
+    content = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**content, "seconds": None}))
+    with pytest.raises(ValueError, match="the card of tiny lacks something: .* time .* missing"):
+        keep.keep_run(arguments)
+    assert not (tmp_path / "cards").exists()
 
 
 def test_what_cannot_be_shown_is_refused(home, tmp_path, capsys):
