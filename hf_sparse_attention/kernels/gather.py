@@ -60,7 +60,7 @@ def _marks(x, limit):
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _collect_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, rows_ptr, queue_ptr, queued_ptr, bound_ptr, map_ptr, scratch_ptr,
+    list_ptr, count_ptr, rows_ptr, queue_ptr, queued_ptr, taken_ptr, bound_ptr, map_ptr, scratch_ptr,
     code_ptr, score_ptr, stray_count_ptr, stray_map_ptr,
     excess, scaling,
     stride_sb, stride_sh, stride_sn,
@@ -101,7 +101,10 @@ def _collect_kernel(
     # Of a candidate its tile and, in the upper half, its place in the list; behind the words of all programs.
     candidate_list = scratch_ptr + tl.num_programs(0).to(tl.int64) * COLUMNS * TILE
     candidate_list += tl.program_id(0).to(tl.int64) * key_tiles
-    for item in range(tl.program_id(0), tl.load(queued_ptr + 1), tl.num_programs(0)):
+    queued = tl.load(queued_ptr + 1)
+    # Rows differ in their candidates: whoever is done takes the next.
+    item = tl.atomic_add(taken_ptr, 1)
+    while item < queued:
         work = tl.load(queue_ptr + item)
         head_index = work // query_tiles
         row_tile = work % query_tiles
@@ -243,6 +246,7 @@ def _collect_kernel(
             tl.store(score_ptr + offset + places, scores, mask=held)
         # The next row tile writes the candidates anew.
         tl.debug_barrier()
+        item = tl.atomic_add(taken_ptr, 1)
 
 
 def collects(config, group, queries, key_tiles, save):
@@ -288,7 +292,8 @@ def collect(call, bound, lists, save, near=None):
     scratch = torch.empty(programs * (SEGMENT * TILE // 32 * TILE + call.key_tiles), dtype=torch.int32, device=device)
     _collect_kernel[(programs,)](
         query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
-        lists.tiles, lists.counts, sparse.rows, sparse.queue, sparse.queued, bound, lists.tile_map, scratch,
+        lists.tiles, lists.counts, sparse.rows, sparse.queue, sparse.queued,
+        torch.zeros(1, dtype=torch.int32, device=device), bound, lists.tile_map, scratch,
         strays.codes, strays.scores, strays.counts, tile_map,
         call.excess, call.scaling,
         *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],
