@@ -125,7 +125,7 @@ def training(limit=0, dim=128, save=1):
     row = configurations.MEASURED[(9, 2, dim)]
     operators.configuration = lambda *arguments: dataclasses.replace(row, stray_limit=limit)
     query, key = (torch.empty(1, heads, 1024, dim, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
-    call = operators.describe(query, key, key, 1.5, None, dim**-0.5, True, None, None, None)
+    call = operators.describe(query, key, key, 1.5, None, dim**-0.5, True, None, None, None, bool(save))
     look = lambda compiled: _resources(compiled) | {"serialized": int(serialized(compiled))}  # noqa: E731
     return launches(lambda: operators._launch_all(call, bool(save)), look)
 

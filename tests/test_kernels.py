@@ -190,6 +190,27 @@ def test_a_forward_alone_divides_by_the_sum_of_the_weights(alpha, poisoned, monk
         assert (out - exact).norm() <= 0.5 * (exact.bfloat16() - exact).norm()
 
 
+@pytest.mark.skipif(CUDA, reason="a kernel is compiled with what this says")
+def test_the_support_counted_one_by_one(poisoned, monkeypatch):
+    """As on AMD and with Triton 3.7 and later; elsewhere it is a product."""
+    monkeypatch.setattr(forward, "SMALL_PRODUCTS", triton.language.constexpr(False))
+    tensors = [randn(1, heads, 130, 16, seed=heads) for heads in (2, 1, 1, 2)]
+    with configurations.configured(short_keys=0):
+        check_against_reference(entmax_attention, *tensors)
+
+
+def test_pairs_with_a_backward_are_left_out_where_a_row_says_so():
+    tensors = [torch.empty(1, 2, 300, 32, dtype=torch.bfloat16, device="meta")] * 3
+    for both in (True, False):
+        with configurations.configured(pair_backward=both):
+            paired = [
+                operators.describe(*tensors, 1.5, None, 0.1, True, None, None, None, save).configuration.paired
+                for save in (False, True)
+            ]
+            kept = operators._forward_fake(*tensors, 1.5, None, 0.1, True, None, None, None, True)
+        assert paired == [True, both] and (kept[5].numel() > 0) == both
+
+
 def test_who_sums_the_values_under_u():
     def sums(dtype, alpha, save):
         tensors = [torch.empty(1, 2, 300, 32, dtype=dtype, device="meta")] * 3
@@ -328,12 +349,12 @@ def test_products_do_not_wait_for_each_other_on_hopper():
     """ptxas says so of loops that it cannot see through or that lack registers: a third slower (kernels/NOTES.md)."""
     program = Path(__file__).with_name("compile_without_gpu.py")
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(program.parents[1]), "TRITON_DEFAULT_FP_FUSION": "1"}
-    calls = ["training:0", "training:16", "training:16:64", "training:0:128:0", "training:0:64:0"]
+    calls = ["training:0", "training:16", "training:16:64", "training:0:32", "training:0:128:0", "training:0:64:0"]
     lines = subprocess.run(
         [sys.executable, program, *calls],
         env=environment, capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
-    assert len(lines) == 9 + 10 + 7 + 5 + 3
+    assert len(lines) == 6 + 7 + 7 + 6 + 5 + 3
     for line in lines:
         numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
         # Three programs a processor have 168 registers: enough with triton 3.6, with which it was timed, not with 3.9.

@@ -68,6 +68,8 @@ class Configuration:
     # Two tiles of queries are walked together where their lists have at most so many tenths of the tiles together that
     # they have one by one, and threshold_rows covers both; 0: none are.
     pair_tenths: int = 7
+    # Whether calls with a backward have pairs too.
+    pair_backward: bool = True
     # Heads are walked at a time while what their programs read, keys and values or queries and the gradient of the
     # output, takes at most so many bytes, so that it stays in the card's cache; 0: one head after the other.
     resident: int = 16 << 20
@@ -138,6 +140,7 @@ _HOPPER = Configuration(
     key_gradient=Launch(4, 2),
     output=Launch(4, 3),
     output_pairs=Launch(8, 3),
+    pair_backward=False,
     stray_limit=16,
     stray_forward=False,
     near=Launch(4, 1, 128),
@@ -150,6 +153,7 @@ _HOPPER = Configuration(
 _HOPPER_64 = replace(
     _HOPPER,
     pair_tenths=0,
+    refine=Launch(4, 2, 80),
     forward=Launch(4, 2, 168),
     output=Launch(4, 2, 128),
     query_gradient=Launch(4, 2, 128),
@@ -162,7 +166,10 @@ _HOPPER_32 = replace(
     pair_tenths=0,
     threshold_columns=128,
     threshold=Launch(8, 2, 128),
-    key_gradient=Launch(4, 3, 128),
+    refine=Launch(4, 2, 80),
+    forward=Launch(4, 3, 128),
+    query_gradient=Launch(4, 3, 128),
+    key_gradient=Launch(4, 3, 168),
     measured="NVIDIA H200",
 )
 # (compute capability major, element size, padded head dimension) -> Configuration

@@ -14,6 +14,13 @@ from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
 from .tiles import entmax_parameters, load_block, on_support, ones_of, row_ranges, share_of, weights
 
+# Whether a product with eight columns is one of single warps: with Triton 3.7 and later it is one of four on NVIDIA,
+# and ptxas then lets all products of the loop wait for each other.
+SMALL_PRODUCTS = tl.constexpr(
+    triton.knobs.runtime.interpret
+    or (torch.version.hip is None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+)
+
 
 @triton.jit
 def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr):
@@ -125,6 +132,7 @@ def _forward_kernel(
     parts = tl.zeros((BLOCK_M, 4), tl.float32)
     signs = tl.zeros((BLOCK_M, 4), tl.int32)
     acc_support = tl.zeros((BLOCK_M, 8), tl.float32)
+    support_parts = tl.zeros((BLOCK_M, 4), tl.float32)
     ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
     # An alpha that learns has a gradient in float32: its tau is as exact.
     CLAMPED: tl.constexpr = HALF and ALPHA_KIND != 0
@@ -151,7 +159,10 @@ def _forward_kernel(
         if PRECISE:
             slope_parts += lane_sums(u)
         if ALPHA_KIND == 15 and HALF:
-            acc_support = tl.dot(ones_of(rounded if MEAN else p.to(q.dtype)), ones, acc_support)
+            if SMALL_PRODUCTS:
+                acc_support = tl.dot(ones_of(rounded if MEAN else p.to(q.dtype)), ones, acc_support)
+            else:
+                support_parts += lane_sums(on_support(u))
         elif ALPHA_KIND == 15:
             # A sign is one instruction, a comparison and a sum of its ones are three.
             signs += lane_sums((x - tau[:, None]).to(tl.int32, bitcast=True) >> 31)
@@ -167,7 +178,10 @@ def _forward_kernel(
             else:
                 slope_sum += tl.sum(u, 1)
     sums = tl.sum(parts, 1)
-    support = tl.max(acc_support, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
+    if HALF:
+        support = tl.max(acc_support, 1) if SMALL_PRODUCTS else tl.sum(support_parts, 1)
+    else:
+        support = (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):

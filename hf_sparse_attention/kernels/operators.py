@@ -126,12 +126,13 @@ def _kinds(dtype, alpha, alpha_tensor):
     return kind, kind
 
 
-def _configuration(query, power_kind, slopes):
+def _configuration(query, power_kind, slopes, save):
     row = configuration(query.device, query.element_size(), _block_dim(query.shape[-1]))
-    return without_pairs(row) if settles(row, power_kind, query.dtype, slopes) else row
+    alone = settles(row, power_kind, query.dtype, slopes) or (save and not row.pair_backward)
+    return without_pairs(row) if alone else row
 
 
-def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask):
+def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save=False):
     """Everything the launchers need to know about a call."""
     head_dim = query.shape[-1]
     block_dim = _block_dim(head_dim)
@@ -185,7 +186,7 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         two_walks=query.dtype == torch.float32 or (alpha_kind == GENERAL and (alpha_tensor is not None or alpha > 2)),
         descriptors=describable(query, block_dim) and describable(key, block_dim) and describable(value, block_dim),
         constants=constants,
-        configuration=_configuration(query, power_kind, slopes),
+        configuration=_configuration(query, power_kind, slopes, save),
     )
 
 
@@ -205,7 +206,7 @@ def _forward(
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
-    call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
+    call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save)
     if is_short(call.configuration, query.shape[2], key.shape[2]):
         return _forward_short(call, save)
     with torch.cuda.device_of(query):
@@ -280,7 +281,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
     batch, heads, queries, head_dim = query.shape
     out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
     tau = query.new_empty((batch, heads, queries), dtype=torch.float32)
-    config = _configuration(query, _kinds(query.dtype, alpha, alpha_tensor)[1], slopes)
+    config = _configuration(query, _kinds(query.dtype, alpha, alpha_tensor)[1], slopes, save)
     if not save or is_short(config, queries, key.shape[2]):
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
@@ -326,7 +327,7 @@ def _gradients(
     stray_map: torch.Tensor,
     alpha_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
+    call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save=True)
     with torch.cuda.device_of(query):
         if tiles.numel() == 0:
             # The forward made no lists: it was that of few keys.
