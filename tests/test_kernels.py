@@ -357,8 +357,10 @@ def test_products_do_not_wait_for_each_other_on_hopper():
     assert len(lines) == 6 + 7 + 7 + 6 + 5 + 3
     for line in lines:
         numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
-        # Three programs a processor have 168 registers: enough with triton 3.6, with which it was timed, not with 3.9.
-        tight = line.startswith("training:16:64 _forward_kernel") and triton.__version__ >= "3.7"
+        # Three programs a processor have 168 registers, four have 128: enough with triton 3.6, with which both were
+        # timed, not with 3.9.
+        narrow = line.startswith(("training:16:64 _forward_kernel", "training:0:32 _forward_kernel"))
+        tight = narrow and triton.__version__ >= "3.7"
         assert numbers["serialized"] <= tight, line
         assert numbers["shared"] <= 227 * 1024 and numbers["stack"] <= 512, line
 
