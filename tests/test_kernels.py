@@ -254,7 +254,12 @@ def test_however_many_heads_are_walked_at_once_the_bits_are_the_same(strays, poi
     """One head after the other, two key heads of three at a time, so that one is left, and all of them."""
     walked = []
     describe = operators.describe
-    monkeypatch.setattr(operators, "describe", lambda *arguments: walked.append(describe(*arguments)) or walked[-1])
+
+    def noted(*arguments, **keywords):
+        walked.append(describe(*arguments, **keywords))
+        return walked[-1]
+
+    monkeypatch.setattr(operators, "describe", noted)
     tensors = [randn(1, heads, 130, 16, seed=heads) for heads in (6, 3, 3, 6)]
     size = 2 * 130 * 16 * 2
     found = []
