@@ -178,13 +178,15 @@ def page_bounds(cache: Cache | None, layer_idx: int) -> _BoundedLayer | None:
     return layer if isinstance(layer, _BoundedLayer) else None
 
 
-def check_cache(cache, config: PreTrainedConfig, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+def check_cache(
+    cache, config: PreTrainedConfig, inputs: torch.Tensor, attention_mask: torch.Tensor | None, model: nn.Module
+) -> None:
     """Whether a model of this config can go on from this cache with these inputs (B, N, ...).
 
     Raises:
         TypeError: for something that is not a decoder's cache.
-        ValueError: for a cache with another number of layers, on another device, or one that does not hold what the
-            2-D attention mask speaks of.
+        ValueError: for a cache with another number of layers, on another device, for another batch, of layers that
+            differ, or one that does not hold what the 2-D attention mask speaks of.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"past_key_values is a {type(cache).__name__}; sparse attention takes a decoder's Cache")
@@ -199,35 +201,71 @@ def check_cache(cache, config: PreTrainedConfig, inputs: torch.Tensor, attention
     for index, layer in enumerate(layers):
         if not isinstance(layer, CacheLayerMixin):
             raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
-    if cache.is_initialized and not getattr(cache, "offloading", False) and layers[0].keys.device != inputs.device:
-        raise ValueError(
-            f"past_key_values is on {layers[0].keys.device}, the input on {inputs.device}: move the input, or make "
-            "the cache where the model is"
-        )
-    if attention_mask is None or attention_mask.ndim != 2:
-        return
+    _check_layers(cache, inputs, model)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        _check_length(cache, inputs, attention_mask)
+
+
+def _check_layers(cache: Cache, inputs: torch.Tensor, model: nn.Module) -> None:
+    """All layers at once, before the first of them is written."""
+    filled = {index: layer for index, layer in enumerate(cache.layers) if _holds_keys(layer)}
+    offloaded = getattr(cache, "offloading", False)
+    first = next(iter(filled.values()), None)
+    for index, layer in filled.items():
+        keys, values = layer.keys, layer.values
+        elsewhere = keys.device != inputs.device and (index == 0 or keys.device not in _devices(model))
+        if not offloaded and (elsewhere or values.device != keys.device):
+            place = keys.device if values.device == keys.device else f"{keys.device} and {values.device}"
+            raise ValueError(
+                f"past_key_values is on {place} in layer {index}, the input on {inputs.device}: move the input, or "
+                "make the cache where the model is"
+            )
+        alike = [(one.keys.shape[1], one.keys.shape[3], one.keys.dtype) for one in (first, layer)]
+        if alike[0] != alike[1] or keys.shape[0] != first.keys.shape[0]:
+            raise ValueError(
+                f"past_key_values holds keys of shape {tuple(first.keys.shape)} in {first.keys.dtype} in its first "
+                f"layer and {tuple(keys.shape)} in {keys.dtype} in layer {index}: they are of different models or "
+                "batches. Make a new cache, or reset() it"
+            )
+
+
+def _holds_keys(layer) -> bool:
+    return layer.is_initialized and layer.keys is not None and layer.keys.ndim == 4
+
+
+def _devices(model: nn.Module) -> set[torch.device]:
+    return {parameter.device for parameter in model.parameters()}
+
+
+def _check_length(cache: Cache, inputs: torch.Tensor, attention_mask: torch.Tensor) -> None:
     length, covered = cache.get_seq_length(), attention_mask.shape[1]
-    most = max(layer.max_cache_len for layer in layers) if isinstance(cache, StaticCache) else None
-    if isinstance(length, int) and most is None and covered != length + inputs.shape[1]:
+    most = max(layer.max_cache_len for layer in cache.layers) if isinstance(cache, StaticCache) else None
+    if most is not None and not any(cache.is_sliding) and covered > most:
+        raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
+    if isinstance(length, torch.Tensor):
+        # A static cache counts on the device: a step of one token does not wait for it.
+        if length.is_cuda and (inputs.shape[1] == 1 or torch.cuda.is_current_stream_capturing()):
+            return
+        length = int(length)
+    # A static cache may be described whole: its keys that are not written yet are after every query.
+    if covered not in (length + inputs.shape[1], most):
         raise ValueError(
             f"attention_mask covers {covered} tokens, but the cache holds {length} and the input {inputs.shape[1]}: "
             "it must cover the cached tokens and the new ones"
         )
-    if most is not None and not any(cache.is_sliding) and covered > most:
-        raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
 
 
 def check_layer(cache: Cache | None, attention: nn.Module, hidden_states: torch.Tensor) -> None:
     """Whether an attention layer can append the keys of these hidden states (B, N, ...) to its layer of the cache.
 
     Raises:
-        ValueError: if that holds keys of another batch, head size or number of heads.
+        ValueError: if that holds keys of another batch, head size, number of heads or dtype, or on another device.
     """
     index = attention.layer_idx
     if torch.compiler.is_compiling() or index >= len(getattr(cache, "layers", ())):
         return
     layer = cache.layers[index]
-    if not layer.is_initialized or layer.keys is None or layer.keys.ndim != 4:
+    if not _holds_keys(layer):
         return
     heads = attention.config.num_attention_heads // getattr(attention, "num_key_value_groups", 1)
     head_dim = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
@@ -240,6 +278,21 @@ def check_layer(cache: Cache | None, attention: nn.Module, hidden_states: torch.
             f"past_key_values holds keys of shape {found} in layer {index}, this model and input need "
             f"{(hidden_states.shape[0], heads, found[2], head_dim)}: it was filled by another model or for another "
             "batch. Make a new cache, or reset() it"
+        )
+    if not getattr(cache, "offloading", False) and layer.keys.device != hidden_states.device:
+        raise ValueError(
+            f"past_key_values is on {layer.keys.device} in layer {index}, which is on {hidden_states.device}"
+        )
+    # Under autocast, or in layers of several dtypes, the keys' is not known before they are made.
+    dtypes = {parameter.dtype for parameter in attention.parameters()} | {hidden_states.dtype}
+    if (
+        len(dtypes) == 1
+        and layer.keys.dtype not in dtypes
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+    ):
+        raise ValueError(
+            f"past_key_values holds keys in {layer.keys.dtype} in layer {index}, the model computes in "
+            f"{hidden_states.dtype}: it was filled by another model. Make a new cache, or reset() it"
         )
 
 

@@ -56,7 +56,7 @@ COMMANDS = {
         "a small model from scratch on a synthetic task (also: train --task)",
         interrupted="run it again to go on",
     ),
-    "table": Command("train", "TableArguments", "table_of_runs", "runs of train-task -> a table and a picture"),
+    "table": Command("train", "TableArguments", "table_of_runs", "runs of train and train-task -> tables"),
     "evaluate": Command(
         "evaluate",
         "EvaluateArguments",

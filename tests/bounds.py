@@ -9,6 +9,8 @@ from hf_sparse_attention import reference
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
+# Numbers in the keys from which on the reference computes in pieces, as its float64 takes many times their memory.
+PIECE = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,7 @@ def run(attention: Callable, query, key, value, out_gradient=None, **arguments) 
     alpha = arguments.get("alpha")
     if isinstance(alpha, torch.Tensor) and alpha.requires_grad:
         tensors["alpha"] = alpha
-    tensors = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     if "alpha" in tensors:
         arguments["alpha"] = tensors["alpha"]
     out, tau = attention(tensors["query"], tensors["key"], tensors["value"], **arguments)
@@ -44,15 +46,15 @@ def check_against_reference(
     The reference's error counts as at least what `rounded_terms` changes: its products may be summed with more luck.
     """
     actual = run(attention, query, key, value, out_gradient, **arguments)
-    expected = run(reference.attention, query, key, value, out_gradient, **arguments)
+    tensors = {"query": query, "key": key, "value": value, "gradient": out_gradient}
+    expected = reference_in_pieces(tensors, arguments, lambda name, piece, index: piece)
     exact_arguments = {
         name: argument.double() if isinstance(argument, torch.Tensor) and argument.is_floating_point() else argument
         for name, argument in arguments.items()
     }
     if "alpha" in expected.gradients:
         exact_arguments["alpha"] = exact_arguments["alpha"].detach().requires_grad_()
-    exact_gradient = None if out_gradient is None else out_gradient.double()
-    exact = run(reference.attention, query.double(), key.double(), value.double(), exact_gradient, **exact_arguments)
+    exact = reference_in_pieces(tensors, exact_arguments, lambda name, piece, index: piece.double())
     rounded = rounded_terms(query, key, value, out_gradient, exact_arguments)
     seen = torch.isfinite(exact.tau)
     assert torch.equal(torch.isposinf(actual.tau), ~seen), "tau is inf exactly where a query sees no key"
@@ -100,30 +102,82 @@ def rounded_terms(query, key, value, out_gradient, arguments) -> list[Results]:
     """
     dim = query.shape[-1]
     sizes = {"query": dim, "key": key.shape[-1], "value": value.shape[-1], "alpha": None}
+    tensors = {"query": query, "gradient": out_gradient, "key": key, "value": value}
     generator = torch.Generator().manual_seed(0)
 
-    def longer(tensor, size, drawn):
-        if tensor is None:
-            return None
-        thrice = tensor.is_cuda and tensor.dtype == torch.float32 and dim <= 128
-        tensor = tensor.double()
-        if thrice:
-            tensor = tensor * (1 + sign(tensor.shape).to(tensor) * 2.0**-22)
-        signs = sign((*tensor.shape[:-1], 1)).to(tensor) if drawn else 1
-        return torch.cat([tensor, tensor.abs() * signs * size], -1)
-
     def sign(shape):
-        return torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        return torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
 
     results = []
     for both in (True, False):
-        queries, gradients = (longer(tensor, 2.0**-24, True) for tensor in (query, out_gradient))
-        keys, values = (longer(tensor, 1.0, both) for tensor in (key, value))
-        own = {**arguments, "scaling": _scaling(query, arguments)}
-        result = run(reference.attention, queries, keys, values, gradients, **own)
+        # Drawn for whole tensors, in this order, so that pieces change nothing.
+        drawn = {}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                thrice = tensor.is_cuda and tensor.dtype == torch.float32 and dim <= 128
+                changes = sign(tensor.shape) if thrice else None
+                drawn[name] = changes, sign((*tensor.shape[:-1], 1)) if both or name in ("query", "gradient") else None
+
+        def longer(name, piece, index, drawn=drawn):
+            changes, signs = (None if draw is None else draw[index].to(piece.device) for draw in drawn[name])
+            piece = piece.double()
+            if changes is not None:
+                piece = piece * (1 + changes.double() * 2.0**-22)
+            size = 2.0**-24 if name in ("query", "gradient") else 1.0
+            return torch.cat([piece, piece.abs() * (1 if signs is None else signs.double()) * size], -1)
+
+        result = reference_in_pieces(tensors, {**arguments, "scaling": _scaling(query, arguments)}, longer)
         kept = {name: tensor[..., : sizes[name]] for name, tensor in result.gradients.items()}
         results.append(Results(result.out[..., : sizes["value"]], result.tau, kept))
     return results
+
+
+def reference_in_pieces(tensors: dict, arguments: dict, prepare: Callable) -> Results:
+    """The reference on what `prepare(name, piece, index)` makes of the tensors, in pieces where they are large.
+
+    A piece is a key head of one sequence, whose rows depend on nothing else; its float64 copies are gone before the
+    next one's are made. Gradients are taken whole.
+    """
+    query, key, gradient = (tensors[name] for name in ("query", "key", "gradient"))
+    batch, key_heads = key.shape[:2]
+    group = query.shape[1] // key_heads
+    if gradient is not None or key.numel() <= PIECE:
+        places = [(slice(None), slice(None), slice(None))]
+    else:
+        places = [
+            (slice(row, row + 1), slice(head * group, (head + 1) * group), slice(head, head + 1))
+            for row in range(batch)
+            for head in range(key_heads)
+        ]
+    results = []
+    for rows, heads, key_head in places:
+        pieces = {}
+        for name in ("query", "key", "value", "gradient"):
+            index = (rows, heads if name in ("query", "gradient") else key_head)
+            tensor = tensors[name]
+            pieces[name] = None if tensor is None else prepare(name, tensor[index], index)
+        own = arguments if len(places) == 1 else _of_piece(arguments, rows, heads)
+        results.append(run(reference.attention, *pieces.values(), **own))
+    if len(results) == 1:
+        return results[0]
+
+    def joined(parts):
+        return torch.cat([torch.cat(parts[row * key_heads :][:key_heads], 1) for row in range(batch)])
+
+    return Results(joined([result.out for result in results]), joined([result.tau for result in results]), {})
+
+
+def _of_piece(arguments: dict, rows: slice, heads: slice) -> dict:
+    own = {}
+    for name, argument in arguments.items():
+        if isinstance(argument, torch.Tensor) and name in ("alpha", "slopes"):
+            argument = argument[heads]
+        elif isinstance(argument, torch.Tensor):
+            argument = argument[rows] if argument.shape[0] > 1 else argument
+            if name == "mask" and argument.shape[1] > 1:
+                argument = argument[:, heads]
+        own[name] = argument
+    return own
 
 
 def _scaling(query, arguments) -> float:

@@ -1,6 +1,7 @@
 """The benchmarks of steps, packing and slopes without a GPU: tiny sizes, the reference in the kernels' place."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -273,6 +274,37 @@ def test_the_grid_has_every_kind_and_names_its_slowest(tmp_path, capsys):
     assert found["rows"] == rows and found["variants"] == len(grid.VARIANTS)
     worst = max(row["ratio"] for row in rows)
     assert f"the slowest takes {worst:.2f} of its time" in capsys.readouterr().out
+
+
+def test_the_grid_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caplog):
+    arguments = BenchmarkArguments(what="grid", repeats=1, output_dir=str(tmp_path / "out"))
+    time_row, timed = grid._row, []
+
+    def row(arguments, variant, *rest):
+        if len(timed) == 5:
+            raise KeyboardInterrupt
+        timed.append(variant)
+        return time_row(arguments, variant, *rest)
+
+    monkeypatch.setattr(grid, "_row", row)
+    call = functools.partial(grid.time_grid, device="cpu", variants=grid.VARIANTS[:4], shapes=((1, 1), (7, 7)))
+    with pytest.raises(KeyboardInterrupt):
+        call(arguments)
+    kept = saved(tmp_path, grid.PARTIAL)["rows"]
+    # The third variant was not whole.
+    assert len(kept) == 4 and not (tmp_path / "out" / "grid.json").exists()
+    timed.clear()
+    monkeypatch.setattr(grid, "_row", lambda *given: timed.append(given[1]) or time_row(*given))
+    # Of other variants nothing is kept.
+    text = (tmp_path / "out" / grid.PARTIAL).read_text(encoding="utf-8")
+    assert len(call(arguments, variants=grid.VARIANTS[:1])) == 2 == len(timed)
+    assert "this one begins anew" in caplog.text
+    (tmp_path / "out" / grid.PARTIAL).write_text(text, encoding="utf-8")
+    timed.clear()
+    rows = call(arguments)
+    assert timed == [variant for variant in grid.VARIANTS[2:4] for _ in range(2)]
+    assert rows[:4] == kept and len(rows) == 8 and saved(tmp_path, "grid.json")["rows"] == rows
+    assert not (tmp_path / "out" / grid.PARTIAL).exists()
 
 
 def test_a_fast_wrong_answer_is_an_error(tmp_path, monkeypatch):

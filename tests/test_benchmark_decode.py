@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import families
 
 from hf_sparse_attention import benchmark, cli, reference
-from hf_sparse_attention.benchmark import decode
+from hf_sparse_attention.benchmark import decode, generation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
@@ -119,3 +119,56 @@ def test_the_command_refuses_without_a_gpu_and_names_bad_values(capsys):
     assert "cache_lengths has 100" in capsys.readouterr().err
     assert cli.main(["benchmark", "--decode", "--batches", "0"]) == 2
     assert "batches is [0]" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
+    """With what it had measured, if the same is asked for on the same card; one that came to its end starts anew."""
+    sizes = {"cache_lengths": [64, 128], "batches": [1], "heads": 2, "kv_heads": 1, "new_tokens": 1}
+    arguments, file, timed = small(tmp_path, **sizes), tmp_path / "out" / "decode.json", []
+    whole = generation._generation_row
+
+    def timer(call):
+        timed.append(call())
+        if len(timed) == 6:
+            raise KeyboardInterrupt
+        return float(len(timed))
+
+    def generate(arguments, length, model, kind):
+        if length == 128 and len(known()["generation"]) == 3:
+            raise KeyboardInterrupt
+        return whole(arguments, length, model, kind)
+
+    def known():
+        return json.loads(file.read_text())
+
+    def run(arguments=arguments):
+        return decode.benchmark_decoding(arguments, device="cpu", timer=timer, shape=families.COMMON)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert known()["unfinished"] and [row["ms"] for row in known()["rows"]] == [1.0, 2.0, 3.0, 4.0, 5.0, 3.0]
+    monkeypatch.setattr(generation, "_generation_row", generate)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    # Two noises at the second length are left, and softmax there once; of the rows before none is measured again.
+    assert len(timed) == 6 + 5
+    assert [row["ms"] for row in known()["rows"]][:6] == [1.0, 2.0, 3.0, 4.0, 5.0, 3.0]
+    assert len(known()["generation"]) == 3 and len(known()["memory"]) == 8
+    before = known()["generation"]
+    monkeypatch.setattr(generation, "_generation_row", whole)
+    rows = run()
+    assert len(timed) == 11 and "unfinished" not in known()
+    found = [row for row in rows if "tokens_per_second" in row]
+    assert [(row["length"], row["implementation"]) for row in found] == [
+        (length, name) for length in (64, 128) for name in generation.GENERATED
+    ]
+    kept = {(row["length"], row["implementation"]): row["tokens_per_second"] for row in found}
+    assert all(kept[row["length"], row["implementation"]] == row["tokens_per_second"] for row in before)
+    # All of it again: another command, or the same one after its end.
+    file.write_text(json.dumps(known() | {"unfinished": True}))
+    other = small(tmp_path, **sizes | {"cache_lengths": [64], "noise": [0.9], "new_tokens": 0})
+    for count in (3, 6):
+        assert len(run(other)) == 3 + 4 and len(timed) == 11 + count
+    file.write_text("{")
+    with pytest.raises(ValueError, match="is no JSON file"):
+        run()

@@ -213,26 +213,92 @@ def test_a_cache_of_another_model_is_refused_untouched(changes, reason, model):
     assert all(layer.keys is keys for layer, keys in zip(cache.layers, before, strict=True))
 
 
-def test_other_faults_are_named_before_anything_is_written(model):
-    cache, ids = cache_of(), families.tokens(2, 1)
+@pytest.fixture(params=["dynamic", "static", "plain", "plain static"])
+def filled(request, model):
+    """A function that makes a cache which a model has filled with 5 tokens for two."""
 
-    def refused(kind, reason, ids=ids, cache=cache, **arguments):
-        with pytest.raises(kind, match=reason), torch.no_grad():
-            model(ids, past_key_values=cache, **arguments)
+    def fill(other=model):
+        plain = {
+            "plain": lambda: DynamicCache(config=other.config),
+            "plain static": lambda: StaticCache(config=other.config, max_cache_len=32),
+        }
+        cache = plain[request.param]() if request.param in plain else new_cache(request.param, other, 32)
+        with torch.no_grad():
+            other(families.tokens(2, 5), past_key_values=cache)
+        return cache
 
-    refused(ValueError, "another batch", ids=families.tokens(3, 1))
-    for covered in (5, 9):
-        mask = torch.ones(2, covered, dtype=torch.long)
-        refused(ValueError, f"covers {covered} tokens, but the cache holds 5 and the input 1", attention_mask=mask)
-    static = StaticCache(config=model.config, max_cache_len=8)
-    refused(ValueError, "covers 9 tokens, but the cache has room for 8", cache=static,
-            attention_mask=torch.ones(2, 9, dtype=torch.long))  # fmt: skip
-    refused(TypeError, "EncoderDecoderCache", cache=EncoderDecoderCache(cache, DynamicCache()))
-    refused(TypeError, "a tuple", cache=((torch.zeros(2, 2, 5, 8),) * 2,) * 2)
-    for layer in cache.layers:
-        layer.keys = layer.keys.to("meta")
-    refused(ValueError, "is on meta, the input on cpu")
-    assert all(layer.get_seq_length() == 5 for layer in cache.layers)
+    return fill
+
+
+def refuses(model, cache, kind, reason, ids=None, **arguments):
+    """The model names the fault, and no layer has another key or another length than before."""
+    kept = [None if layer.keys.device.type == "meta" else layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(kind, match=reason), torch.no_grad():
+        model(families.tokens(2, 1) if ids is None else ids, past_key_values=cache, **arguments)
+    for layer, keys in zip(cache.layers, kept, strict=True):
+        assert int(layer.get_seq_length()) == 5 and (keys is None or torch.equal(layer.keys, keys))
+
+
+@pytest.mark.parametrize("covered", [4, 5, 9])
+def test_a_mask_of_another_length_than_the_cache_is_refused(covered, filled, model):
+    """Shorter ones would hide the newest keys; longer ones speak of tokens that the cache does not hold."""
+    reason = f"covers {covered} tokens, but the cache holds 5 and the input 1"
+    refuses(model, filled(), ValueError, reason, attention_mask=torch.ones(2, covered, dtype=torch.long))
+
+
+@pytest.mark.parametrize("filled", ["static", "plain static"], indirect=True)
+def test_a_mask_may_describe_the_whole_room_of_a_static_cache(filled, model):
+    cache = filled()
+    with torch.no_grad():
+        expected = model(families.tokens(2, 1), past_key_values=filled()).logits
+        found = model(
+            families.tokens(2, 1), past_key_values=cache, attention_mask=torch.ones(2, 32, dtype=torch.long)
+        ).logits
+    assert torch.equal(found, expected)
+    refuses(model, filled(), ValueError, "covers 33 tokens, but the cache has room for 32",
+            attention_mask=torch.ones(2, 33, dtype=torch.long))  # fmt: skip
+
+
+@pytest.mark.parametrize("index, names", [(0, ["keys", "values"]), (0, ["values"]), (1, ["keys", "values"])])
+def test_mixed_devices_are_refused(index, names, filled, model):
+    cache = filled()
+    for name in names:
+        setattr(cache.layers[index], name, getattr(cache.layers[index], name).to("meta"))
+    refuses(model, cache, ValueError, f"meta in layer {index}, the input on cpu")
+
+
+def test_a_cache_filled_by_another_model_is_refused(filled, model):
+    refuses(model, filled(), ValueError, "another batch", ids=families.tokens(3, 1))
+    other = families.sparse_model(families.dense_model("llama", num_key_value_heads=4))
+    refuses(model, filled(other), ValueError, "filled by another model")
+    half = families.sparse_model(families.dense_model("llama")).to(torch.bfloat16)
+    refuses(model, filled(half), ValueError, "keys in torch.bfloat16 in layer 0, the model computes in torch.float32")
+    for one in (other, half):
+        cache = filled()
+        cache.layers[1] = filled(one).layers[1]
+        refuses(model, cache, ValueError, "in layer 1: they are of different models")
+
+
+# Transformers' static layers take keys and values of one dtype only.
+@pytest.mark.parametrize("filled", ["dynamic", "plain"], indirect=True)
+def test_autocast_fills_a_cache_in_its_own_dtype(filled, model):
+    cache = filled()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(families.tokens(2, 1), past_key_values=cache)
+    assert int(cache.get_seq_length()) == 6
+
+
+def test_what_is_no_decoders_cache_is_refused(model):
+    cache = cache_of()
+    with pytest.raises(TypeError, match="EncoderDecoderCache"), torch.no_grad():
+        model(families.tokens(2, 1), past_key_values=EncoderDecoderCache(cache, DynamicCache()))
+    with pytest.raises(TypeError, match="a tuple"), torch.no_grad():
+        model(families.tokens(2, 1), past_key_values=((torch.zeros(2, 2, 5, 8),) * 2,) * 2)
+    # A layer of a model with linear attention keeps a state.
+    cache.layers[1] = type("LinearAttentionLayer", (), {"is_initialized": True})()
+    with pytest.raises(TypeError, match="layer 1 of past_key_values is a LinearAttentionLayer, which keeps no keys"):
+        model(families.tokens(2, 1), past_key_values=cache)
+    assert cache.layers[0].get_seq_length() == 5
 
 
 def test_a_static_cache_does_not_recompile_as_it_fills(model):

@@ -9,6 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import bounds  # noqa: E402
 import families  # noqa: E402
 from bounds import check_against_reference  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
@@ -20,9 +21,8 @@ from hf_sparse_attention import attention, reference  # noqa: E402
 from hf_sparse_attention.cache import PAGE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
-from hf_sparse_attention.kernels.decode import output, scores, threshold  # noqa: E402
+from hf_sparse_attention.kernels.decode import launch, output, scores, threshold  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
-from hf_sparse_attention.kernels.decode.launch import bounds_of_pages, run_passes  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -64,16 +64,26 @@ def bounds_of(key, length=None):
     return lower, upper, radius
 
 
+def spy_on_scores(monkeypatch, name, fill, look):
+    """Fills an argument of the first pass over the keys before every launch -> a list of what `look` sees after."""
+    kernel, seen = scores.scores_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            def run(*arguments, **keywords):
+                tensor = arguments[list(kernel.arg_names).index(name)].fill_(fill)
+                kernel[grid](*arguments, **keywords)
+                seen.append(look(tensor))
+
+            return run
+
+    monkeypatch.setattr(scores, "scores_kernel", Spy())
+    return seen
+
+
 def spied_pages(monkeypatch):
-    """A list that comes to hold the pages each call reads for its first row tile: those above its bound of tau."""
-    read = []
-
-    def spy(call, pages, maxima, bound, *arguments):
-        bounds_of_pages(call, pages, maxima, bound, *arguments)
-        read.append((maxima[0] > bound[0][:, None]).any(0).nonzero().flatten().tolist())
-
-    monkeypatch.setitem(run_passes.__globals__, "bounds_of_pages", spy)
-    return read
+    """A list that comes to hold the pages each call reads for its first row tile, besides those that give a bound."""
+    return spy_on_scores(monkeypatch, "list_ptr", -1, lambda lists: sorted(set(lists[0].tolist()) - {-1}))
 
 
 @torch.no_grad()
@@ -105,13 +115,35 @@ def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
     )
 
 
+@pytest.fixture
+def other_processes_share_the_card():
+    """What this test's process keeps for itself it gives back: pytest -m slow -n 8 runs eight of them."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
+@pytest.mark.usefixtures("other_processes_share_the_card")
 @pytest.mark.parametrize("seed", range(2000, 2300))
 def test_many_random_calls(seed, poisoned):  # noqa: F811
     lengths = (1, 111, 4097, 20000) if seed % 3 else (65536, 131072, 200000)
     case = random_case(seed, device=DEVICE, lengths=lengths, few=FEW, dtypes=DTYPES, budget=1 << 23)
     check(case, pages=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_large_calls_are_compared_with_is_the_same_in_pieces(seed, monkeypatch):
+    case = random_case(seed, lengths=(63, 200), few=FEW, dtypes=DTYPES)
+    tensors, whole = (case.query, case.key, case.value, None), []
+    for most in (1 << 40, 1):
+        monkeypatch.setattr(bounds, "PIECE", most)
+        whole.append(bounds.rounded_terms(*tensors, case.arguments))
+        named = dict(zip(("query", "key", "value", "gradient"), tensors, strict=True))
+        whole[-1].append(bounds.reference_in_pieces(named, case.arguments, lambda name, piece, index: piece.double()))
+    for one, other in zip(*whole, strict=True):
+        torch.testing.assert_close(other.out, one.out, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(other.tau, one.tau, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("path", ["decode", "short", "long"])
@@ -143,18 +175,9 @@ def test_values_without_weight_are_not_read(alpha, poisoned):  # noqa: F811
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0, 3.0])
 def test_scores_below_a_bound_from_the_newest_keys_are_not_written(alpha, monkeypatch):
     """Nor read: what is there before would be the largest score of all."""
-    kernel, written = scores.scores_kernel, []
-
-    class Spy:
-        def __getitem__(self, grid):
-            def run(*arguments, **keywords):
-                stored = arguments[list(kernel.arg_names).index("scores_ptr")].fill_(1e4)
-                kernel[grid](*arguments, **keywords)
-                written.append((stored != 1e4).any(-1).float().mean().item())
-
-            return run
-
-    monkeypatch.setattr(scores, "scores_kernel", Spy())
+    written = spy_on_scores(
+        monkeypatch, "scores_ptr", 1e4, lambda stored: (stored != 1e4).any(-1).float().mean().item()
+    )
     query, key, value = randn(1, 1, 1, 16, seed=1), randn(1, 1, 1000, 16, seed=2), randn(1, 1, 1000, 16, seed=3)
     key[:, :, -20:] += query * 3
     expected = entmax_attention(query, key, value, alpha=alpha)
@@ -179,6 +202,29 @@ def test_pages_that_cannot_hold_weight_are_not_read(poisoned, monkeypatch):  # n
     # The page aimed at, and the last one, which is not whole; seeds may be read elsewhere, but weigh nothing.
     assert read == [[3, 11]]
     assert torch.equal(found, expected) and torch.equal(tau, expected_tau)
+
+
+@pytest.mark.parametrize("together", [1, 16])
+def test_the_bound_of_tau_holds_whichever_pages_give_it(together, poisoned, monkeypatch):  # noqa: F811
+    """Heads and queries that ask for the same pages, in another order, or for the newest one: no key counts twice."""
+    monkeypatch.setattr(launch, "SEEDS", together)
+    bounds = spy_on_scores(monkeypatch, "bound_ptr", torch.nan, torch.clone)
+    asked = [[1, 2], [2, 1], [5, 1], [5, 5], [0, 3]]
+    for queries, heads, newest, alpha in ((1, 4, 0, 1.5), (1, 1, 30, 1.2), (3, 2, 0, 2.0)):
+        codes = randn(1, 2, 6, 16, dtype=torch.float32, seed=queries) * 3
+        key = (codes.repeat_interleave(TILE, 2) + randn(1, 2, 6 * TILE, 16, dtype=torch.float32, seed=9) * 0.2).to(
+            HALF
+        )
+        key = key[:, :, : key.shape[2] - newest]
+        rows = [codes[:, :, pages].mean(2) for pages in (asked * 3)[: queries * heads]]
+        query = torch.stack(rows, 2).unflatten(2, (heads, queries)).flatten(1, 2).to(HALF)
+        _, tau = entmax_attention(query, key, key, alpha=alpha)
+        entmax_attention(query, key, key, alpha=alpha, pages=bounds_of(key))
+        found = bounds.pop()
+        # Every program found the same; rows go query by query.
+        assert all(torch.equal(found[:, 0], found[:, split]) for split in range(found.shape[1]))
+        found = found[:, 0].unflatten(1, (queries, heads)).mT.flatten(0, 1).reshape(tau.shape)
+        assert torch.isfinite(found).all() and (found <= tau).all() and (found > tau - 0.6).all()
 
 
 def test_bounds_that_do_not_help_rest_and_are_tried_again():
@@ -345,6 +391,11 @@ def test_every_configuration_compiles_for_hopper():
         [sys.executable, script, *calls], capture_output=True, text=True, check=True, env=environment
     ).stdout.splitlines()
     assert {line.split()[0] for line in lines} == set(calls)
+    # A launch takes longer than bounds that rest may cost: one more with them, and no more.
+    passes = ["scores_kernel", "threshold_kernel", "output_kernel"]
+    for call in calls:
+        launched = [line.split()[1] for line in lines if line.split()[0] == call]
+        assert launched == (["_bounds_kernel", *passes] if call.split(":")[6] == "1" else passes)
     for line in lines:
         numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
         assert numbers["shared"] <= 227 * 1024, line

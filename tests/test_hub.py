@@ -321,6 +321,9 @@ def test_a_card_says_what_each_stage_did(model, tmp_path):
     text = dry_run(model, tmp_path / "again").text
     assert "the attention layers alone" in text and "from 1.3 to 1.5" in text and "in 4 plateaus" in text
     assert "its pretraining continued for 1,234 steps" in text
+    assert "start of the factor" not in text
+    write(model.parent / "summary.json", {**whole, "options": {**options, "scale_start": "normal"}})
+    assert "| start of the factor | normal |" in dry_run(model, tmp_path / "normal").text
 
 
 def test_needles_reach_the_card(model, tmp_path):
@@ -576,9 +579,14 @@ def test_paths_of_a_machine_are_cut():
         (f"{PLACE}/a.txt", "a.txt"), ("~/a/b/", "b"), ("../x/y", "y"), (r"C:\data\z.txt", "z.txt"),
         ("data/a.txt", "data/a.txt"), ("owner/name", "owner/name"), (f"sparse={PLACE}/m", "sparse=m"),
         (f"{PLACE}/*.jsonl", "*.jsonl"), ("file:///a/b", "b"),
+        (f'{{"distill": "{PLACE}/base", "steps": 2}}', '{"distill": "base", "steps": 2}'),
+        (f"{{steps: 2, distill: {PLACE}/base}}", "{steps: 2, distill: base}"),
+        ("{distill: ~/a/b, block_size: '1024:0.8,4096:0.2'}", "{distill: b, block_size: '1024:0.8,4096:0.2'}"),
+        ("{distill: owner/name, rate: 1.0e-3}", "{distill: owner/name, rate: 1.0e-3}"),
     ):  # fmt: skip
         assert local_name(path) == name
     assert (
         without_folders(f"train --output={PLACE}/run --data '{PLACE}/my text.txt'")
         == "train --output=run --data 'my text.txt'"
     )
+    assert PLACE not in without_folders(f"train --stages '{{\"distill\": \"{PLACE}/base\"}}' '{{distill: {PLACE}/b}}'")

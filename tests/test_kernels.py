@@ -1,10 +1,15 @@
 """The Triton kernels beside the reference: compiled on a GPU, else in the interpreter (float16 and float32)."""
 
+import contextlib
+import contextvars
 import functools
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -36,6 +41,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 HALF = torch.bfloat16 if CUDA else torch.float16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
+# As it is before the tests change it.
+MEASURED = compiling.MEASURED
 LENGTHS = (1, 2, 63, 64, 65, 111, 129, 333, 1000, 2049) if CUDA else (1, 7, 63, 64, 65, 111, 130)
 
 # NumPy, which the interpreter computes with, warns where a masked score of -inf meets arithmetic; the GPU does not.
@@ -94,10 +101,17 @@ def test_random_calls(seed, poisoned):
     check(random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=DTYPES))
 
 
+@pytest.fixture
+def compiled_side_by_side(kernels_are_compiled_at_their_launch, monkeypatch):
+    """As for a user: nearly every one of these calls has kernels of its own, and most of its time is their
+    compilation."""
+    monkeypatch.setattr(compiling, "MEASURED", MEASURED)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 500))
-def test_many_random_calls(seed, poisoned):
+def test_many_random_calls(seed, compiled_side_by_side, poisoned):
     lengths = LENGTHS if seed % 4 else (111, 3000, 4097, 8191, 20000)
     check(random_case(seed, device=DEVICE, lengths=lengths, dtypes=DTYPES, budget=1 << 27))
 
@@ -214,6 +228,24 @@ def test_two_runs_give_the_same_bits(poisoned):
     assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in first.gradients)
 
 
+@pytest.mark.parametrize("strays", [0, 16])
+def test_however_many_heads_are_walked_at_once_the_bits_are_the_same(strays, poisoned, monkeypatch):
+    """One head after the other, two key heads of three at a time, so that one is left, and all of them."""
+    walked = []
+    describe = operators.describe
+    monkeypatch.setattr(operators, "describe", lambda *arguments: walked.append(describe(*arguments)) or walked[-1])
+    tensors = [randn(1, heads, 130, 16, seed=heads) for heads in (6, 3, 3, 6)]
+    size = 2 * 130 * 16 * 2
+    found = []
+    for resident in (0, 2 * size, 32 << 20):
+        with configurations.configured(resident=resident, stray_limit=strays, short_keys=0, threshold_rows=128):
+            found.append(run(entmax_attention, *tensors))
+    assert [(call.heads_at_once, call.groups_at_once) for call in walked[::2]] == [(1, 1), (4, 2), (6, 3)]
+    for other in found[1:]:
+        assert torch.equal(found[0].out, other.out) and torch.equal(found[0].tau, other.tau)
+        assert all(torch.equal(found[0].gradients[name], other.gradients[name]) for name in other.gradients)
+
+
 def test_compiles_without_a_graph_break():
     query, key, value = (randn(1, heads, 70, 16, seed=heads).requires_grad_() for heads in (4, 2, 2))
 
@@ -252,6 +284,43 @@ def test_kernels_of_a_call_are_compiled_together_and_once(ranges, tmp_path):
         + 2 * ["_refine_kernel", "_forward_kernel", "_query_gradient_kernel"]
         + {"strays": ["_collect_kernel"], "slopes": ["_near_kernel"]}.get(ranges, [])
     )
+
+
+def test_launchers_are_built_by_threads_and_kept_by_one(monkeypatch):
+    """Python hands out one module object for all of them: a thread read the launcher of another thread's kernel."""
+    building, built, kept = [], [], []
+
+    class Built:
+        def __init__(self, name):
+            self.src, self.metadata = name, None
+
+        @property
+        def run(self):
+            assert not building and len(built) == 8 and threading.current_thread() is threading.main_thread()
+            kept.append(self.src)
+
+    class Planned:
+        def warmup(self, name, grid):
+            return Built(name)
+
+    def launcher(name, metadata):
+        building.append(name)
+        time.sleep(0.01)
+        built.append(name)
+        building.remove(name)
+
+    monkeypatch.setattr(
+        triton, "AsyncCompileMode", lambda pool, ignore_errors: contextlib.nullcontext(), raising=False
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", types.SimpleNamespace(launcher_cls=launcher))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    names = [f"kernel {number}" for number in range(8)]
+
+    def plan():
+        compiling._planned.get().extend((Planned(), (1,), (name,), {}) for name in names)
+
+    contextvars.Context().run(compiling._compile, torch.device("cuda", 0), plan)
+    assert kept == names and sorted(built) == names
 
 
 @pytest.mark.slow

@@ -141,3 +141,36 @@ def test_half_precision_takes_logarithms_from_the_special_function_unit(tmp_path
     assert found[0][0] == 0 and found[0][1] > 9
     for kind in (1, 2):
         assert found[kind][0] == 1 and found[kind][1] < 4
+
+
+@pytest.mark.parametrize("short_keys", [256, 0])
+def test_tau_of_one_key_does_not_multiply_the_rounding_of_its_weight(short_keys):
+    """Its slope is 1 / (alpha - 1): a sum of weights that is off by its last digit moved tau by three of its own."""
+    query, key, value = (randn(60, 1, 1, 8, seed=seed, dtype=torch.float16) for seed in range(3))
+    with configured(short_keys=short_keys):
+        ratios = check_against_reference(entmax_attention, 0.2 * query, key, value, alpha=4.0)
+    assert ratios["out"] == 0
+
+
+@pytest.mark.skipif(CUDA, reason="a GPU has no need to imitate one")
+def test_tau_where_a_tensor_core_cuts_off(monkeypatch):
+    """Sums of eight tf32 products that lose, always towards zero, what float32 has no digits for, as on an H200."""
+    import numpy
+    from triton.runtime import interpreter
+
+    def truncated(x):
+        near = x.astype(numpy.float32)
+        return numpy.where(abs(near.astype(numpy.float64)) > abs(x), numpy.nextafter(near, numpy.float32(0)), near)
+
+    def create_dot(self, a, b, d, *_):
+        first, second = (tensor.data.astype(numpy.float64) for tensor in (a, b))
+        total = d.data.astype(numpy.float32)
+        for channel in range(0, first.shape[1], 8):
+            part = slice(channel, channel + 8)
+            total = truncated(total + first[:, part] @ second[part])
+        return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    query, key, value = (randn(1, 1, length, 128, seed=length, dtype=torch.float16) for length in (64, 400, 401))
+    with configured(short_keys=0):
+        check_against_reference(entmax_attention, query, key, value[:, :, 1:], alpha=4.0, causal=False)

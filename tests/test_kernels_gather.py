@@ -10,7 +10,18 @@ triton = pytest.importorskip("triton")
 
 from bounds import check_against_reference, run  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
-from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, poisoned, randn, same_products, tile_lists  # noqa: E402, F401
+from test_kernels import (  # noqa: E402, F401
+    CUDA,
+    DEVICE,
+    DTYPES,
+    HALF,
+    check,
+    compiled_side_by_side,
+    poisoned,
+    randn,
+    same_products,
+    tile_lists,
+)
 
 from hf_sparse_attention import benchmark  # noqa: E402
 from hf_sparse_attention.kernels import configurations, entmax_attention, gather, operators  # noqa: E402
@@ -147,7 +158,7 @@ def test_lengths(length, keys, head_dim, short_lists, poisoned):  # noqa: F811
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(500, 700))
-def test_many_random_calls(seed, poisoned):  # noqa: F811
+def test_many_random_calls(seed, compiled_side_by_side, poisoned):  # noqa: F811
     lengths = LENGTHS if seed % 4 else (111, 3000, 4097, 8191, 20000)
     with configured(stray_limit=(64, 16)[seed % 2], stray_stages=1 + seed % 3):
         check(random_case(seed, device=DEVICE, lengths=lengths, dtypes=DTYPES, budget=1 << 27))

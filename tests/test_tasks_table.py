@@ -247,7 +247,7 @@ def test_the_picture_shows_all_runs_the_training_length_and_each_map_in_its_colo
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no run of train-task"):
+    with pytest.raises(ValueError, match="holds no run of train or train-task"):
         made(tmp_path)
     record(tmp_path / "a", 1e-3, 0, 0.5)
     made(tmp_path, runs=[str(tmp_path), str(tmp_path / "a")])
@@ -280,19 +280,18 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         made(tmp_path, runs=[str(tmp_path / "a")])
 
 
-def test_runs_of_train_are_left_out_and_named(tmp_path, caplog):
+def test_runs_of_train_have_a_table_of_their_own(tmp_path):
     """They are no damaged runs of train-task, which --overwrite would remove."""
-    own = identity_of_train()
-    for name, content in (("pretrained", own), ("staged", {"stages": ["match", "pretrain"]})):
+    for name, content in (("pretrained", identity_of_train()), ("staged", {"stages": ["match", "pretrain"]})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="holds no run of train-task"):
-        made(tmp_path)
-    record(tmp_path / "a", 1e-3, 0, 0.5, test={64: 0.5})
-    caplog.clear()
-    assert "Runs: 1; failed: 0" in made(tmp_path)[0]
-    for name in ("pretrained", "staged"):
-        assert f"{tmp_path / name / 'run.json'} is left out: it is of `train`" in caplog.text
+    text, (rows,) = made(tmp_path)
+    assert [row[0] for row in rows[2:]] == ["pretrained", "staged"] and "not begun" in rows[3]
+    with pytest.raises(ValueError, match="there is no run of `train`"):
+        record(tmp_path / "tasks", 1e-3, 0, 0.5, test={64: 0.5})
+        made(tmp_path / "tasks", results=["lm"])
+    text, blocks = made(tmp_path)
+    assert "Runs: 1; failed: 0" in text and blocks[-1] == rows
 
 
 def identity_of_train() -> dict:

@@ -252,6 +252,47 @@ def test_every_map_trains(here, tmp_path, map_name, capsys):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_the_factor_can_start_as_in_the_paper(here, home, tmp_path):
+    """Two stages that learn nothing: the first one draws the start, the second one leaves it."""
+    still = {"stages": [{"steps": 1}, {"steps": 2}], "learning_rate": 0.0, "statistics_blocks": 0}
+    found = {}
+    for name, changes in {"a": {}, "b": {}, "other": {"seed": 1}}.items():
+        here(output=str(tmp_path / name), scale_start="normal", **still, **changes)
+        found[name] = weights(tmp_path / name)
+    new = [name for name in found["a"] if ".sparse_scale." in name]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
+    scale = model.model.layers[1].self_attn.sparse_scale
+    for factors in (scale.beta_bias_weight, scale.gamma_bias_weight):
+        assert 0.014 < factors.std() < 0.026
+    with torch.no_grad():
+        factor = scale(torch.randn(4, 50, 32), torch.arange(2, 52)[None])
+    assert 1.6 < factor.median() < 1.8
+    assert all(torch.equal(found["a"][name], found["b"][name]) for name in new)
+    differ = [name for name in new if not torch.equal(found["a"][name], found["other"][name])]
+    assert {name.rpartition(".")[2] for name in differ} == {"beta_bias_weight", "gamma_bias_weight"}
+    here(output=str(tmp_path / "neutral"), scale_start="neutral", **still)
+    assert not any(weights(tmp_path / "neutral")[name].any() for name in new)
+
+
+def test_a_run_goes_on_with_the_start_it_had(here, tmp_path):
+    here(scale_start="normal", steps=4, checkpoint_every=2)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(ValueError, match="scale_start 'normal' then, None now"):
+        here(steps=4, checkpoint_every=2, resume="auto")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    here(output=str(tmp_path / "run"), scale_start="normal", steps=4, checkpoint_every=2, resume="auto")
+    here(output=str(tmp_path / "whole"), scale_start="normal", steps=4, checkpoint_every=2)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_sparse_model_has_its_start(here, home, tmp_path):
+    convert_model(ConvertArguments(model=str(home / "dense"), output=str(tmp_path / "sparse")))
+    for start in ("neutral", "normal"):
+        with pytest.raises(ValueError, match=f"scale_start is '{start}', but .* is sparse already"):
+            here(model=str(tmp_path / "sparse"), scale_start=start)
+    assert not (tmp_path / "run").exists()
+
+
 def test_control_is_plain_training(here, home, tmp_path):
     """The same data through Transformers alone, in a loop of eight lines."""
     here(map="none", steps=5, schedule="constant", warmup_share=0, weight_decay=0.1, eval_data=[], eval_blocks=None)
@@ -548,6 +589,10 @@ def _remove(name):
         (None, {"map": "sparsemin"}, ValueError, "map is 'sparsemin'; choose one of entmax"),
         (None, {"alpha": 0.9}, ValueError, "alpha is 0.9"),
         (None, {"map": "none", "alpha": 1.5}, ValueError, "alpha has no place with map 'none'"),
+        (None, {"map": "none", "scale_start": "normal"}, ValueError, "scale_start has no place with map 'none'"),
+        (None, {"map": "entmax", "scale_start": "neutral"}, ValueError, "only asentmax has; map is 'entmax'"),
+        (None, {"map": "ssmax", "scale_start": "normal"}, ValueError, "only asentmax has; map is 'ssmax'"),
+        (None, {"scale_start": "zero"}, ValueError, "scale_start is 'zero'; choose one of neutral, normal"),
         (None, {"steps": 0}, ValueError, "steps is 0"),
         (None, {"learning_rate": math.nan}, ValueError, "learning_rate is nan"),
         (None, {"alpha_share": 1.5}, ValueError, "alpha_share is 1.5"),

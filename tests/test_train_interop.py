@@ -132,7 +132,7 @@ def test_examples_run(tmp_path, name):
     result = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     if name != "load_and_generate":
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / ("merged" if "lora" in name else ""))
         assert saved.config.sparse_attention["map"] == "asentmax"
 
 

@@ -1,13 +1,17 @@
 """The recipes of examples/: every file is one that train takes, on the options that it says, and is in the table."""
 
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from training_cases import dense_folder, options, write_text
 
 from hf_sparse_attention.arguments import parse_arguments
-from hf_sparse_attention.train import TrainArguments, train_model
+from hf_sparse_attention.evaluate import EvaluateArguments
+from hf_sparse_attention.report import ReportArguments
+from hf_sparse_attention.train import TableArguments, TrainArguments, train_model
 from hf_sparse_attention.train.arguments import check_arguments
 from hf_sparse_attention.train.stages import stages_of
 
@@ -18,7 +22,8 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 def parsed(name, *words):
     common = ["--model", "m", "--output", "o", "--train_data", "t.txt", "--eval_data", "e.txt"]
-    common += ["--distill", "m"] if name.startswith("distill") else []
+    # As run.sh does.
+    common += ["--distill", "m"] if "distill_weight" in (FOLDER / f"{name}.yaml").read_text() else []
     return parse_arguments(
         TrainArguments, ["--config", str(FOLDER / f"{name}.yaml"), *common, *words], program="train"
     )
@@ -42,6 +47,59 @@ def test_every_recipe_has_the_same_tokens(name):
     assert tokens == 674 * 2**16
 
 
+@pytest.fixture
+def called(tmp_path):
+    """Calls run.sh; returns the commands it calls as (card, words), and its exit code. Training with seed 9 fails."""
+    fake = tmp_path / "hf-sparse-attention"
+    script = '#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:--} $*"\ncase "$1 $*" in train*"seed 9"*) exit 3 ;; esac\n'
+    fake.write_text(script)
+    fake.chmod(0o755)
+
+    def call(*names, **environment):
+        words = ["sh", str(FOLDER / "run.sh"), "base", "train.jsonl", "held.jsonl", *names]
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
+        ended = subprocess.run(words, capture_output=True, text=True, env=environment)
+        return [(line.split()[0], line.split()[1:]) for line in ended.stdout.splitlines()], ended.returncode
+
+    return call
+
+
+def test_one_command_makes_a_row(called):
+    """It names the dense model where a recipe learns from it, reports what has zeros, and ends with the table."""
+    found, code = called("control-softmax", "match-distill", "asentmax", TEXT="books.jsonl", CUDA_VISIBLE_DEVICES="2")
+    lines = [line for _, line in found]
+    assert code == 0 and {card for card, _ in found} == {"2"}
+    assert [line[0] for line in lines] == [
+        "train", "evaluate", "train", "evaluate", "report", "train", "evaluate", "report", "table"
+    ]  # fmt: skip
+    assert [" ".join(line).count("--distill base") for line in lines if line[0] == "train"] == [0, 1, 0]
+    assert all("books.jsonl" in line for line in lines if line[0] == "evaluate")
+    # Each of them is one that the commands take.
+    train = parse_arguments(TrainArguments, lines[2][1:], program="train")
+    evaluate = parse_arguments(EvaluateArguments, lines[3][1:], program="evaluate")
+    report = parse_arguments(ReportArguments, lines[4][1:], program="report")
+    table = parse_arguments(TableArguments, lines[8][1:], program="table")
+    assert train.output == "runs/match-distill-s0" and table.runs == ["runs"]
+    assert evaluate.models == ["base", "runs/match-distill-s0/model"] and report.model == evaluate.models[1]
+    assert [check_arguments(stage).distill for stage in stages_of(train)] == [None, "base"]
+
+
+def test_rows_go_over_seeds_rates_and_cards(called):
+    found, code = called("asentmax", "nape", SEEDS="0 9", RATES="3e-4 1e-3", CARDS="1 3", OUT="elsewhere")
+    trained = {line[line.index("--output") + 1]: (card, line) for card, line in found if line[0] == "train"}
+    names = [
+        f"{name}-lr{rate}-s{seed}" for name in ("asentmax", "nape") for seed in (0, 9) for rate in ("3e-4", "1e-3")
+    ]
+    assert sorted(trained) == sorted(f"elsewhere/{name}" for name in names)
+    assert [trained[f"elsewhere/{name}"][0] for name in names] == ["1", "3"] * 4
+    for name in names:
+        line = " ".join(trained[f"elsewhere/{name}"][1])
+        assert f"--learning_rate {name.split('-lr')[1][:4]}" in line and f"--seed {name[-1]}" in line
+    # Nothing is measured of a training that failed, and it stops no other.
+    assert code == 1 and sum(line[0] == "evaluate" for _, line in found) == 4 and found[-1][1][0] == "table"
+    assert called("asentmax", "nothing") == ([], 2) and called("match-distill", RATES="1e-3") == ([], 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_runs(tmp_path, name):
@@ -61,7 +119,7 @@ def test_every_recipe_runs(tmp_path, name):
     changes["block_size"] = smaller(str(arguments.block_size))
     stages = []
     for stage in arguments.stages:
-        stage = re.sub(r'"steps": \d+', '"steps": 3', stage).replace('"dense-base"', f'"{values["model"]}"')
+        stage = re.sub(r'"steps": \d+', '"steps": 3', stage)
         stage = re.sub(r'"block_size": "\d+"', lambda found: smaller(found[0]), stage)
         stages.append(re.sub(r'"batch_size": \d+', '"batch_size": 8', stage))
     changes |= {"stages": stages} if stages else {}

@@ -13,6 +13,7 @@ from training_cases import (
     assert_close_metrics,
     dense_folder,
     die_in_second_checkpoint,
+    die_in_third_step,
     full_disk_for_one,
     metrics,
     nan_in_third_step_of_one,
@@ -90,11 +91,13 @@ def test_two_processes_compute_what_one_does(home, alone, tmp_path, fsdp):
         (True, die_in_second_checkpoint),
         pytest.param(False, die_in_second_checkpoint, marks=pytest.mark.slow),
         pytest.param(True, all_die_in_second_checkpoint, marks=pytest.mark.slow),
+        pytest.param(True, die_in_third_step, marks=pytest.mark.slow),
+        pytest.param(False, die_in_third_step, marks=pytest.mark.slow),
     ],
-    ids=["fsdp2", "ddp", "fsdp2-all"],
+    ids=["fsdp2", "ddp", "fsdp2-all", "fsdp2-step", "ddp-step"],
 )
-def test_a_process_that_dies_in_a_checkpoint(home, alone, tmp_path, fsdp, death):
-    """The checkpoint it dies in is none; the run goes on from the one before, also on another number of processes and
+def test_a_process_that_dies(home, alone, tmp_path, fsdp, death):
+    """A checkpoint it dies in is none; the run goes on from the one before, also on another number of processes and
     another way of spreading, and ends where an undisturbed one does."""
     values = recipe(home, output=str(tmp_path / "two"), resume="auto")
     codes = train_together(values, tmp_path / "log", fsdp=fsdp, before=death)
@@ -203,13 +206,17 @@ def test_accelerate_configs(name, monkeypatch):
 
 
 @pytest.mark.parametrize("fsdp", [True], ids=["fsdp2"])
-def test_a_full_disk_stops_all(home, tmp_path, fsdp):
-    values = recipe(home, output=str(tmp_path / "two"))
+def test_a_full_disk_stops_all(home, alone, tmp_path, fsdp):
+    values = recipe(home, output=str(tmp_path / "two"), resume="auto")
     assert train_together(values, tmp_path / "log", fsdp=fsdp, before=full_disk_for_one) == [1, 1]
     logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
     assert all("step-00000004 could not be written: the disk is full" in log for log in logs), logs
     assert "process 1" in logs[0]
     assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert train_together(values, tmp_path / "again", fsdp=fsdp) == [0, 0], text_of(tmp_path / "again")
+    assert "going on from" in text_of(tmp_path / "again")
+    assert_close_metrics(alone, tmp_path / "two")
+    assert_close_weights(alone, tmp_path / "two")
 
 
 @pytest.mark.parametrize(

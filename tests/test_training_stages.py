@@ -34,6 +34,7 @@ from hf_sparse_attention.train.matching import (
     set_matching,
 )
 from hf_sparse_attention.train.recipe import alpha_at, freeze
+from hf_sparse_attention.train.stages import stages_of
 from hf_sparse_attention.train.throughput import flops_per_token, peak_flops
 
 pytest.importorskip("accelerate")
@@ -229,6 +230,19 @@ def test_stages_that_go_on_are_the_same(here, tmp_path, monkeypatch, stopped):
         assert metrics(tmp_path / "run" / "stages" / stage) == metrics(tmp_path / "whole" / "stages" / stage)
 
 
+def test_distillation_of_a_run_is_of_its_stages_with_text(home):
+    values = options(home, distill="teacher", distill_weight=0.7)
+    stages = ["{stage: match, steps: 1}", "{steps: 2}", "{steps: 3, distill: null}", "{steps: 4, distill_weight: 0.2}"]
+    found = [(stage.distill, stage.distill_weight) for stage in stages_of(TrainArguments(**values, stages=stages))]
+    assert found == [(None, None), ("teacher", 0.7), (None, None), ("teacher", 0.2)]
+    # What a stage says of itself is never dropped.
+    for stage in ("{stage: match, distill: other}", "{distill: null, distill_weight: 0.2}"):
+        with pytest.raises(ValueError, match="distill learns from logits|distill_weight needs distill"):
+            stages_of(TrainArguments(**values, stages=[stage]))
+    with pytest.raises(ValueError, match="distill_weight needs distill"):
+        stages_of(TrainArguments(**options(home), stages=["{distill_weight: 0.2}"]))
+
+
 def test_stages_in_a_file(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
@@ -236,8 +250,6 @@ def test_stages_in_a_file(tmp_path):
         "- lora_targets: [q_proj, k_proj]\n  lora_rank: 4\n"
     )
     arguments = parse_arguments(TrainArguments, ["--config", str(path)], program="train")
-    from hf_sparse_attention.train.stages import stages_of
-
     first, second = stages_of(arguments)
     assert (first.stage, first.steps, first.learning_rate, first.model) == ("match", 3, 1e-3, "m")
     assert (second.stage, second.steps, second.lora_targets) == ("pretrain", 1000, ["q_proj", "k_proj"])

@@ -183,6 +183,21 @@ def die_in_second_checkpoint(rank: int) -> None:
     state.sharded.save = save_and_die
 
 
+def die_in_third_step(rank: int) -> None:
+    """The last process is killed on its way through the third step."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, calls = LlamaMLP.forward, []
+
+    def dying(self, hidden):
+        calls.extend([1] if self.training else [])
+        if rank and len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(self, hidden)
+
+    LlamaMLP.forward = dying
+
+
 def nan_in_third_step_of_one(rank: int) -> None:
     """The last process's second MLP gives NaN in the third step, and when it is looked at again."""
     from transformers.models.llama.modeling_llama import LlamaMLP

@@ -9,37 +9,46 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from .. import reference
 from ..cache import BoundedDynamicCache, BoundedStaticCache, update_page_bounds
 from ..tables import number, plain
+from .generation import BOUNDED, ONE_BILLION, OURS, generation_table, time_generation
+from .inputs import BLOCK
 from .ours import difference, tolerance
-from .rows import write_rows
+from .rows import unfinished_rows, write_rows
 from .timing import median, replay
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 64
-# The shape of Llama 3.2 1B.
-ONE_BILLION = {
-    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 1 << 20,
-    "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
 SOFTMAX = ("sdpa flash", "sdpa cudnn")
-OURS, BOUNDED = "ours", "ours, page bounds"
+
+
+class _Record:
+    """decode.json, written after every measurement; what a run that was cut short left there is not measured again."""
+
+    def __init__(self, arguments, device: str):
+        self._arguments, self._device = arguments, device
+        left = unfinished_rows(arguments, device, "decode.json")
+        self.rows, self.generation, self.memory = (left.get(name, []) for name in ("rows", "generation", "memory"))
+        if left:
+            logger.warning("goes on with %d rows of %s", len(self.rows + self.generation), arguments.output_dir)
+
+    def write(self, **state) -> Path:
+        rows = {"rows": self.rows, "generation": self.generation, "memory": self.memory}
+        return write_rows(self._arguments, self._device, "decode.json", **rows, **state)
 
 
 def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | None = None, shape=None) -> list[dict]:
     """One row per cache length, batch, noise and implementation; per length one of generation with each cache, and
-    one of the memory of each cache.
+    one of the memory of each cache. Tables are printed as soon as they are known; a run that was cut short goes on.
 
     Raises:
         RuntimeError, ValueError: what the kernels say where they do not compute the inputs, or are far from float64.
@@ -52,37 +61,45 @@ def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | Non
     from ..kernels.decode import decoding
 
     timer = timer or (lambda call: median(replay(call), arguments.repeats))
+    record = _Record(arguments, device)
     with decoding(True):
-        rows, generated = _measure(arguments, device, timer, shape or ONE_BILLION)
-    memory = [row for length in arguments.cache_lengths for row in memory_rows(arguments, length, device)]
-    folder = write_rows(arguments, device, "decode.json", rows=rows, generation=generated, memory=memory)
-    print(step_table(rows))
-    if len(arguments.cache_lengths) > 1:
-        print(growth_table(rows))
-    if generated:
-        print(generation_table(generated))
-    print(memory_table(memory))
-    _picture(rows, folder / "decode.png")
-    return rows + generated + memory
+        _time_steps(arguments, device, timer, record)
+        print(step_table(record.rows))
+        if len(arguments.cache_lengths) > 1:
+            print(growth_table(record.rows))
+        record.memory = [row for length in arguments.cache_lengths for row in memory_rows(arguments, length, device)]
+        print(memory_table(record.memory), flush=True)
+        _picture(record.rows, record.write(unfinished=True) / "decode.png")
+        if arguments.new_tokens:
+            time_generation(
+                arguments, device, shape or ONE_BILLION, record.generation, partial(record.write, unfinished=True)
+            )
+            print(generation_table(record.generation))
+    record.write()
+    return record.rows + record.generation + record.memory
 
 
-def _measure(arguments, device, timer, shape) -> tuple[list[dict], list[dict]]:
-    """Rows of single steps and rows of generation."""
+def _time_steps(arguments, device, timer, record: _Record) -> None:
     cells = [(length, batch) for length in arguments.cache_lengths for batch in arguments.batches]
-    rows, softmax = [], {}
-    progress = tqdm([(*cell, noise) for cell in cells for noise in arguments.noise], desc="decode", unit="input")
-    for length, batch, noise in progress:
-        progress.set_postfix_str(f"{batch} x {length} tokens, noise {noise}")
-        group = _step_rows(arguments, length, batch, noise, device, timer, softmax)
-        base = min((row["ms"] for row in group if row["implementation"] in SOFTMAX and row.get("ms")), default=None)
-        for row in group:
-            row["ratio"] = row["ms"] / base if base and row.get("ms") else None
-        rows += group
-    generated = []
-    if arguments.new_tokens:
-        for length in tqdm(arguments.cache_lengths, desc="generate", unit="length"):
-            generated += _generation_rows(arguments, length, device, shape)
-    return rows, generated
+    known = {(row["length"], row["batch"], row["noise"]) for row in record.rows}
+    softmax = {
+        (row["length"], row["batch"], row["implementation"]): {
+            key: row[key] for key in ("ms", "refused") if key in row
+        }
+        for row in record.rows
+        if row["implementation"] not in (OURS, BOUNDED)
+    }
+    with tqdm(total=len(cells) * len(arguments.noise), desc="decode", unit="input") as progress:
+        for length, batch, noise in ((*cell, noise) for cell in cells for noise in arguments.noise):
+            progress.set_postfix_str(f"{batch} x {length} tokens, noise {noise}")
+            if (length, batch, noise) not in known:
+                group = _step_rows(arguments, length, batch, noise, device, timer, softmax)
+                times = [row["ms"] for row in group if row["implementation"] in SOFTMAX and row.get("ms")]
+                for row in group:
+                    row["ratio"] = row["ms"] / min(times) if times and row.get("ms") else None
+                record.rows += group
+                record.write(unfinished=True)
+            progress.update()
 
 
 def cache_inputs(arguments, length: int, batch: int, noise: float, device: str) -> tuple[torch.Tensor, ...]:
@@ -202,51 +219,6 @@ def _kernel_milliseconds(call: Callable) -> dict[str, float]:
     return times
 
 
-def _generation_rows(arguments, length: int, device: str, shape: dict) -> list[dict]:
-    """Tokens per second of generate on a cache that was filled with keys, without their prefill."""
-    from ..models import sparse_config
-
-    config, dtype = LlamaConfig(**shape), getattr(torch, arguments.dtype)
-    torch.manual_seed(arguments.seed)
-    # The same block codes as the steps; the queries are the model's own, which has random weights.
-    heads, dim = config.num_key_value_heads, config.head_dim
-    code = torch.nn.functional.normalize(torch.randn(1, heads, length // BLOCK, dim, device=device), dim=-1)
-    noise = arguments.noise[0]
-    code = (code * math.sqrt(dim * (1 - noise))).repeat_interleave(BLOCK, 2)
-    rows, room = [], length + arguments.new_tokens + 8
-    makers = {
-        "softmax, sdpa": (StaticCache, lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")),
-        OURS: (StaticCache, None),
-        BOUNDED: (BoundedStaticCache, None),
-    }
-    model = None
-    for name, (kind, dense) in makers.items():
-        if dense is not None or rows[-1]["implementation"] not in (OURS, BOUNDED):
-            del model
-            make = dense or (lambda: AutoModelForCausalLM.from_config(sparse_config(config, _entmax(arguments.alpha))))
-            with torch.device(device):
-                model = make().to(dtype).eval()
-        cache = kind(config=model.config, max_cache_len=room)
-        cache.early_initialization(1, heads, dim, dtype, torch.device(device))
-        for layer in cache.layers:
-            layer.keys[:, :, :length] = code + torch.randn_like(code) * math.sqrt(noise)
-            layer.values[:, :, :length] = torch.randn_like(code)
-            if isinstance(cache, BoundedStaticCache):
-                update_page_bounds(layer.keys, *layer.bounds()[:3], None, 0, length)
-        ids = torch.zeros(1, length + 1, dtype=torch.long, device=device)
-        row = {"length": length, "implementation": name}
-        # The first time compiles, and is not counted.
-        for tokens in (4, arguments.new_tokens):
-            for layer in cache.layers:
-                layer.cumulative_length.fill_(length)
-            seconds = _timed_generation(model, cache, ids, tokens)
-        row["tokens_per_second"] = arguments.new_tokens / seconds
-        rows.append(row)
-    for row in rows:
-        row["ratio"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-    return rows
-
-
 def memory_rows(arguments, length: int, device: str) -> list[dict]:
     """Bytes that a layer of each cache holds after a prompt of `length` - 1 tokens and one token more.
 
@@ -282,24 +254,6 @@ def _bytes_held(layer) -> int:
         tensors += [one for one in (value if isinstance(value, tuple) else (value,)) if torch.is_tensor(one)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def _entmax(alpha: float):
-    from ..config import SparseAttentionConfig
-
-    return SparseAttentionConfig(map="entmax", alpha=alpha)
-
-
-def _timed_generation(model, cache, ids, tokens: int) -> float:
-    synchronize = torch.cuda.synchronize if ids.is_cuda else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, min_new_tokens=tokens,
-        do_sample=False,
-    )  # fmt: skip
-    synchronize()
-    return time.perf_counter() - started
 
 
 def step_table(rows: list[dict]) -> str:
@@ -353,16 +307,6 @@ def memory_table(rows: list[dict]) -> str:
     return plain(
         ["cache", "tokens", "MiB", "ratio"],
         [[row["cache"], str(row["length"]), number(row["bytes"] / 2**20, 1), number(row.get("ratio"), 4)]
-         for row in rows],
-    )  # fmt: skip
-
-
-def generation_table(rows: list[dict]) -> str:
-    """Whole generation as a table; a ratio is to softmax."""
-    header = ["generate", "cache", "tokens/s", "ratio"]
-    return plain(
-        header,
-        [[row["implementation"], str(row["length"]), number(row["tokens_per_second"], 1), number(row["ratio"])]
          for row in rows],
     )  # fmt: skip
 

@@ -1,11 +1,13 @@
 """Small and ugly shapes, every mask: the kernels beside the PyTorch reference, forward and backward with launches.
 
 The kernels are compiled first, by several processes. Leaves a table with the slowest shape of each variant, and
-grid.json with all of them.
+grid.json with all of them. What an interrupted run has measured stands in grid.partial.json: the next goes on there.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,7 +25,7 @@ from tqdm import tqdm
 from .. import reference
 from .inputs import DTYPES
 from .ours import attend, difference
-from .rows import table, write_rows
+from .rows import table, unfinished_rows, write_rows
 from .timing import median, synchronize
 
 logger = logging.getLogger(__name__)
@@ -33,8 +36,11 @@ HEAD_DIMS = (8, 16, 32, 64, 80, 128, 256)
 ALPHAS = (1.5, 2.0, 1.333, "heads")
 SHAPES = ((1, 1), (7, 7), (1, 130), (63, 65), (200, 111), (1000, 1000), (513, 2048), (4096, 4096))
 HEADS, KEY_HEADS = 4, 2
-# Processes that compile; each holds a context on the GPU.
+# Processes that compile; each holds a context on the GPU, and compiles a set of about ten kernels side by side. So few
+# that the first sets are done, and loaded by the process that times, while others are compiled.
 MOST_PROCESSES = 32
+CORES_PER_PROCESS = 4
+PARTIAL = "grid.partial.json"
 
 
 @dataclass(frozen=True)
@@ -72,25 +78,51 @@ def time_grid(
     """
     started = time.perf_counter()
     if processes is None:
-        processes = min(MOST_PROCESSES, 2 * len(variants), _cores()) if device == "cuda" else 0
-    if processes:
-        _compile_together(variants, shapes, arguments.seed, device, processes)
+        most = min(MOST_PROCESSES, 2 * len(variants), max(1, _cores() // CORES_PER_PROCESS))
+        processes = most if device == "cuda" else 0
+    measured = _measured(variants, shapes)
+    rows = _kept_rows(arguments, device, measured)
+    left = [variant for variant in variants if not any(row["variant"] == vars(variant) for row in rows)]
+    if processes and left:
+        _compile_together(left, shapes, arguments.seed, device, processes)
     compiled = time.perf_counter() - started
-    rows = []
-    for variant in tqdm(variants, desc="grid", unit="variant"):
+    done = len(variants) - len(left)
+    for variant in tqdm(left, desc="grid", unit="variant", initial=done, total=len(variants)):
         rows += [_row(arguments, variant, shape, device) for shape in shapes]
+        write_rows(arguments, device, PARTIAL, unfinished=True, measured=measured, rows=rows)
     slowest = []
     for variant in variants:
         own = [row for row in rows if row["variant"] == vars(variant)]
         slowest.append(max(own, key=lambda row: row["ratio"]))
-    about = {"variants": len(variants), "compile_s": compiled, "processes": processes}
-    write_rows(arguments, device, "grid.json", **about, rows=rows)
+    counts = {"variants": len(variants), "compile_s": compiled, "processes": processes}
+    folder = write_rows(arguments, device, "grid.json", **counts, rows=rows)
+    (folder / PARTIAL).unlink(missing_ok=True)
     print(table([row | row["variant"] for row in slowest], COLUMNS))
     worst, slower = max(slowest, key=lambda row: row["ratio"]), sum(row["ratio"] > 1 for row in rows)
     print(
         f"{len(rows)} shapes, {len(variants)} variants of the kernels compiled in {compiled:.0f} s. "
         f"{slower} shapes are slower than the reference; the slowest takes {worst['ratio']:.2f} of its time"
     )
+    return rows
+
+
+def _measured(variants, shapes) -> dict:
+    """What rows are of, besides arguments and card: an interrupted run of anything else is not gone on with."""
+    package = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        package.update(file.read_bytes())
+    measured = {"package": package.hexdigest(), "variants": [vars(one) for one in variants], "shapes": shapes}
+    return json.loads(json.dumps(measured))
+
+
+def _kept_rows(arguments, device: str, measured: dict) -> list[dict]:
+    """The rows an interrupted run of the same left, or none."""
+    left = unfinished_rows(arguments, device, PARTIAL)
+    rows = left["rows"] if left.get("measured") == measured else []
+    if rows:
+        logger.warning("%d rows of an interrupted run are kept, this run goes on there", len(rows))
+    elif (Path(arguments.output_dir) / PARTIAL).exists():
+        logger.warning("%s is of an interrupted run of other arguments or code: this one begins anew", PARTIAL)
     return rows
 
 
@@ -179,8 +211,11 @@ def _compile_together(variants, shapes, seed: int, device: str, processes: int) 
     try:
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
             runs = [pool.submit(_run_all, variant, some, seed, device) for variant, some in work]
+            sets = dict(zip(runs, work, strict=True))
             for run in tqdm(as_completed(runs), total=len(runs), desc="compile", unit="set of kernels"):
                 run.result()
+                # Loaded from disk, while the others compile: that took most of a variant's time.
+                _run_all(*sets[run], seed, device)
     except BrokenProcessPool:
         logger.warning("a process that compiles kernels ended early; they are compiled one after the other")
 

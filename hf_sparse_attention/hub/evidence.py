@@ -20,6 +20,8 @@ _LICENCE_FILES = ("LICENSE*", "LICENCE*")
 _LICENCE_NAME = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 # What begins like this says where something lies on the machine that wrote it.
 _LOCAL = re.compile(r"(/|~|\.\.?/|file:|[A-Za-z]:[\\/])")
+# The same inside a mapping, such as a stage of a run: {distill: /folder/base, steps: 2}.
+_INSIDE = re.compile(r"""(?<=[\s"':,{\[])(?:/|~|\.\.?/|file:|[A-Za-z]:[\\/])[^\s"',}\]]*""")
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ def gather(
 
 
 def local_name(name: str) -> str:
-    """The last part of a path of this machine; names of the Hub and relative paths stay."""
+    """The last part of a path of this machine; names of the Hub and relative paths stay. In a mapping, of each."""
+    if name.startswith("{"):
+        return _INSIDE.sub(lambda found: local_name(found[0]), name)
     label, separator, path = name.partition("=")
     if separator and _LOCAL.match(path):
         return f"{label}={local_name(path)}"

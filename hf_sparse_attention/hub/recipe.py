@@ -51,6 +51,7 @@ def training(evidence: Evidence, base: str) -> str:
         ["learning rate of new parameters", each(lambda stage: number(stage.get("new_learning_rate"), "{:g}"))],
         ["learning rate schedule", each(_schedule)],
         ["alpha schedule", each(_alpha_schedule)],
+        *([["start of the factor", start]] if (start := _options(stages_of(summary)[0]).get("scale_start")) else []),
         ["optimizer", each(_optimizer)],
         ["precision", each(_precision)],
         ["what was trained", each(_trained)],

@@ -61,18 +61,23 @@ def _compile(device, plan):
     _planned.set(launches)
     plan()
 
-    def load(kernel):
+    def build(kernel):
         if hasattr(kernel, "result"):
             kernel = kernel.result()
-        with torch.cuda.device(device):
-            # The attribute builds the launcher and loads the kernel.
-            return kernel.run
+        # Thrown away, as another thread's may be in it: all launchers are modules of one name, of which Python hands
+        # out the same object where a file was loaded before. On disk is the right one.
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        return kernel
 
     with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool:
-        # A kernel that does not compile says so when it is loaded.
+        # A kernel that does not compile says so when it is built.
         with triton.AsyncCompileMode(pool, ignore_errors=True):
             kernels = [
                 function.warmup(*arguments, grid=grid, **constants)
                 for function, grid, arguments, constants in launches
             ]
-        list(pool.map(load, kernels))
+        kernels = list(pool.map(build, kernels))
+    with torch.cuda.device(device):
+        for kernel in kernels:
+            # The attribute takes the launcher from disk and loads the kernel.
+            _ = kernel.run

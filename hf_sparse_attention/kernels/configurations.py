@@ -69,6 +69,9 @@ class Configuration:
     # Two tiles of queries are walked together where their lists have at most so many tenths of the tiles together that
     # they have one by one, and threshold_rows covers both; 0: none are.
     pair_tenths: int = 7
+    # Heads are walked at a time while what their programs read, keys and values or queries and the gradient of the
+    # output, takes at most so many bytes, so that it stays in the card's cache; 0: one head after the other.
+    resident: int = 16 << 20
     # Calls of at most so many keys, and as many queries, are computed by `short/`; 0: none are.
     short_keys: int = 256
     # Queries a program of it takes at once, and keys of a block of its scores.
@@ -151,10 +154,20 @@ _HOPPER_64 = replace(
     forward=Launch(4, 2, 168),
     output=Launch(4, 2, 128),
     query_gradient=Launch(4, 2, 128),
-    key_gradient=Launch(4, 3),
+    key_gradient=Launch(4, 4),
+)
+
+# Small heads bring many programs: fewer launches, and loads that are ahead, are worth more than shared traffic.
+_HOPPER_32 = replace(
+    _default(2, 32),
+    pair_tenths=0,
+    threshold_columns=128,
+    threshold=Launch(8, 2, 128),
+    key_gradient=Launch(4, 3, 128),
+    measured="NVIDIA H200",
 )
 # (compute capability major, element size, padded head dimension) -> Configuration
-MEASURED = {(9, 2, 128): _HOPPER, (9, 2, 64): _HOPPER_64}
+MEASURED = {(9, 2, 128): _HOPPER, (9, 2, 64): _HOPPER_64, (9, 2, 32): _HOPPER_32}
 
 
 # What `configured` has changed; of all threads, as the backward runs in one of its own.
@@ -229,6 +242,8 @@ def _checked(configuration):
         raise ValueError(f"inner is {configuration.inner}; strays (stray_limit > 0) need 32 or {TILE}")
     if configuration.short_keys < 0:
         raise ValueError(f"short_keys is {configuration.short_keys}; 0 leaves every call to the tile lists")
+    if configuration.resident < 0:
+        raise ValueError(f"resident is {configuration.resident}; 0 walks one head after the other")
     for name in ("short_rows", "short_columns"):
         if getattr(configuration, name) not in (16, 32, TILE):
             raise ValueError(f"{name} is {getattr(configuration, name)}, not 16, 32 or {TILE}")

@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE
 from .edges import edge_scores, lane_sums, seen_by_all, turn_start, turns
 from .strays import gather_rows, stray_arguments, stray_weights
-from .tiles import entmax_parameters, load_block, on_support, row_ranges, weights
+from .tiles import entmax_parameters, load_block, on_support, ones_of, row_ranges, share_of, weights
 
 
 @triton.jit
@@ -26,14 +26,22 @@ def last_step(sums, slope_sum, count, exponent, alpha, ALPHA_KIND: tl.constexpr)
     else:
         # With the second order of a sum of p that is the power 2 e of a line, between the power e and an exponential.
         step = (sums - 1.0) * (1.0 + (0.5 - 0.25 / exponent) * (sums - 1.0)) / (exponent * divisor)
-        # The slopes of alpha > 2 are not bounded: only so near the end of the bracket is this step shorter than the
-        # way of a key to the threshold.
-        step = tl.where(alpha > 2.0, tl.where(tl.abs(sums - 1.0) < 1e-6, step, 0.0), step)
+        if ALPHA_KIND == 0 or ALPHA_KIND == 2:
+            # Above alpha = 2 every u is at least 1. One key alone stands 1 above the threshold, and p / u is how far
+            # it does: its slope 1 / (alpha - 1) would multiply the rounding of p.
+            above = tl.where(slope_sum < 1.5, sums / divisor - 1.0, step)
+            # No key is nearer to the threshold than this. The step must be shorter than its way, where slopes grow
+            # without bound, or else it is only right next to the end of the bracket.
+            nearest = tl.exp2(tl.log2(divisor) / tl.minimum(exponent - 1.0, -1e-3))
+            right = (tl.abs(above) < 0.25 * nearest) | (tl.abs(sums - 1.0) < 1e-6)
+            step = tl.where(alpha > 2.0, tl.where(right, above, 0.0), step)
     return tl.where(positive, step, 0.0)
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "excess", "scaling"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "at_once", "excess", "scaling"]
+)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, point_ptr, tau_ptr, out_ptr, mean_ptr, code_ptr, score_ptr, stray_count_ptr,
@@ -45,7 +53,7 @@ def _forward_kernel(
     stride_ob, stride_oh, stride_on,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim, at_once,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -65,8 +73,8 @@ def _forward_kernel(
     STRAY_STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    head_index = program // query_tiles
-    row_tile = query_tiles - 1 - program % query_tiles
+    head_index, place = share_of(program, tl.num_programs(0), query_tiles, at_once)
+    row_tile = query_tiles - 1 - place
     list_row = head_index.to(tl.int64) * query_tiles + row_tile
     count = tl.load(count_ptr + list_row)
     if count < 0:
@@ -116,7 +124,7 @@ def _forward_kernel(
     HALF: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     parts = tl.zeros((BLOCK_M, 4), tl.float32)
     signs = tl.zeros((BLOCK_M, 4), tl.int32)
-    support_parts = tl.zeros((BLOCK_M, 4), tl.float32)
+    acc_support = tl.zeros((BLOCK_M, 8), tl.float32)
     ones = tl.full((BLOCK_N, 8), 1.0, q_ptr.dtype.element_ty)
     # An alpha that learns has a gradient in float32: its tau is as exact.
     CLAMPED: tl.constexpr = HALF and ALPHA_KIND != 0
@@ -143,7 +151,7 @@ def _forward_kernel(
         if PRECISE:
             slope_parts += lane_sums(u)
         if ALPHA_KIND == 15 and HALF:
-            support_parts += lane_sums(on_support(u))
+            acc_support = tl.dot(ones_of(rounded if MEAN else p.to(q.dtype)), ones, acc_support)
         elif ALPHA_KIND == 15:
             # A sign is one instruction, a comparison and a sum of its ones are three.
             signs += lane_sums((x - tau[:, None]).to(tl.int32, bitcast=True) >> 31)
@@ -159,7 +167,7 @@ def _forward_kernel(
             else:
                 slope_sum += tl.sum(u, 1)
     sums = tl.sum(parts, 1)
-    support = tl.sum(support_parts, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
+    support = tl.max(acc_support, 1) if HALF else (tl.sum(signs, 1) + turns(pieces) * BLOCK_N).to(tl.float32)
     if ROOM > 0:
         w_base = v_ptr + batch.to(tl.int64) * stride_wb + (head // GROUP).to(tl.int64) * stride_wg
         for index in tl.range(0, tl.cdiv(strays, BLOCK_N), num_stages=STRAY_STAGES):
@@ -240,6 +248,7 @@ def attend(call, point, lists, save, strays=None, near=None):
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
             *call.visible_strides, *call.mask_strides,
             heads, queries, key.shape[2], counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
+            call.heads_at_once,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,

@@ -12,7 +12,7 @@ from .compiling import Kernel
 from .configurations import TILE, processors
 from .edges import edge_scores, seen_by_all
 from .strays import APART, ROW_BIT, Strays, gather_rows, stray_codes, stray_places
-from .tiles import entmax_parameters, load_block, masked_scores, row_ranges
+from .tiles import entmax_parameters, load_block, masked_scores, products, row_ranges
 
 # Candidates sorted out at once, and the fewest in a list that are worth it; list entries looked at at once.
 SEGMENT = 8
@@ -60,7 +60,7 @@ def _marks(x, limit):
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "excess", "scaling"])
 def _collect_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
-    list_ptr, count_ptr, rows_ptr, queue_ptr, queued_ptr, bound_ptr, map_ptr, scratch_ptr,
+    list_ptr, count_ptr, rows_ptr, queue_ptr, queued_ptr, taken_ptr, bound_ptr, map_ptr, scratch_ptr,
     code_ptr, score_ptr, stray_count_ptr, stray_map_ptr,
     excess, scaling,
     stride_sb, stride_sh, stride_sn,
@@ -101,7 +101,10 @@ def _collect_kernel(
     # Of a candidate its tile and, in the upper half, its place in the list; behind the words of all programs.
     candidate_list = scratch_ptr + tl.num_programs(0).to(tl.int64) * COLUMNS * TILE
     candidate_list += tl.program_id(0).to(tl.int64) * key_tiles
-    for item in range(tl.program_id(0), tl.load(queued_ptr + 1), tl.num_programs(0)):
+    queued = tl.load(queued_ptr + 1)
+    # Rows differ in their candidates: whoever is done takes the next.
+    item = tl.atomic_add(taken_ptr, 1)
+    while item < queued:
         work = tl.load(queue_ptr + item)
         head_index = work // query_tiles
         row_tile = work % query_tiles
@@ -235,7 +238,7 @@ def _collect_kernel(
             )
             k = gather_rows(k_base + chosen.to(tl.int64) * stride_kn, held, dims, head_dim, EVEN_D=EVEN_D)
             x = masked_scores(
-                tl.dot(k, tl.trans(q), input_precision=PRECISION), factor, slope, chosen[:, None],
+                products(k, q, PRECISION=PRECISION, FIRST=True), factor, slope, chosen[:, None],
                 start[None, :], end[None, :], mask_ptr, True,
                 MASKED=False, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=False,
             )  # fmt: skip
@@ -243,6 +246,7 @@ def _collect_kernel(
             tl.store(score_ptr + offset + places, scores, mask=held)
         # The next row tile writes the candidates anew.
         tl.debug_barrier()
+        item = tl.atomic_add(taken_ptr, 1)
 
 
 def collects(config, group, queries, key_tiles, save):
@@ -288,7 +292,8 @@ def collect(call, bound, lists, save, near=None):
     scratch = torch.empty(programs * (SEGMENT * TILE // 32 * TILE + call.key_tiles), dtype=torch.int32, device=device)
     _collect_kernel[(programs,)](
         query, key, call.descriptor(key), call.alpha_tensor, call.slopes, call.visible, call.mask,
-        lists.tiles, lists.counts, sparse.rows, sparse.queue, sparse.queued, bound, lists.tile_map, scratch,
+        lists.tiles, lists.counts, sparse.rows, sparse.queue, sparse.queued,
+        torch.zeros(1, dtype=torch.int32, device=device), bound, lists.tile_map, scratch,
         strays.codes, strays.scores, strays.counts, tile_map,
         call.excess, call.scaling,
         *strays.codes.stride()[:3], *query.stride()[:3], *key.stride()[:3],

@@ -63,6 +63,21 @@ class Call:
         return save or not known or self.query.dtype != torch.bfloat16
 
     @property
+    def heads_at_once(self):
+        """How many heads are walked at a time by what reads keys and values."""
+        return self.group * self._resident(self.key) if self.configuration.resident else 1
+
+    @property
+    def groups_at_once(self):
+        """How many key heads are walked at a time by what reads queries, one of the group's heads after the other."""
+        return self._resident(self.query)
+
+    def _resident(self, tensor):
+        """How many key heads are walked at a time where of each so much is read as two heads of the tensor hold."""
+        size = 2 * tensor.shape[2] * tensor.shape[3] * tensor.element_size()
+        return min(max(self.configuration.resident // size, 1), self.key.shape[0] * self.key.shape[1])
+
+    @property
     def has_near(self):
         """Whether tiles of the call may be settled by `near`."""
         return settles(self.configuration, self.constants["ALPHA_KIND"], self.query.dtype, self.slopes)

@@ -21,6 +21,7 @@ from .tiles import (
     listed_start,
     load_block,
     row_ranges,
+    share_of,
     weights,
     weights_and_curvature,
     whole_span,
@@ -125,7 +126,9 @@ def refine(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "excess", "scaling"])
+@triton.jit(
+    do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "at_once", "excess", "scaling"]
+)
 def _refine_kernel(
     q_ptr, k_ptr, k_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, bound_ptr, state_ptr, tau_ptr, code_ptr, score_ptr, stray_count_ptr,
@@ -135,7 +138,7 @@ def _refine_kernel(
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim, at_once,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -157,8 +160,8 @@ def _refine_kernel(
 ):  # fmt: skip
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
-    head_index = program // query_tiles
-    row_tile = query_tiles - 1 - program % query_tiles
+    head_index, place = share_of(program, tl.num_programs(0), query_tiles, at_once)
+    row_tile = query_tiles - 1 - place
     list_row = head_index.to(tl.int64) * query_tiles + row_tile
     count = tl.load(count_ptr + list_row)
     if count < 0:
@@ -350,6 +353,7 @@ def refined_threshold(call, bound, lists, save, strays=None):
             *stray_pointers[3:],
             *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
             heads, queries, key.shape[2], counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
+            call.heads_at_once,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,

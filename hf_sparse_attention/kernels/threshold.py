@@ -13,7 +13,7 @@ from .compiling import Kernel
 from .configurations import TILE, processors
 from .lists import Lists, Sparse
 from .maxima import class_bound, farthest_reached, longest_keys, visit_keys
-from .tiles import entmax_parameters, row_ranges
+from .tiles import entmax_parameters, row_ranges, share_of
 
 # Tiles scanned at once for the lists, and Newton steps on the classes: more steps no longer tighten the bound.
 SCAN = 32
@@ -30,6 +30,7 @@ STEPS = 5
         "list_queries",
         "list_keys",
         "pair_rows",
+        "at_once",
         "excess",
         "scaling",
     ]  # fmt: skip
@@ -43,7 +44,7 @@ def _threshold_kernel(
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, total, list_queries, list_keys, pair_rows, head_dim,
+    heads, queries, keys, query_tiles, total, list_queries, list_keys, pair_rows, head_dim, at_once,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -80,9 +81,9 @@ def _threshold_kernel(
             head_index = item // query_tiles
             row_tile = item % query_tiles
         else:
-            head_index = work // query_tiles
-            # The heaviest tiles of a head come first: causal rows see more keys the later they are.
-            row_tile = query_tiles - 1 - work % query_tiles
+            # The heaviest tiles come first: causal rows see more keys the later they are.
+            head_index, place_index = share_of(work, total, query_tiles, at_once)
+            row_tile = query_tiles - 1 - place_index
         batch = head_index // heads
         head = head_index % heads
         rows = row_tile * BLOCK_M + local_rows
@@ -290,6 +291,8 @@ def threshold_bound(call, save, row_limit=0, fewest=1, near=None):
     pieces = config.threshold_columns // TILE
     padded_tiles = triton.cdiv(call.key_tiles, pieces) * pieces
     scratch = torch.empty((programs, padded_tiles, rows), dtype=torch.float32, device=device)
+    # What the programs keep of the tiles lies in the same cache: where it fills that, all had better read one head.
+    at_once = call.heads_at_once if scratch.nbytes <= 2 * config.resident else 1
     _threshold_kernel[(programs,)](
         query, key, call.descriptor(key, config.threshold_columns), call.alpha_tensor, call.slopes, call.visible,
         call.mask, reach,
@@ -298,6 +301,7 @@ def threshold_bound(call, save, row_limit=0, fewest=1, near=None):
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         heads, queries, keys, row_tiles, total, call.query_tiles, call.key_tiles, row_tiles, head_dim,
+        at_once,
         **call.constants,
         BLOCK_M=rows,
         BLOCK_N=config.threshold_columns,

@@ -14,6 +14,9 @@ FULL, CAUSAL, RANGE = 0, 1, 2
 # the special function units: BELOW_2 where 1 < alpha < 2 is known, PER_HEAD where alpha is a tensor.
 GENERAL, BELOW_2, PER_HEAD, ENTMAX15, SPARSEMAX = 0, 1, 2, 15, 20
 
+# Channels that a tensor core adds up where a score is to have all digits of float32.
+CHANNELS = tl.constexpr(64)
+
 # Whether PTX can be written: for a logarithm from the special function unit, where tl.log2 is 28 instructions.
 HAS_PTX = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 
@@ -94,6 +97,24 @@ def on_support(u):
         )
     else:
         return tl.where(u > 0, 1.0, 0.0)
+
+
+@triton.jit
+def ones_of(rounded):
+    """1 where a number of half precision is above 0, else 0, in its dtype: one instruction for two."""
+    if HAS_PTX:
+        if rounded.dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; set.gt.bf16x2.bf16x2 $0, $1, zero; }",
+                "=r,r", [rounded], dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            return tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; set.gt.f16x2.f16x2 $0, $1, zero; }",
+                "=r,r", [rounded], dtype=tl.float16, is_pure=True, pack=2,
+            )  # fmt: skip
+    else:
+        return tl.where(rounded > 0, 1.0, 0.0).to(rounded.dtype)
 
 
 @triton.jit
@@ -178,6 +199,20 @@ def entmax_parameters(alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA: t
 
 
 @triton.jit
+def share_of(program, programs, tiles, at_once):
+    """(head, place) of a program: `at_once` heads at a time, of all of these their first tiles first.
+
+    Programs of one launch differ in length, under a causal mask as 1 to `tiles`, and start in their order: with the
+    longest of every head in front none of these is alone at the end.
+    """
+    heads = programs // tiles
+    first = program // (at_once * tiles) * at_once
+    size = tl.minimum(at_once, heads - first)
+    inside = program - first * tiles
+    return first + inside % size, inside // size
+
+
+@triton.jit
 def listed_start(lists, index, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
     """First position of the index-th piece of BLOCK_N of the listed tiles."""
     PIECES: tl.constexpr = TILE // BLOCK_N
@@ -218,6 +253,37 @@ def load_block(
 
 
 @triton.jit
+def rounded_sum(x, y):
+    """x + y, each rounded to nearest. Written out: a product that is only added would go on with that sum instead."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "add.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x + y
+
+
+@triton.jit
+def products(q, k, PRECISION: tl.constexpr, FIRST: tl.constexpr = False):
+    """q k^T (M, N) of q (M, D) and k (N, D). Three tf32 products to the last digits of float32.
+
+    A tensor core cuts off, always towards zero, what a partial sum has no digits for. So there sums of CHANNELS
+    channels are added as a processor does, rounded. The other channels are zeros, which cost time only: of k, or of q
+    (FIRST), whichever is another one at every turn, as the parts of what stays would all lie in shared memory.
+    """
+    if PRECISION == "tf32x3" and q.shape[1] > CHANNELS:
+        channels = tl.arange(0, q.shape[1])[None, :] // CHANNELS
+        x = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
+        for part in tl.static_range(q.shape[1] // CHANNELS):
+            some_q = tl.where(channels == part, q, 0.0) if FIRST else q
+            some_k = k if FIRST else tl.where(channels == part, k, 0.0)
+            x = rounded_sum(x, tl.dot(some_q, tl.trans(some_k), input_precision=PRECISION))
+        return x
+    else:
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
 def key_scores(
     q,
     k,
@@ -247,7 +313,7 @@ def key_scores(
         mask_ptrs = mask_base + rows.to(tl.int64)[:, None] * stride_mn + columns.to(tl.int64)[None, :] * stride_mk
         inside = (rows < queries)[:, None] & (columns < keys)[None, :]
     return masked_scores(
-        tl.dot(q, tl.trans(k), input_precision=PRECISION),
+        products(q, k, PRECISION=PRECISION),
         factor,
         slope,
         columns[None, :],

@@ -230,7 +230,7 @@ class SparseModel(SparsePreTrainedModel):
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if cache is not None and inputs is not None and not isinstance(cache, torch.Tensor):
-            check_cache(cache, self.config, inputs, mask if isinstance(mask, torch.Tensor) else None)
+            check_cache(cache, self.config, inputs, mask if isinstance(mask, torch.Tensor) else None, self)
         strict = mask is None and cache is None and not uses_cache
         starts = document_starts(position_ids, every_jump=strict)
         if starts is None and getattr(kwargs.get("cu_seq_lens_q"), "numel", int)() > 2:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ..config import LAYERS, POSITIONS, SPECIFICATIONS
 from ..loading import check_dtype
 from .lengths import parse_block_sizes
-from .recipe import ALPHA_SCHEDULES, SCHEDULES, TRAINED
+from .recipe import ALPHA_SCHEDULES, SCALE_STARTS, SCHEDULES, TRAINED
 
 STAGES = ("pretrain", "match")
 
@@ -45,6 +45,13 @@ class TrainArguments:
     layers: str | None = field(
         default=None,
         metadata=_help(f"layers that are converted: {', '.join(LAYERS)}, or numbers such as 0,2,5 (default: all)"),
+    )
+    scale_start: str | None = field(
+        default=None,
+        metadata=_help(
+            "start of ASEntmax's factor where a dense model is converted: neutral (exactly 1), or normal (weights "
+            "N(0, 0.02), biases 0, delta 1: about 1.7; default: neutral)"
+        ),
     )
     revision: str | None = field(default=None, metadata=_help("branch, tag or commit of a model on the Hub"))
     text_column: str = field(default="text", metadata=_help("column of JSON lines, parquet or datasets with the text"))
@@ -215,7 +222,7 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
         "schedule": SCHEDULES, "alpha_schedule": (*ALPHA_SCHEDULES, None), "lora_save": ("merge", "adapter", None),
         "on_nonfinite": ("stop", "skip"), "mixed_precision": ("no", "bf16", "fp16", None),
         "map": (*SPECIFICATIONS, "none", None), "position": (*POSITIONS, None), "stage": STAGES,
-        "trained": (*TRAINED, None),
+        "trained": (*TRAINED, None), "scale_start": (*SCALE_STARTS, None),
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
@@ -238,7 +245,7 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
     if arguments.alpha_schedule == "none" or arguments.map == "none":
         _refuse(arguments, ("alpha_start", "alpha_plateaus"), "needs an alpha that rises: --alpha_schedule linear")
     if arguments.map == "none":
-        names = ("alpha", "position", "layers", "new_learning_rate", "alpha_schedule")
+        names = ("alpha", "position", "layers", "scale_start", "new_learning_rate", "alpha_schedule")
         _refuse(arguments, names, "has no place with map 'none', the dense model as it is")
     if arguments.streaming and len(parse_block_sizes(arguments.block_size or 2)) > 1:
         raise ValueError(

@@ -40,7 +40,17 @@ from .matching import begin_matching, end_matching, match_errors, matched, measu
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
 from .plan import check_block_size, check_fit, find_source, positions_of, settings_of
-from .recipe import LOWEST_ALPHA, alpha_at, freeze, fused_adamw, idle_parameters, parameter_groups, rate_at, with_lora
+from .recipe import (
+    LOWEST_ALPHA,
+    alpha_at,
+    freeze,
+    fused_adamw,
+    idle_parameters,
+    parameter_groups,
+    rate_at,
+    start_factors,
+    with_lora,
+)
 from .run import (
     Metrics,
     begin_run,
@@ -152,6 +162,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     # The parameters: all of them or adapters, the map's own without decay and at their own rate.
     def build():
         model, _ = load_model(source, None if source.is_sparse else settings, arguments.dtype)
+        start_factors(model, arguments.scale_start, arguments.seed)
         if arguments.lora_rank:
             return with_lora(
                 model, rank=arguments.lora_rank, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
@@ -289,6 +300,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                 report = explain_no_memory(error, model, numbers, data, step=done)
                 # The other processes wait for this one's gradients: no step can be skipped by one of several.
                 if arguments.on_nonfinite == "stop" or processes > 1 or is_zero(model):
+                    metrics.write(done, "failed", reason=report)
                     raise RuntimeError(f"{report}. {last_whole(output)}") from error
                 accelerator.step = 0
                 if accelerator.device.type == "cuda":
@@ -310,6 +322,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
                         numbers, data, values=values + (f", alpha {alpha:g}" if alpha is not None else ""),
                     )  # fmt: skip
                     if arguments.on_nonfinite == "stop":
+                        metrics.write(done, "failed", reason=report)
                         raise RuntimeError(f"{report}. {last_whole(output)}")
             if not checked and report is None and (alpha != 1.0 or target == 1.0):
                 _warn_of_idle(model, accelerator)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ..config import SparseAttentionConfig
 from ..loading import Source, check_settings, find_model, make_settings
-from ..maps import MAPS
+from ..maps import MAPS, ASEntmaxScale
 from ..models import check_convertible, sparse_config, sparse_layers, with_rope
 from .arguments import TrainArguments
 
@@ -67,6 +67,11 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
         "all",
         saved.train_length,
     )
+    if arguments.scale_start is not None:
+        raise ValueError(
+            f"scale_start is {arguments.scale_start!r}, but {arguments.model} is sparse already and has its factors: "
+            "leave it out, or start from the dense model"
+        )
     different = [name for name in ("map", "position") if getattr(asked, name) != getattr(saved, name)]
     if different or arguments.layers is not None:
         names = ", ".join(different or ["layers"])
@@ -87,6 +92,10 @@ def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments:
         raise ValueError(
             f"new_learning_rate is {arguments.new_learning_rate}, but {settings.map} has no new parameters: leave "
             "it out"
+        )
+    if arguments.scale_start is not None and row.scale is not ASEntmaxScale:
+        raise ValueError(
+            f"scale_start is {arguments.scale_start!r}, which only asentmax has; map is {settings.map!r}: leave it out"
         )
     schedule = (arguments.alpha_schedule or "none") != "none"
     alphas = [name for name in ("alpha_start", "alpha_plateaus") if getattr(arguments, name) is not None]

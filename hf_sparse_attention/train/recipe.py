@@ -8,11 +8,13 @@ import math
 import torch
 from torch import nn
 
+from ..maps import ASEntmaxScale
 from ..models import FAMILIES, attention_layers, new_parameter_names
 
 TRAINED = ("all", "map", "attention")
 SCHEDULES = ("cosine", "linear", "constant")
 ALPHA_SCHEDULES = ("linear", "cosine", "none")
+SCALE_STARTS = ("neutral", "normal")
 # Entmax is sound in float32 from here; below it lies only softmax itself, alpha 1.
 LOWEST_ALPHA = 1.01
 # Names in an attention layer of the modules that hold a map's parameters.
@@ -77,6 +79,20 @@ def parameter_groups(
         },
     ]
     return [group for group in groups if group["params"]]
+
+
+def start_factors(model: nn.Module, start: str | None, seed: int | None = None) -> None:
+    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, or `normal`.
+
+    Args:
+        seed: of the draws; None draws from torch's own numbers.
+    """
+    if start != "normal":
+        return
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, ASEntmaxScale):
+            module.start_normal(generator)
 
 
 def freeze(model: nn.Module, trained: str) -> None:

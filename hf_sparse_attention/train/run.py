@@ -35,7 +35,7 @@ FREE = {
 class Metrics:
     """`metrics.jsonl`, one JSON object a line, written by the main process, and the trackers beside it.
 
-    Lines of a kind (train, eval, attention, skipped) have their step first; what depends on the clock is under
+    Lines of a kind (train, eval, attention, skipped, failed) have their step first; what depends on the clock is under
     `timing`. Going on from a step, the lines after it are removed, so that no step is there twice.
     """
 

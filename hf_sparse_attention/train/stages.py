@@ -21,11 +21,11 @@ from .run import check_output, command_of, print_summary
 # Options that are those of the whole run: what it starts from, reads and writes.
 COMMON = {
     "model", "output", "revision", "train_data", "eval_data", "text_column", "train_split", "eval_split",
-    "blank_lines", "streaming", "map", "position", "layers", "stages", "resume", "overwrite", "cpu", "report_to",
-    "dtype", "compile", "mixed_precision", "push_to_hub", "hub_model_id", "hub_private",
+    "blank_lines", "streaming", "map", "position", "layers", "scale_start", "stages", "resume", "overwrite", "cpu",
+    "report_to", "dtype", "compile", "mixed_precision", "push_to_hub", "hub_model_id", "hub_private",
 }  # fmt: skip
 # What a dense model is converted with: the first stage does it, the later ones find it done.
-_CONVERSION = ("position", "layers", "revision", "rope_theta", "rope_yarn", "max_positions")
+_CONVERSION = ("position", "layers", "scale_start", "revision", "rope_theta", "rope_yarn", "max_positions")
 
 
 def train_model(arguments: TrainArguments) -> dict:
@@ -61,7 +61,7 @@ def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
     found = []
     for number, text in enumerate(arguments.stages, start=1):
         changes = _changes(text, number)
-        stage = replace(arguments, stages=[], **changes)
+        stage = _without_distillation(replace(arguments, stages=[], **changes), changes)
         folder = output / "stages" / f"{number}-{stage.stage}"
         stage = replace(stage, output=str(folder), run_name=f"{arguments.run_name}-{folder.name}")
         if found:
@@ -78,6 +78,14 @@ def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
     for stage in found:
         check_arguments(stage)
     return found
+
+
+def _without_distillation(stage: TrainArguments, changes: dict) -> TrainArguments:
+    """The run's distillation is of the stages that learn from text: matching has no logits, and a stage can set
+    `distill` to null."""
+    distill = None if stage.stage == "match" and "distill" not in changes else stage.distill
+    none = [] if distill else [name for name in ("distill_weight", "distill_temperature") if name not in changes]
+    return replace(stage, distill=distill, **dict.fromkeys(none))
 
 
 def _changes(text: str | dict, number: int) -> dict:

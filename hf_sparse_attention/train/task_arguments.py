@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from ..config import POSITIONS, SPECIFICATIONS
 from ..tasks.samples import SyntheticTask
 from ..tasks.synthetic import SYNTHETIC, make_task
-from .recipe import SCHEDULES
+from .recipe import SCALE_STARTS, SCHEDULES
 
 MAPS = ("softmax", *SPECIFICATIONS)
 PRECISIONS = ("float32", "bfloat16")
-STARTS = ("neutral", "normal")
 TESTED = ("best", "all")
 
 
@@ -157,7 +156,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
             raise ValueError(f"{name} is {value}; it must be from 0 to 1")
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
-        "scale_start": STARTS, "resume": ("auto", "never"), "tested": TESTED,
+        "scale_start": SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:

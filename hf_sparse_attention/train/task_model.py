@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from ..config import SparseAttentionConfig
-from ..maps import NEUTRAL_BETA, NEUTRAL_BETA_BIAS, ASEntmaxScale
 from ..models import sparse_config
 from ..tasks.samples import BOS, EOS, PAD, SyntheticTask
+from .recipe import start_factors
 from .task_arguments import TrainTaskArguments
 
 
@@ -46,20 +45,8 @@ def new_model(arguments: TrainTaskArguments, task: SyntheticTask, seed: int) -> 
             position=arguments.position,
         )
         model = AutoModelForCausalLM.from_config(sparse_config(dense, settings), dtype=torch.float32)
-        if arguments.scale_start == "normal":
-            for module in model.modules():
-                if isinstance(module, ASEntmaxScale):
-                    _start_normal(module, dense.initializer_range)
+        start_factors(model, arguments.scale_start)
     return model
-
-
-@torch.no_grad()
-def _start_normal(scale: ASEntmaxScale, deviation: float) -> None:
-    """delta = 1, w_beta and w_gamma from N(0, deviation), biases 0, in the distances that are stored."""
-    scale.delta_bias.fill_(NEUTRAL_BETA)
-    nn.init.normal_(scale.beta_bias_weight, std=deviation)
-    nn.init.normal_(scale.gamma_bias_weight, std=deviation)
-    scale.beta_bias.fill_(-NEUTRAL_BETA_BIAS)
 
 
 def answer_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Runs of train-task -> a table of them all, one of those that validation prefers, and a picture of these by length.
-Runs that differ in nothing but rate and seed belong together, whatever folders they lie in.
+Runs that differ in nothing but rate and seed belong together, whatever folders they lie in; runs of `train` have
+tables of their own.
 
-hf-sparse-attention table --runs runs --published examples/reproduction/published.yaml --output_dir table
-"""
+hf-sparse-attention table --runs runs --published examples/reproduction/published.yaml --output_dir table"""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ from pathlib import Path
 from .. import tables
 from ..files import write_bytes, write_text
 from ..tasks.synthetic import SYNTHETIC, make_task
+from .run_record import is_training, read_runs
+from .run_table import blocks_of
 from .task_arguments import MAPS, TrainTaskArguments
 from .task_record import TIES, best_of, read_record, read_tests, share
-
-logger = logging.getLogger(__name__)
 
 # Value of an option that a run's record does not have.
 _UNKNOWN = "unknown"
@@ -26,9 +25,9 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class TableArguments:
-    """Options of `table`: runs of train-task, side by side."""
+    """Options of `table`: runs of train and of train-task, side by side."""
 
-    runs: list[str] = field(metadata={"help": "folders that hold outputs of train-task, at any depth"})
+    runs: list[str] = field(metadata={"help": "folders that hold outputs of train or train-task, at any depth"})
     output_dir: str = field(default="table", metadata={"help": "folder for table.md and table.png"})
     published: str | None = field(
         default=None,
@@ -37,7 +36,14 @@ class TableArguments:
             "length, of the task's own sizes and training lengths"
         },
     )
-    figure: bool = field(default=True, metadata={"help": "draw table.png (needs matplotlib)"})
+    results: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "results.json files of evaluate, or their folders, with models of runs of train, which are known "
+            "by their weights (default: evaluation/ in each run)"
+        },
+    )
+    figure: bool = field(default=True, metadata={"help": "draw table.png of train-task's runs (needs matplotlib)"})
 
 
 @dataclass(frozen=True)
@@ -63,16 +69,22 @@ class _Group:
 def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
     """Writes table.md and table.png, prints the best runs, and returns them by task: label, run.json and tests.
 
+    Runs of `train` are all printed, and under "train": run, folder, map, rates, seed, loss, to_control and zeros in %.
+
     Raises:
-        ValueError: if there is no run, the same one twice, or runs of one map were validated on different samples.
+        ValueError: if there is no run, the same one twice, runs of one map were validated on different samples, or
+            results are named and no run of `train`.
         OSError: if a file of a run is damaged.
     """
-    if arguments.figure:
-        from ..tasks import pictures
     published = {} if arguments.published is None else _published(Path(arguments.published))
-    by_task = _grouped(_read(arguments.runs))
+    tasks, trainings = _read(arguments.runs)
+    by_task = _grouped(tasks)
+    if arguments.figure and by_task:
+        from ..tasks import pictures
+    if arguments.results and not trainings:
+        raise ValueError(f"results is {arguments.results}, but there is no run of `train`: leave it out")
     output = Path(arguments.output_dir).expanduser()
-    blocks, shown = ["# Runs of train-task"], []
+    blocks, shown = ["# Runs of train-task" if by_task else "# Runs"], []
     for task, groups in by_task.items():
         lengths = sorted({length for group in groups for run in group.runs for length in run["tests"]})
         beside, remark = _beside(task, groups, published.get(task, {}))
@@ -93,6 +105,9 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
         blocks += ["## All tasks", _time([group for groups in by_task.values() for group in groups])]
     found = {task: [{"label": group.label, **group.best} for group in groups if group.best] for task, groups in
              by_task.items()}  # fmt: skip
+    trained: tuple[list[str], list[str], list[dict]] = ([], [], [])
+    if trainings:
+        trained = blocks_of(read_runs(trainings), arguments.results)
     if arguments.figure and (content := _cells(found)):
         groups = sorted((group for groups in by_task.values() for group in groups), key=_Group.place)
         # Its map by label.
@@ -103,24 +118,22 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
         )
         write_bytes(output / "table.png", pictures.picture(figure))
         blocks.insert(1, "![exact match by length](table.png)")
-    write_text(output / "table.md", "\n\n".join(blocks) + "\n")
-    print("\n".join(shown))
-    return found
+    write_text(output / "table.md", "\n\n".join([*blocks, *trained[0]]) + "\n")
+    print("\n".join([*shown, *trained[1]]))
+    return found | ({"train": trained[2]} if trainings else {})
 
 
-def _read(folders: list[str]) -> list[dict]:
-    found = {}
+def _read(folders: list[str]) -> tuple[list[dict], list[Path]]:
+    """Records of train-task's runs, and run.json files of those of `train`."""
+    found, trainings = {}, []
     for name in folders:
         folder = Path(name).expanduser()
         files = sorted(folder.rglob("run.json"))
         if not files:
-            raise ValueError(f"{folder} holds no run of train-task (no run.json)")
-        foreign = [file for file in files if _of_train(file)]
-        for file in foreign:
-            logger.warning("%s is left out: it is of `train`, not of train-task", file)
-        if len(foreign) == len(files):
-            raise ValueError(f"{folder} holds no run of train-task (no run.json of one)")
-        for file in (file for file in files if file not in foreign):
+            raise ValueError(f"{folder} holds no run of train or train-task (no run.json)")
+        own = [file for file in files if is_training(file)]
+        trainings += own
+        for file in (file for file in files if file not in own):
             tests = {line["length"]: line for line in read_tests(file.parent)}
             run = {**read_record(file.parent), "folder": file.parent, "tests": tests}
             same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
@@ -133,20 +146,7 @@ def _read(folders: list[str]) -> list[dict]:
                 )
             # One that was cut off says nothing that the whole one does not.
             found[same] = run if run["finished"] else other
-    return list(found.values())
-
-
-def _of_train(file: Path) -> bool:
-    """Whether a run.json is one that `train` writes: of a run, or of several stages."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return (
-        isinstance(content, dict)
-        and "identity" not in content
-        and ("blocks_per_step" in content or "stages" in content)
-    )
+    return list(found.values()), trainings
 
 
 def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:

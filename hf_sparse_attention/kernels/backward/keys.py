@@ -7,7 +7,16 @@ from ..compiling import Kernel
 from ..configurations import TILE
 from ..edges import sees
 from ..strays import add_strays
-from ..tiles import entmax_parameters, listed_start, load_block, masked_scores, row_ranges, weights
+from ..tiles import (
+    entmax_parameters,
+    listed_start,
+    load_block,
+    masked_scores,
+    products,
+    row_ranges,
+    share_of,
+    weights,
+)
 
 
 @triton.jit
@@ -48,7 +57,7 @@ def add_queries(
     if (TWO_WALKS and ALPHA_KIND < 15) or q.dtype == tl.float32:
         # The same products in the same order as for the queries, so that they have the same last bits: tau is that of
         # those scores, and in float32 a score that differs is most of the error. Of a tensor no one knows beforehand.
-        x = tl.trans(tl.dot(q, tl.trans(k), input_precision=PRECISION))
+        x = tl.trans(products(q, k, PRECISION=PRECISION, FIRST=True))
         gradient = tl.trans(tl.dot(do, tl.trans(v), input_precision=PRECISION))
     else:
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -83,7 +92,7 @@ def add_queries(
 
 
 @Kernel
-@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "moved", "excess", "scaling"])
+@triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "at_once", "moved", "excess", "scaling"])
 def _key_gradient_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_descriptor, do_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
     list_ptr, count_ptr, pair_ptr, dk_ptr, dv_ptr, end_ptr, total_ptr, moved_code_ptr, moved_ptr,
@@ -95,7 +104,7 @@ def _key_gradient_kernel(
     stride_db, stride_dg, stride_dn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, key_tiles, head_dim, at_once,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -114,9 +123,8 @@ def _key_gradient_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     groups = heads // GROUP
-    # The heaviest tiles of a head come first: under a causal mask early keys are seen by more queries.
-    group_index = program // key_tiles
-    key_tile = program % key_tiles
+    # The heaviest tiles come first: under a causal mask early keys are seen by more queries.
+    group_index, key_tile = share_of(program, tl.num_programs(0), key_tiles, at_once)
     batch = group_index // groups
     group = group_index % groups
     local = tl.arange(0, BLOCK)
@@ -185,7 +193,7 @@ def _key_gradient_kernel(
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + (group * GROUP).to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + (group * GROUP).to(tl.int64) * stride_gh
         dk, dv = add_strays(
-            dk, dv, program, end_ptr, total_ptr, moved_code_ptr, moved_ptr, moved,
+            dk, dv, group_index * key_tiles + key_tile, end_ptr, total_ptr, moved_code_ptr, moved_ptr, moved,
             q_base, g_base, stride_qh, stride_qn, stride_gh, stride_gn, queries, local, dims, head_dim,
             TILE=BLOCK, BLOCK_N=BLOCK_N, EVEN_D=EVEN_D, PRECISION=PRECISION, STAGES=STRAY_STAGES,
         )  # fmt: skip
@@ -210,7 +218,7 @@ def walk_keys(call, grad_out, by_keys, pairs, dkey, dvalue):
         call.excess, call.scaling, by_keys.room,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *grad_out.stride()[:3], *dkey.stride()[:3],
         *call.visible_strides, *call.mask_strides,
-        heads, queries, keys, call.query_tiles, call.key_tiles, head_dim,
+        heads, queries, keys, call.query_tiles, call.key_tiles, head_dim, call.groups_at_once,
         **call.constants,
         TWO_WALKS=call.two_walks,
         DESCRIPTORS=query_descriptor is not None and gradient_descriptor is not None,

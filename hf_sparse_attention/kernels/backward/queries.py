@@ -15,13 +15,24 @@ from ..tiles import (
     listed_start,
     load_block,
     row_ranges,
+    share_of,
     weights,
 )
 
 
 @Kernel
 @triton.jit(
-    do_not_specialize=["queries", "keys", "query_tiles", "list_queries", "key_tiles", "moved", "excess", "scaling"]
+    do_not_specialize=[
+        "queries",
+        "keys",
+        "query_tiles",
+        "list_queries",
+        "key_tiles",
+        "at_once",
+        "moved",
+        "excess",
+        "scaling",
+    ]
 )
 def _query_gradient_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr,
@@ -37,7 +48,7 @@ def _query_gradient_kernel(
     stride_db, stride_dh, stride_dn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim,
+    heads, queries, keys, query_tiles, list_queries, key_tiles, head_dim, at_once,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -59,8 +70,8 @@ def _query_gradient_kernel(
 ):  # fmt: skip
     CLAMPED: tl.constexpr = q_ptr.dtype.element_ty != tl.float32 and ALPHA_KIND != 0
     program = tl.program_id(0)
-    head_index = program // query_tiles
-    row_tile = query_tiles - 1 - program % query_tiles
+    head_index, place = share_of(program, tl.num_programs(0), query_tiles, at_once)
+    row_tile = query_tiles - 1 - place
     list_row = head_index.to(tl.int64) * query_tiles + row_tile
     count = tl.load(count_ptr + list_row)
     if NEAR:
@@ -257,6 +268,7 @@ def walk_queries(call, grad_out, tau, mean, lists, strays, by_keys, pairs, dquer
             *dquery.stride()[:3],
             *call.visible_strides, *call.mask_strides,
             heads, queries, keys, counts.shape[2], call.query_tiles, call.key_tiles, head_dim,
+            call.heads_at_once,
             **call.constants,
             DESCRIPTORS=call.descriptors,
             BLOCK_M=rows,
