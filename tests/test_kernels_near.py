@@ -47,7 +47,8 @@ def inputs(length, dim=16, heads=2, keys=None, dtype=HALF):
 @pytest.mark.parametrize("seed", range(40) if CUDA else (0, 1, 2))
 @pytest.mark.parametrize("mask", ["slopes", "slopes_window"])
 def test_random_calls(mask, seed, poisoned):  # noqa: F811
-    with configured(stray_limit=16 * (seed % 2), stray_forward=True, near_tiles=2 << seed % 3):
+    changes = {"stray_limit": 16 * (seed % 2), "near_tiles": 2 << seed % 3, "near_columns": TILE >> seed % 2}
+    with configured(stray_forward=True, **changes):
         check(random_case(seed, device=DEVICE, mask=mask, dtype=HALF))
 
 
@@ -143,6 +144,7 @@ def test_operators_are_registered_whole():
     torch.library.opcheck(torch.ops.hf_sparse_attention.entmax_forward.default, arguments, test_utils=tests)
 
 
-def test_rows_of_a_configuration_say_how_many_tiles():
-    with pytest.raises(ValueError, match="near_tiles is 3"), configured(near_tiles=3):
-        pass
+def test_a_configuration_says_what_no_kernel_takes():
+    for name, value in (("near_tiles", 3), ("near_columns", 48)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"), configured(**{name: value}):
+            pass

@@ -61,6 +61,7 @@ class Configuration:
     # Where a slope leaves at most so many tiles in reach, a power of two, `near` settles them; 0: it settles none.
     near_tiles: int = 8
     near: Launch = Launch(4, 1)
+    # The query gradient of settled tiles, and how many columns of a listed tile it takes at once.
     near_gradient: Launch = Launch(4, 1)
     near_columns: int = TILE
     # Columns of a listed tile taken at once, a divisor of TILE.
@@ -253,6 +254,8 @@ def _checked(configuration):
     for name in ("short_rows", "short_columns"):
         if getattr(configuration, name) not in (16, 32, TILE):
             raise ValueError(f"{name} is {getattr(configuration, name)}, not 16, 32 or {TILE}")
+    if configuration.near_columns not in (16, 32, TILE):
+        raise ValueError(f"near_columns is {configuration.near_columns}, not 16, 32 or {TILE}")
     if configuration.near_tiles not in (0, 1, 2, 4, 8, 16):
         raise ValueError(f"near_tiles is {configuration.near_tiles}, not a power of two up to 16; 0 settles none")
     for name in ("stray_room", "stray_stages", "collect_programs"):

@@ -25,10 +25,10 @@ class Sparse:
 class Lists:
     """Tiles that can hold weight, ascending, per TILE queries; a pair of such rows is walked together or row by row.
 
-    tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together; pairs and
-    pair_counts the same per 2 TILE queries, -1 where it is not; tile_map (B, H, K/TILE, N/TILE) to walk along queries:
-    0 where not listed, for visible ranges 2 where every row sees the tile whole, else 1, APART where strays took its
-    place. sparse: where strays are to be sought.
+    tiles (B, H, N/TILE, K/TILE) int16 and counts (B, H, N/TILE), -1 where the pair is walked together and less where
+    `near` has settled the tile; pairs and pair_counts the same per 2 TILE queries, -1 where it is not; tile_map
+    (B, H, K/TILE, N/TILE) to walk along queries: 0 where not listed, for visible ranges 2 where every row sees the
+    tile whole, else 1, APART where strays took its place. sparse: where strays are to be sought.
     """
 
     tiles: torch.Tensor

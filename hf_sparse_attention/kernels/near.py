@@ -27,17 +27,16 @@ TOLERANCES = {torch.bfloat16: 1e-3, torch.float16: 1.2e-4}
 class Near:
     """What is settled of a call, in tensors of the whole call.
 
-    out (B, H, N, D), tau (B, H, N); tiles, counts, pair_counts, tile_map as in `Lists`, counts `settled` where a tile
-    is; stray_counts as in `Sparse`; lengths (B, G) of the longest keys. queue: numbers of the blocks of queries, as
-    the dense pass takes them, in which some tile is not settled, in any order; queued[2] says how many, before it are
-    two counters of the dense pass.
+    out (B, H, N, D), tau (B, H, N); tiles, counts and tile_map as in `Lists`, counts `settled` where a tile is;
+    stray_counts as in `Sparse`; lengths (B, G) of the longest keys. queue: numbers of the blocks of queries, as the
+    dense pass takes them, in which some tile is not settled, in any order; queued[2] says how many, before it are two
+    counters of the dense pass.
     """
 
     out: torch.Tensor
     tau: torch.Tensor
     tiles: torch.Tensor
     counts: torch.Tensor
-    pair_counts: torch.Tensor | None
     stray_counts: torch.Tensor | None
     tile_map: torch.Tensor | None
     lengths: torch.Tensor
@@ -91,7 +90,7 @@ def _enqueue(queue_ptr, queued_ptr, item):
 @triton.jit(do_not_specialize=["queries", "keys", "query_tiles", "key_tiles", "blocks", "excess", "scaling"])
 def _near_kernel(
     q_ptr, k_ptr, v_ptr, k_descriptor, v_descriptor, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, length_ptr,
-    list_ptr, count_ptr, pair_count_ptr, stray_count_ptr, map_ptr, tau_ptr, out_ptr, queue_ptr, queued_ptr,
+    list_ptr, count_ptr, stray_count_ptr, map_ptr, tau_ptr, out_ptr, queue_ptr, queued_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
@@ -225,9 +224,6 @@ def _near_kernel(
     tl.store(count_ptr + list_row, settled(count))
     if stray_count_ptr is not None:
         tl.store(stray_count_ptr + list_row, 0)
-    if pair_count_ptr is not None:
-        # Whichever comes last, they write the same.
-        tl.store(pair_count_ptr + block, -1)
     if SAVE:
         flag = tl.full((SPAN,), 1, tl.uint8)
         if RANGE_KIND == 2:
@@ -274,7 +270,6 @@ def settle(call, save, row_limit=0):
         tau=torch.empty((batch, heads, queries), dtype=torch.float32, device=device),
         tiles=torch.empty((*counts.shape, call.key_tiles), dtype=torch.int16, device=device),
         counts=counts,
-        pair_counts=torch.empty((batch, heads, blocks), dtype=torch.int32, device=device) if config.paired else None,
         stray_counts=torch.empty_like(counts) if row_limit else None,
         tile_map=tile_map,
         lengths=longest_keys(key),
@@ -284,7 +279,7 @@ def settle(call, save, row_limit=0):
     _near_kernel[(counts.numel(),)](
         query, key, value, call.descriptor(key, TILE), call.descriptor(value, TILE),
         call.alpha_tensor, call.slopes, call.visible, call.mask, near.lengths,
-        near.tiles, counts, near.pair_counts, near.stray_counts, tile_map, near.tau, near.out,
+        near.tiles, counts, near.stray_counts, tile_map, near.tau, near.out,
         near.queue, queued,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *near.out.stride()[:3],

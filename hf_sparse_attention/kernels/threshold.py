@@ -269,8 +269,6 @@ def threshold_bound(call, save, row_limit=0, fewest=1, near=None):
         lists = torch.empty((batch, heads, call.query_tiles, call.key_tiles), dtype=torch.int16, device=device)
         counts = torch.empty((batch, heads, call.query_tiles), dtype=torch.int32, device=device)
         counter = torch.zeros((2,), dtype=torch.int32, device=device)
-        if config.paired:
-            pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
         if row_limit:
             stray_counts = torch.empty_like(counts)
         if save:
@@ -279,10 +277,11 @@ def threshold_bound(call, save, row_limit=0, fewest=1, near=None):
         if call.slopes is not None:
             reach = longest_keys(key)
     else:
-        lists, counts, counter, pair_counts = near.tiles, near.counts, near.queued, near.pair_counts
+        lists, counts, counter = near.tiles, near.counts, near.queued
         stray_counts, tile_map, reach, near_queue = near.stray_counts, near.tile_map, near.lengths, near.queue
     if config.paired:
         pairs = torch.empty((batch, heads, row_tiles, call.key_tiles), dtype=torch.int16, device=device)
+        pair_counts = torch.empty((batch, heads, row_tiles), dtype=torch.int32, device=device)
     if row_limit:
         alive_rows = torch.empty_like(lists, dtype=torch.uint8)
         queue = torch.empty_like(counts)
