@@ -28,8 +28,8 @@ def threshold_step(
     """
     positive = slope_sum > 0
     divisor = tl.where(positive, slope_sum, 1.0)
-    # Below the resolution of float32 steps settle nothing. Above alpha = 2 only a closed bracket settles a row: its lower
-    # end is taken, which can stand far from a small step that comes from above.
+    # Below the resolution of float32 steps settle nothing. Above alpha = 2 only a closed bracket settles a row: its
+    # lower end is taken, which can stand far from a small step that comes from above.
     resolution = tl.where(alpha > 2.0, 0.0, 1e-7) * tl.abs(tau)
     if ALPHA_KIND == 15:
         step = tl.where(positive, (sums - tl.sqrt(sums)) / divisor, 0.0)
