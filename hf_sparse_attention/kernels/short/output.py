@@ -28,8 +28,9 @@ def threshold_step(
     """
     positive = slope_sum > 0
     divisor = tl.where(positive, slope_sum, 1.0)
-    # Below the resolution of float32 steps settle nothing.
-    resolution = tl.where(alpha > 2.0, 6e-8, 1e-7) * tl.abs(tau)
+    # Below the resolution of float32 steps settle nothing. Above alpha = 2 only a closed bracket settles a row: its
+    # lower end is taken, which can stand far from a small step that comes from above.
+    resolution = tl.where(alpha > 2.0, 0.0, 1e-7) * tl.abs(tau)
     if ALPHA_KIND == 15:
         step = tl.where(positive, (sums - tl.sqrt(sums)) / divisor, 0.0)
         # What such a step leaves; the closed form that follows leaves the square of it.
@@ -165,7 +166,8 @@ def _short_forward_kernel(
                 ALPHA_KIND=ALPHA_KIND, BRACKET=BRACKET,
             )  # fmt: skip
             TOLERANCE: tl.constexpr = 1e-4 if ALPHA_KIND == 15 else 1e-7
-            unsettled = (tl.max(tl.where(empty, 0.0, left), 0) > TOLERANCE).to(tl.int32)
+            tolerance = tl.where(alpha_head > 2.0, 0.0, TOLERANCE)
+            unsettled = (tl.max(tl.where(empty, 0.0, left), 0) > tolerance).to(tl.int32)
     if BRACKET:
         # For alpha > 2 the lower end: rounding must not lose a key at the threshold, whose slope is nearly infinite.
         tau = tl.where(alpha_head > 2.0, lower, tau)
