@@ -221,6 +221,8 @@ def scores_kernel(
             seeds, best_ptr, chosen_ptr, few_scratch, exists, tl.maximum(high_key - 1, 0) // TILE, programs,
             PROGRAMS=PROGRAMS, EACH=EACH,
         )  # fmt: skip
+        # Of many rows that ask for different pages not all get theirs: no more than the program's own keys take.
+        count = tl.minimum(count, 1 + tl.maximum(share, EACH * tl.minimum(ROWS, 4)))
         tl.debug_barrier()
         # Every program does this for itself: another launch, or waiting for one that does it for all, takes longer.
         newest = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
