@@ -51,8 +51,9 @@ def test_every_recipe_has_the_same_tokens(name):
 def called(tmp_path):
     """Calls run.sh; returns the commands it calls as (card, words), and its exit code. Training with seed 9 fails."""
     fake = tmp_path / "hf-sparse-attention"
-    script = '#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:--} $*"\ncase "$1 $*" in train*"seed 9"*) exit 3 ;; esac\n'
-    fake.write_text(script)
+    fake.write_text(
+        '#!/bin/sh\necho "${CUDA_VISIBLE_DEVICES:--} $*"\ncase "$1 $*" in train*"seed 9"*) exit 3 ;; esac\n'
+    )
     fake.chmod(0o755)
 
     def call(*names, **environment):

@@ -283,6 +283,17 @@ def test_chunks_are_the_whole_loss(home, chunk):
     assert nothing == 0
 
 
+def test_the_output_layer_is_called_once_whatever_the_chunks(home):
+    """FSDP2 and ZeRO-3 hold its weights from its call to the gradient of its input: a second call finds them gone."""
+    model, batch = sparse(home), packed()
+    chunk_loss(model, 4, Distillation(sparse(home), 0.5, 1.0))
+    calls, after = [], []
+    model.lm_head.register_forward_hook(lambda *call: calls.append(call[1][0].shape[0]))
+    model.lm_head.register_full_backward_hook(lambda *call: after.append(model.lm_head.weight.grad is None))
+    model.train()(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+    assert calls == [batch["input_ids"].numel()] and len(after) == 1
+
+
 def test_chunks_keep_the_logits_small():
     """Peak memory of loss and gradients over what was there before: a tenth of what all the logits take."""
     from torch.utils._python_dispatch import TorchDispatchMode

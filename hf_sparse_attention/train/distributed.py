@@ -69,6 +69,7 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
         )
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     accelerator = Accelerator(
         cpu=arguments.cpu,
@@ -87,17 +88,19 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
     if accelerator.distributed_type == DistributedType.FSDP:
         # Its own wrappers rename parameters; the layers' own checkpointing recomputes the same.
         accelerator.state.fsdp_plugin.activation_checkpointing = False
+        if accelerator.mixed_precision != "no":
+            # Accelerate's own rounds what a model returns, its loss too, and sums gradients in half precision.
+            dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
 
 
 def _shard_on_cpus(accelerator) -> None:
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
 
 
 def wants_checkpointing(arguments: TrainArguments) -> bool:

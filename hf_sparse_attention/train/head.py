@@ -3,7 +3,9 @@ are larger than everything else, never exist at once. On the way the dense model
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -30,6 +32,18 @@ class Distillation:
             return self.teacher.base_model(**inputs).last_hidden_state
 
 
+class ChunkedHead:
+    """Mixin before the output layer: it can do all that needs its weights within one call.
+
+    FSDP2 and ZeRO-3 gather a module's weights when it is called and, on the way back, let go of them when its input
+    has its gradient. Called for each chunk, it found them gone at the second one (FSDP2 of torch below 2.13).
+    """
+
+    def forward(self, hidden_TE: torch.Tensor, within: Callable[[torch.Tensor], torch.Tensor] | None = None):
+        """The logits, or what `within` makes of the hidden states, which takes its logits from `forward` itself."""
+        return super().forward(hidden_TE) if within is None else within(hidden_TE)
+
+
 class ChunkedLoss:
     """Mixin before a causal LM: with labels its forward gives the loss and no logits.
 
@@ -54,9 +68,14 @@ class ChunkedLoss:
         # The state before a token predicts it. No token is picked out: what a number of labels decides would wait for
         # the device and be compiled anew.
         targets_T = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
-        hidden_TE = hidden_BNE.flatten(0, 1)
         others_TE = None if others_BNE is None else others_BNE.flatten(0, 1)
-        loss = hidden_BNE.new_zeros((), dtype=torch.float32)
+        loss = self.lm_head(hidden_BNE.flatten(0, 1), within=partial(self._sum, targets_T, others_TE))
+        count = (targets_T != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=loss / count)
+
+    def _sum(self, targets_T: torch.Tensor, others_TE: torch.Tensor | None, hidden_TE: torch.Tensor) -> torch.Tensor:
+        """Sum of the loss over all labelled tokens, chunk by chunk."""
+        loss = hidden_TE.new_zeros((), dtype=torch.float32)
         size = self.loss_chunk or len(targets_T)
         for first in range(0, len(targets_T), size):
             rows = slice(first, first + size)
@@ -64,12 +83,11 @@ class ChunkedLoss:
             arguments = (hidden_TE[rows], targets_T[rows], others)
             # Not torch's own linear_cross_entropy: its loss of bf16 states is off by 0.2 %.
             loss = loss + checkpoint(self._chunk_loss, *arguments, use_reentrant=False)
-        count = (targets_T != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss / count)
+        return loss
 
     def _chunk_loss(self, hidden_TE: torch.Tensor, targets_T: torch.Tensor, others_TE: torch.Tensor | None):
         """Sum over the labelled tokens."""
-        logits_TV = self.lm_head(hidden_TE).float()
+        logits_TV = self.lm_head.forward(hidden_TE).float()
         if others_TE is None:
             return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
         distillation = self.distillation
@@ -92,9 +110,9 @@ def chunk_loss(model: nn.Module, size: int, distillation: Distillation | None = 
     """
     for each in [model, *([distillation.teacher] if distillation is not None else [])]:
         _check_head(each)
-    model.__class__ = type(
-        f"{type(model).__name__}", (ChunkedLoss, type(model)), {"__module__": type(model).__module__}
-    )
+    for module, mixin in ((model, ChunkedLoss), (model.lm_head, ChunkedHead)):
+        own = type(module)
+        module.__class__ = type(own.__name__, (mixin, own), {"__module__": own.__module__})
     model.loss_chunk, model.distillation = size, distillation
 
 
