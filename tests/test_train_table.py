@@ -114,6 +114,7 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     assert (
         rows["**asentmax**", "**mean of 2**"]["16 to the control"] == f"**{mean(excess):+.2f} ±{stdev(excess):.2f} %**"
     )
+    assert "that is lowest here (control at 0.0001). Text: eval.txt" in text
     assert rows["control", "0"]["16 to the control"] == rows["base", "-"]["16 to the control"] == "-"
     assert "2 windows of 64 tokens, drawn with seed 0" in text and "Mean over 1 depths" in text
     assert [row["run"] for row in needles[0]] == [row["run"] for row in perplexity]

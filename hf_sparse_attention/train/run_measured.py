@@ -136,8 +136,6 @@ def _remark(contents: list[dict], task: str, cells: dict[tuple[str, int], dict])
         any("perplexity" in cell for cell in cells.values()) or contents[0]["arguments"].get("haystack") == "data"
     )
     said = text if by_text else []
-    if task == "perplexity":
-        said.append("To the control: beyond the lowest perplexity of a softmax run of the same text and tokens.")
     depths = {cell["depth"] for content in contents for cell in content["cells"]
               if cell["task"] == task and cell.get("depth") is not None}  # fmt: skip
     said += [f"Mean over {len(depths)} depths."] if depths else []

@@ -65,8 +65,8 @@ def blocks_of(runs: list[Run], files: list[str]) -> tuple[list[str], list[str], 
     markdown = ["## Runs of train", said, tables.markdown(_HEADER, table)]
     plain = ["train", _plain(_HEADER, table)]
     for measured in read_measured(runs, files):
-        header, lines = _by_length(measured, rows)
-        markdown += [f"## {measured.title}", measured.remark, tables.markdown(header, lines)]
+        header, lines, control = _by_length(measured, rows)
+        markdown += [f"## {measured.title}", control + measured.remark, tables.markdown(header, lines)]
         plain += ["", measured.title, _plain(header, lines)]
     return markdown, plain, found
 
@@ -146,8 +146,9 @@ def _over_seeds(values: list[float | None], digits: int, *, sign: str = "", unit
     return text + (f" ±{tables.number(stdev(values), digits)}" if len(values) > 1 else "") + unit
 
 
-def _by_length(measured: Measured, rows: list[_Row]) -> tuple[list[str], list[list[str]]]:
-    """A line for each model that is none of the runs', for each run, and for each mean."""
+def _by_length(measured: Measured, rows: list[_Row]) -> tuple[list[str], list[list[str]], str]:
+    """A line for each model that is none of the runs', for each run, and for each mean; what the control is."""
+    named = ""
     header = ["run", "rate", "seed", *(f"{length:,}" for length in measured.lengths)]
     shown = [[label, *[tables.MISSING] * 2, *_values(measured, [key])] for key, label in measured.others.items()]
     own = [row for row in rows if all(measured.has(run) for run in row.runs)]
@@ -155,6 +156,11 @@ def _by_length(measured: Measured, rows: list[_Row]) -> tuple[list[str], list[li
     if measured.task == "perplexity":
         header.append(f"{measured.lengths[0]:,} to the control")
         lowest = _lowest(measured, own)
+        names = dict.fromkeys(f"{_label(found[0], found)} at {found[0].rates}" for found in lowest.values())
+        named = (
+            "To the control: beyond the perplexity of the softmax run of the same text and tokens that is lowest here "
+            f"({'; '.join(names) or 'there is none'}). "
+        )
         cells = [tables.MISSING] * len(measured.others)
         for row in own:
             control = lowest.get(row.runs[0].base)
@@ -166,7 +172,7 @@ def _by_length(measured: Measured, rows: list[_Row]) -> tuple[list[str], list[li
             else:
                 cells.append(tables.MISSING)
         shown = [[*line, cell] for line, cell in zip(shown, cells, strict=True)]
-    return header, shown
+    return header, shown, named
 
 
 def _key(run: Run) -> str:
