@@ -2,15 +2,13 @@
 
 No grid depends on the data and nothing waits for the device, so a CUDA graph can hold them."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 
 from ..configurations import TILE, processors
 from ..tiles import ENTMAX15
 from . import output, scores, threshold
-from .pages import REST, SEEDS, bounds_of_pages
+from .pages import REST, bounds_of_pages
 
 # Rows of one program at most.
 MOST_ROWS = 64
@@ -50,61 +48,59 @@ def division(call):
     return group_tiles, block, most, sizes
 
 
-class _Scores(NamedTuple):
-    """What `scores.scores_kernel` leaves: scores of kept tiles, maxima of tiles and of classes of keys, what tau is at
-    least, the tiles read where bounds of pages say so, and whether those helped."""
-
-    stored: torch.Tensor
-    maxima: torch.Tensor
-    slots: torch.Tensor
-    bound: torch.Tensor
-    lists: torch.Tensor
-    votes: torch.Tensor | None
-
-
-def _scratch(call, group_tiles):
-    """A function that makes tensors of these sizes for every row tile of every key head."""
-
-    def scratch(*shape, dtype=torch.float32):
-        return torch.empty((group_tiles, *shape), dtype=dtype, device=call.query.device)
-
-    return scratch
-
-
 def pages_read(call, pages):
     """How many of the pages a call reads, (row tiles of all key heads,)."""
-    group_tiles, _, _, sizes = division(call)
-    lists = _scratch(call, group_tiles)(sizes[3] + sizes[4], dtype=torch.int32).fill_(-1)
-    _run_scores(call, pages, lists)
-    return (lists >= 0).sum(1)
-
-
-def _run_scores(call, pages, lists):
-    query, key = call.query, call.key
     group_tiles, block, _, sizes = division(call)
-    tiles, splits, _, rows = sizes[3:]
+    tiles, _, _, rows = sizes[3:]
+    maxima = torch.empty((group_tiles, rows, tiles), dtype=torch.float32, device=call.query.device)
+    bound = torch.full((group_tiles, rows), torch.inf, device=call.query.device)
+    launch = launch_of(call.query.element_size(), call.block_dim, block)
+    bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
+    return (maxima > bound[..., None]).any(1).sum(1)
+
+
+def run_passes(call, pages=None):
+    """Output (B, H, N, D), laid out (B, N, H, D), and tau (B, H, N), +inf in rows that see no key.
+
+    pages: None, or the bounds of the keys' pages, as `pages.bounds_of_pages` takes them.
+    """
+    query, key, value = call.query, call.key, call.value
+    batch, heads, queries, head_dim = query.shape
+    device = query.device
+    group_tiles, block, most, sizes = division(call)
+    tiles, splits, row_tiles, rows = sizes[3:]
     existing = triton.next_power_of_2(rows)
-    scratch = _scratch(call, group_tiles)
-    stored, maxima, slots = scratch(tiles, rows, TILE), scratch(rows, tiles), scratch(splits, rows, TILE)
-    bound = scratch(splits, rows)
+
+    def scratch(*shape, dtype=torch.float32):
+        return torch.empty((group_tiles, *shape), dtype=dtype, device=device)
+
+    stored, maxima = scratch(tiles, rows, TILE), scratch(rows, tiles)
+    slots, lists = scratch(splits, rows, TILE), scratch(rows, tiles, dtype=torch.int32)
+    # Tiles and keys of every split, the last shares rounded up.
+    tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
+    parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
+    counts, arrived = scratch(splits, dtype=torch.int32), scratch(dtype=torch.int32)
+    found, pending = (scratch(rows, size, dtype=torch.int32) for size in (threshold.HELD * TILE, 1))
+    origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
+    tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
+    constants = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA")}
+    # Scores are kept in float32 whatever the input, and few: the exact functions cost nothing.
+    constants["ALPHA_KIND"] = call.alpha_kind
+    wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
+    masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     launch = launch_of(query.element_size(), call.block_dim, block)
     idle = votes = None
-    # Without pages nothing reads the last three, but a kernel has no pointer to nothing.
-    each, programs, best, chosen, seeds = max(1, SEEDS // existing), 1, bound, lists, lists
     if pages is not None:
-        best, chosen = bounds_of_pages(call, pages, maxima, sizes, block, launch)
-        idle, votes, programs = pages[3], scratch(splits, dtype=torch.int32), best.shape[2]
-        seeds = scratch(splits, 1 + each * existing, dtype=torch.int32)
+        bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
+        idle, votes = pages[3], scratch(splits, dtype=torch.int32)
     scores.scores_kernel[(group_tiles, splits)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, lists, votes, idle, bound,
-        best, chosen, seeds,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, idle, bound,
         stored, maxima, slots,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
-        *sizes, query.shape[-1], programs,
-        **_constants(call), **_wide(call),
-        HAS_SLOPES=call.constants["HAS_SLOPES"],
-        HAS_MASK=call.constants["HAS_MASK"],
+        *sizes, head_dim,
+        **constants, **wide, **masks,
         HAS_LIST=pages is not None,
         HAS_IDLE=idle is not None,
         BLOCK_M=block,
@@ -115,53 +111,16 @@ def _run_scores(call, pages, lists):
         LEAST_TILES=scores.LEAST_TILES,
         STEPS=threshold.STEPS,
         SCAN=min(threshold.SCAN, output.AT_ONCE // existing),
-        PROGRAMS=triton.next_power_of_2(programs),
-        EACH=each,
+        WORTH=scores.WORTH,
         **launch,
     )  # fmt: skip
-    return _Scores(stored, maxima, slots, bound, lists, votes)
-
-
-def _constants(call):
-    names = ("GROUP", "RANGE_KIND", "HAS_ALPHA")
-    # Scores are kept in float32 whatever the input, and few: the exact functions cost nothing.
-    return {name: call.constants[name] for name in names} | {"ALPHA_KIND": call.alpha_kind}
-
-
-def _wide(call):
-    return {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
-
-
-def run_passes(call, pages=None):
-    """Output (B, H, N, D), laid out (B, N, H, D), and tau (B, H, N), +inf in rows that see no key.
-
-    pages: None, or the bounds of the keys' pages, as `pages.bounds_of_pages` takes them.
-    """
-    query, value = call.query, call.value
-    batch, heads, queries, head_dim = query.shape
-    device = query.device
-    group_tiles, block, most, sizes = division(call)
-    tiles, splits, _, rows = sizes[3:]
-    existing = triton.next_power_of_2(rows)
-    scratch = _scratch(call, group_tiles)
-    # Tiles and keys of every split, the last shares rounded up.
-    tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
-    stored, maxima, slots, bound, _, votes = _run_scores(call, pages, tile_lists)
-    lists = scratch(rows, tiles, dtype=torch.int32)
-    parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
-    counts, arrived = scratch(splits, dtype=torch.int32), scratch(dtype=torch.int32)
-    found, pending = (scratch(rows, size, dtype=torch.int32) for size in (threshold.HELD * TILE, 1))
-    origin, level = scratch(rows), scratch(rows)
-    tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
-    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device).transpose(1, 2)
-    idle = None if pages is None else pages[3]
     threshold.threshold_kernel[(group_tiles * rows,)](
         value, call.alpha_tensor, call.visible, bound, votes, idle,
         stored, maxima, slots, lists, found, origin, level, pending, arrived, tau, out,
         call.excess,
         *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
         *sizes, head_dim,
-        **_constants(call),
+        **constants,
         HAS_IDLE=idle is not None,
         BLOCK_M=block,
         BLOCK_D=call.block_dim,
@@ -183,14 +142,14 @@ def run_passes(call, pages=None):
         call.excess,
         *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
         *sizes, head_dim,
-        **_constants(call), **_wide(call),
+        **constants, **wide,
         BLOCK_M=block,
         ROWS=existing,
         TILE=TILE,
         SCAN=min(output.SCAN, output.AT_ONCE // existing),
         TILES=max(1, output.AT_ONCE // (existing * TILE)),
         PARTS=max(1, output.AT_ONCE // (existing * call.block_dim)),
-        **{**launch_of(query.element_size(), call.block_dim, block), "num_stages": 2},
+        **{**launch, "num_stages": 2},
     )  # fmt: skip
     return out, tau
 

@@ -1,4 +1,4 @@
-"""Per-channel minimum and maximum and the radius of every page of TILE keys -> a bound of every page, and the best.
+"""Per-channel minimum and maximum and the radius of every page of TILE keys -> a bound of every page, and one of tau.
 
 Exact for every input. A page's score is at most sum_d max(q_d lower_d, q_d upper_d), as every key lies between its
 page's bounds, and at most q.c + |q| radius, as no key is farther from the middle c; what rounding can add is added.
@@ -11,16 +11,17 @@ import triton.language as tl
 
 from ..configurations import TILE
 from ..operators import _block_dim
-from ..tiles import entmax_parameters, row_ranges
+from ..tiles import entmax_parameters, masked_scores, row_ranges
 from .rows import locate
+from .threshold import STEPS, subset_threshold
 
-# Pages that a program bounds at once. It tells which is the best of a row.
-PAGES = 32
-# The keys of so many of the best, chosen by the rows in equal shares, each row's best at least, and of the newest page
-# give the lower bound of tau.
+# Pages whose keys give the lower bound of tau: the newest one, and the best of what so many programs bounded.
 SEEDS = 4
-# Where more than 9 of 10 pages are read anyway, the bounds are left alone for as many calls.
+PAGES = 32
+# Where so many pages are read that it does not pay (scores.WORTH), the bounds are left alone for as many calls.
 REST = 31
+# Channels read at once where scores are summed without a tensor core.
+CHANNELS = 32
 
 
 def _margin(head_dim):
@@ -183,54 +184,136 @@ def _bounds_kernel(
     tl.store(chosen_ptr + place, chosen, mask=inside)
 
 
-@triton.jit
-def seed_pages(
-    lists, best_ptr, chosen_ptr, row_scratch, inside, newest, programs, PROGRAMS: tl.constexpr, EACH: tl.constexpr
-):
-    """Lists the newest page, which may have no bound, and of every row the EACH best of what the programs found: their
-    number. The newest comes first and but once, another page at most EACH times."""
+@triton.jit(
+    do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "programs", "excess", "scaling"]
+)
+def _seed_kernel(
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, idle_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
+    excess, scaling,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim, programs,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_IDLE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    SEEDS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr,
+    MARGIN: tl.constexpr,
+):  # fmt: skip
+    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
+    if resting:
+        return
+    row = tl.program_id(0)
+    group_tile = row // rows
+    key_heads = heads // GROUP
+    index = group_tile % row_tiles * BLOCK_M + row % rows
+    if index >= queries * GROUP:
+        return
+    batch = (group_tile // (key_heads * row_tiles)).to(tl.int64)
+    group = (group_tile // row_tiles % key_heads).to(tl.int64)
+    head = group * GROUP + index % GROUP
+    query = index // GROUP
+    alpha, exponent, factor, slope = entmax_parameters(
+        alpha_ptr, excess, slopes_ptr, scaling, head, HAS_ALPHA, HAS_SLOPES
+    )
+    visible_base = visible_ptr
+    if RANGE_KIND == 2:
+        visible_base += batch * stride_vb
+    start, end = row_ranges(visible_base, stride_vn, query, queries, keys, RANGE_KIND=RANGE_KIND)
+
+    # The pages with the largest bounds among the best of every program, and the newest keys the query sees, which may
+    # have no bound yet: none of them twice.
+    newest = tl.maximum(end - 1, 0) // TILE
     candidates = tl.arange(0, PROGRAMS)
-    place = row_scratch[:, None] * programs + candidates[None, :]
-    known = inside[:, None] & (candidates < programs)[None, :]
-    best = tl.load(best_ptr + place, mask=known, other=float("-inf"))
-    pages = tl.load(chosen_ptr + place, mask=known, other=-1)
+    place = row.to(tl.int64) * programs + candidates
+    best = tl.load(best_ptr + place, mask=candidates < programs, other=float("-inf"))
+    pages = tl.load(chosen_ptr + place, mask=candidates < programs, other=-1)
     best = tl.where(pages == newest, float("-inf"), best)
-    rows = tl.arange(0, row_scratch.shape[0])
-    tl.store(lists, newest)
-    count = 1
-    for _ in tl.static_range(EACH):
-        greatest = tl.max(best, 1)
-        page = tl.max(tl.where((best == greatest[:, None]) & (best > float("-inf")), pages, -1), 1)
-        best = tl.where(pages == page[:, None], float("-inf"), best)
-        # Heads of one key head often ask for the same page.
-        again = (page[:, None] == page[None, :]) & (rows[None, :] < rows[:, None])
-        added = ((page >= 0) & (tl.max(again.to(tl.int32), 1) == 0)).to(tl.int32)
-        tl.store(lists + count + tl.cumsum(added, 0) - added, page, mask=added > 0)
-        count += tl.sum(added, 0)
-    return count
+    seeds = tl.arange(0, SEEDS)
+    chosen = tl.where(seeds == 0, newest, -1)
+    for index in range(1, SEEDS):
+        greatest = tl.max(best, 0)
+        winner = tl.max(tl.where((best == greatest) & (best > float("-inf")), candidates, -1), 0)
+        page = tl.max(tl.where(candidates == winner, pages, -1), 0)
+        chosen = tl.where(seeds == index, page, chosen)
+        best = tl.where(candidates == winner, float("-inf"), best)
+    tl.store(seed_ptr + row * SEEDS + seeds, chosen)
+    tl.debug_barrier()
+
+    local = tl.arange(0, SEEDS * TILE)
+    page = tl.load(seed_ptr + row * SEEDS + local // TILE)
+    columns = page * TILE + local % TILE
+    seen = (page >= 0) & (columns >= start) & (columns < end)
+    q_row = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn
+    k_rows = k_ptr + batch * stride_kb + group * stride_kg + columns.to(tl.int64) * stride_kn
+    channels = tl.arange(0, CHANNELS)
+    dots = tl.zeros((SEEDS * TILE,), tl.float32)
+    sizes = tl.zeros((SEEDS * TILE,), tl.float32)
+    for base in range(0, head_dim, CHANNELS):
+        dims = base + channels
+        q = tl.load(q_row + dims, mask=dims < head_dim, other=0.0).to(tl.float32)
+        k = tl.load(k_rows[:, None] + dims[None, :], mask=seen[:, None] & (dims < head_dim)[None, :], other=0.0).to(
+            tl.float32
+        )
+        products = q[None, :] * k
+        dots += tl.sum(products, 1)
+        sizes += tl.sum(tl.abs(products), 1)
+    # The first pass over these keys sums in another order: what that can take away is taken.
+    mask_ptrs = mask_ptr
+    if HAS_MASK:
+        mask_ptrs += batch * stride_mb + head.to(tl.int64) * stride_mh + query.to(tl.int64) * stride_mn
+        mask_ptrs += columns.to(tl.int64) * stride_mk
+    x = masked_scores(
+        dots - MARGIN * sizes, factor, slope, columns, start, end, mask_ptrs, seen,
+        MASKED=True, RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
+    )  # fmt: skip
+    if HAS_SLOPES:
+        x -= 1e-6 * slope * tl.abs((columns - end + 1).to(tl.float32))
+    x -= 1e-6 * tl.abs(x)
+    # Sums that are not numbers bound nothing, and hidden keys were just made so.
+    x = tl.where((x == x) & (x < float("inf")) & seen, x, float("-inf"))
+    greatest = tl.max(x, 0)
+    empty = greatest == float("-inf")
+    bound = subset_threshold(x, tl.where(empty, 0.0, greatest), exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
+    tl.store(bound_ptr + row, tl.where(empty, float("-inf"), bound))
 
 
-def bounds_of_pages(call, pages, maxima, sizes, block, launch):
-    """Fills maxima (row tiles of all key heads, rows, tiles) with the pages' bounds: of pages that are not read they
-    stand in for the maxima. Returns the best bound that each of some programs found, and its page, of every row.
+def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch):
+    """Fills maxima (row tiles of all key heads, rows, tiles) with the pages' bounds and bound with those of tau.
 
     pages: lower, upper, radius and, to measure whether they help, how many calls they rest still (int32 (1,)) or None;
-    while they rest nothing is filled.
+    while they rest nothing is filled. Of pages that are not read the bounds stand in for the maxima.
     """
     lower, upper, radius, idle = pages
-    query = call.query
+    query, key = call.query, call.key
     tiles, splits, _, rows = sizes[3:]
+    head_dim = query.shape[-1]
+    group_tiles = maxima.shape[0]
+    device = query.device
     pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
     programs = min(splits, triton.cdiv(tiles, pages_at_once))
-    best = torch.empty((*maxima.shape[:2], programs), dtype=torch.float32, device=query.device)
-    chosen = torch.empty_like(best, dtype=torch.int32)
-    _bounds_kernel[(maxima.shape[0], programs)](
+    best = torch.empty((group_tiles, rows, programs), dtype=torch.float32, device=device)
+    chosen = torch.empty((group_tiles, rows, programs), dtype=torch.int32, device=device)
+    seeds = torch.empty((group_tiles, rows, SEEDS), dtype=torch.int32, device=device)
+    shared = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")}
+    shared["ALPHA_KIND"] = call.alpha_kind
+    margin = _margin(head_dim)
+    _bounds_kernel[(group_tiles, programs)](
         query, lower, upper, radius, call.alpha_tensor, call.slopes, call.visible, idle, maxima, best, chosen,
         call.excess, call.scaling,
         *query.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2], *call.visible_strides,
-        *sizes, query.shape[-1],
-        **{name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")},
-        ALPHA_KIND=call.alpha_kind,
+        *sizes, head_dim,
+        **shared,
         HAS_IDLE=idle is not None,
         BLOCK_M=block,
         TILE=TILE,
@@ -238,10 +321,26 @@ def bounds_of_pages(call, pages, maxima, sizes, block, launch):
         BLOCK_D=call.block_dim,
         # One tf32 product instead of three exact ones: a bound may be coarse, if its margin says how coarse.
         PRECISION="tf32",
-        MARGIN=_margin(query.shape[-1]) + (2.0**-8 if query.element_size() == 4 else 0.0),
+        MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
         **launch,
     )  # fmt: skip
-    return best, chosen
+    _seed_kernel[(group_tiles * rows,)](
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, idle, best, chosen, seeds, bound,
+        call.excess, call.scaling,
+        *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
+        *sizes, head_dim, programs,
+        **shared,
+        HAS_IDLE=idle is not None,
+        HAS_MASK=call.constants["HAS_MASK"],
+        BLOCK_M=block,
+        TILE=TILE,
+        SEEDS=SEEDS,
+        PROGRAMS=triton.next_power_of_2(programs),
+        CHANNELS=min(CHANNELS, call.block_dim),
+        STEPS=STEPS,
+        MARGIN=margin,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def update_bounds(key, lower, upper, radius, length, old, new):

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from ..tiles import entmax_parameters, masked_scores, row_ranges
-from .pages import seed_pages
 from .rows import listed_tiles, locate, tile_range
 from .threshold import subset_thresholds
 
@@ -16,6 +15,9 @@ SLACK = 1e-5
 # From so many tiles of a program on, it first takes a lower bound of tau from the newest keys, and from twice as many
 # from the oldest too: that costs the time of a tile, and saves writing the scores of most.
 LEAST_TILES = 64
+# With bounds a step takes as much longer as a program takes for so many tiles and for a sixteenth of its own: bounds
+# that save less rest. From 14 us at 32 K x 1, 17 at 128 K x 1, 22 at 32 K x 8, 47 at 128 K x 8, and 1.4 us a tile.
+WORTH = 8
 # Channels whose products a tensor core adds up, in float32.
 CHUNK_D = 32
 
@@ -61,18 +63,6 @@ def _key_scores(
 
 
 @triton.jit
-def _floor(x, exponent, alpha, ALPHA_KIND: tl.constexpr, STEPS: tl.constexpr, SLACK: tl.constexpr):
-    """A lower bound of tau from the scores of some keys of every row, (A, B), -inf where a row sees none of them."""
-    greatest = tl.max(x, 1)
-    empty = greatest == float("-inf")
-    origin = tl.where(empty, 0.0, greatest)
-    found = subset_thresholds(
-        x - origin[:, None], tl.zeros_like(origin), exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS
-    )
-    return tl.where(empty, float("-inf"), origin + found - SLACK * (1.0 + tl.abs(origin)))
-
-
-@triton.jit
 def _walk(
     first, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
     mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
@@ -112,19 +102,16 @@ def _walk(
     return slots
 
 
-@triton.jit(
-    do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "programs", "excess", "scaling"]
-)
+@triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def scores_kernel(
     q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, votes_ptr, idle_ptr, bound_ptr,
-    best_ptr, chosen_ptr, seeds_ptr,
     scores_ptr, maxima_ptr, slots_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim, programs,
+    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
@@ -144,8 +131,7 @@ def scores_kernel(
     LEAST_TILES: tl.constexpr,
     STEPS: tl.constexpr,
     SCAN: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    EACH: tl.constexpr,
+    WORTH: tl.constexpr,
 ):  # fmt: skip
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -179,9 +165,6 @@ def scores_kernel(
     part = group_tile.to(tl.int64) * splits + split
     maxima_rows = maxima_ptr + row_scratch * tiles
     scores_rows = scores_ptr + scratch * rows * TILE
-    bound_rows = bound_ptr + part * rows
-    low_key = tl.min(tl.where(end > start, start, keys), 0)
-    high_key = tl.max(tl.where(end > start, end, 0), 0)
 
     share = tl.cdiv(high - low, splits)
     plain = not HAS_LIST
@@ -189,6 +172,8 @@ def scores_kernel(
         plain = tl.load(idle_ptr) > 0
     if plain:
         floor = zeros - float("inf")
+        low_key = tl.min(tl.where(end > start, start, keys), 0)
+        high_key = tl.max(tl.where(end > start, end, 0), 0)
         for seed in tl.range(0, tl.minimum(share // LEAST_TILES, 2), num_stages=1):
             # The newest keys, then the oldest; they are met again in their own tiles.
             columns = tl.where(seed == 0, tl.maximum(high_key - TILE, 0), low_key) + columns_of_tile
@@ -198,8 +183,12 @@ def scores_kernel(
                 RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
                 BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
             )  # fmt: skip
-            found = _floor(x, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS, SLACK=SLACK)
-            floor = tl.maximum(floor, found)
+            greatest = tl.max(x, 1)
+            empty = greatest == float("-inf")
+            origin = tl.where(empty, 0.0, greatest)
+            found = subset_thresholds(x - origin[:, None], zeros, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
+            found = origin + found - SLACK * (1.0 + tl.abs(origin))
+            floor = tl.maximum(floor, tl.where(empty, float("-inf"), found))
         first = low + split * share
         count = tl.minimum(first + share, high) - first
         slots = _walk(
@@ -210,41 +199,12 @@ def scores_kernel(
             BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
         # What the threshold must not fall below, as less was not kept; the same for all splits.
-        tl.store(bound_rows + local, floor, mask=inside & (local * 0 + split == 0))
+        tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
     else:
-        # The rows that exist, without those that only fill a product up.
+        floor = tl.load(bound_ptr + row_scratch, mask=inside, other=float("inf"))
         _, _, _, _, exists = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
-        few = tl.arange(0, ROWS)
-        few_scratch = group_tile.to(tl.int64) * rows + few
-        seeds = seeds_ptr + part * (1 + EACH * ROWS)
-        count = seed_pages(
-            seeds, best_ptr, chosen_ptr, few_scratch, exists, tl.maximum(high_key - 1, 0) // TILE, programs,
-            PROGRAMS=PROGRAMS, EACH=EACH,
-        )  # fmt: skip
-        # Of many rows that ask for different pages not all get theirs: no more than the program's own keys take.
-        count = tl.minimum(count, 1 + tl.maximum(share, EACH * tl.minimum(ROWS, 4)))
-        tl.debug_barrier()
-        # Every program does this for itself: another launch, or waiting for one that does it for all, takes longer.
-        newest = tl.full((BLOCK_M, TILE), float("-inf"), tl.float32)
-        others = newest
-        for index in range(0, count):
-            x = _key_scores(
-                tl.load(seeds + index) * TILE + columns_of_tile,
-                q, q_rows, k_base, mask_rows, start, end, inside, factor, slope,
-                stride_kn, stride_mk, keys, head_dim,
-                RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
-                BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
-            )  # fmt: skip
-            # Sums that are not numbers bound nothing.
-            x = tl.where((x == x) & (x < float("inf")), x, float("-inf"))
-            newest = tl.where(index == 0, x, newest)
-            # Of every class of keys the greatest: different keys, whichever pages are listed twice.
-            others = tl.where(index == 0, others, tl.maximum(others, x))
-        x = tl.join(newest, others).reshape(BLOCK_M, 2 * TILE)
-        floor = _floor(x, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS, SLACK=SLACK)
-        tl.store(bound_rows + local, floor, mask=inside)
-        tl.debug_barrier()
-        few_floor = tl.load(bound_rows + few, mask=exists, other=float("inf"))
+        few_scratch = group_tile.to(tl.int64) * rows + tl.arange(0, ROWS)
+        few_floor = tl.load(bound_ptr + few_scratch, mask=exists, other=float("inf"))
         lists = list_ptr + group_tile.to(tl.int64) * (tiles + splits) + split * share
         count = listed_tiles(
             lists, maxima_ptr, few_scratch, exists, tl.zeros_like(few_floor), few_floor,
@@ -259,8 +219,8 @@ def scores_kernel(
             BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
         if HAS_IDLE:
-            # Positive where more than 9 of 10 pages were read.
+            # Positive where what was not read took less time than finding that out.
             own = tl.maximum(high - low - split + splits - 1, 0) // splits
-            tl.store(votes_ptr + part, 10 * count - 9 * own)
+            tl.store(votes_ptr + part, 16 * (count + WORTH) - 15 * own)
     slot_rows = (part * rows + local) * TILE
     tl.store(slots_ptr + slot_rows[:, None] + columns_of_tile[None, :], slots, mask=inside[:, None])

@@ -162,7 +162,7 @@ def threshold_kernel(
     # Counted from the row's maximum, tau lies in [-1, 0): large scores do not cost it digits.
     tau = subset_threshold(slots - origin, 0.0, exponent, alpha, ALPHA_KIND=ALPHA_KIND, STEPS=STEPS)
     # A tile whose maximum, or the bound that stands in for it, is at most this was not read or not kept.
-    floor = tl.load(bound_ptr + group_tile.to(tl.int64) * splits * rows + row % rows) - origin
+    floor = tl.load(bound_ptr + row) - origin
     tau = tl.maximum(tau, floor)
 
     scan = tl.arange(0, SCAN)
