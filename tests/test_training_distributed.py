@@ -1,5 +1,6 @@
 """Training on two gloo processes, DDP and FSDP2: the numbers of one process, and what is left when one dies."""
 
+import json
 import math
 import re
 import shutil
@@ -14,6 +15,7 @@ from training_cases import (
     dense_folder,
     die_in_second_checkpoint,
     die_in_third_step,
+    encode_slowly,
     full_disk_for_one,
     metrics,
     nan_in_third_step_of_one,
@@ -150,6 +152,25 @@ def test_half_precision_does_not_round_the_loss(home, tmp_path):
         lines = reversed(metrics(tmp_path / name))
         found.append({line["kind"]: line["loss"] for line in lines if "loss" in line})
     assert found[1] == pytest.approx(found[0], rel=2e-4)
+
+
+def test_two_machines_with_one_disk(home, tmp_path):
+    """The first process of each would encode the text, and the slower one find the other's."""
+    values = recipe(home, output=str(tmp_path / "two"), steps=1)
+    each = [{"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}] * 2
+    codes = train_together(values, tmp_path / "log", before=encode_slowly, each=each)
+    assert codes == [0, 0], text_of(tmp_path / "log")
+
+
+def test_processes_that_do_not_know_of_each_other(home, tmp_path):
+    """Without a GPU each would be the only one; what accelerate was told of the CPU is what --cpu says."""
+    values = recipe(home, output=str(tmp_path / "two"), cpu=False, steps=1)
+    alone = [{"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}] * 2
+    assert train_together(values, tmp_path / "refused", each=alone) == [1, 1]
+    assert text_of(tmp_path / "refused").count("ValueError: 2 processes were launched") == 2
+    assert not (tmp_path / "two").exists()
+    assert train_together(values, tmp_path / "log", fsdp=True) == [0, 0], text_of(tmp_path / "log")
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["spread"] == "FSDP2"
 
 
 def test_one_bad_process_is_named_by_all(home, tmp_path):

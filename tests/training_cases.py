@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def zero_environment(stage: int) -> dict:
 
 
 def train_together(
-    values: dict, log: Path, *, count: int = 2, fsdp: bool = False, zero: int = 0, before=None, run=None
+    values: dict, log: Path, *, count: int = 2, fsdp: bool = False, zero: int = 0, before=None, run=None, each=None
 ) -> list[int]:
     """The same run in several gloo processes; returns their exit codes, 0 or 1 or minus the signal that ended one.
 
@@ -116,6 +117,7 @@ def train_together(
         zero: the stage of DeepSpeed's ZeRO, 0 for none.
         before: a function of this module, called with the process's number before it trains.
         run: a function of this module that is called with the values instead of training.
+        each: more of the environment, of every process by its number.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_cases"])
@@ -129,7 +131,7 @@ def train_together(
     }  # fmt: skip
     running = []
     for rank in range(count):
-        environment = {**common, "RANK": rank, "LOCAL_RANK": rank}
+        environment = {**common, "RANK": rank, "LOCAL_RANK": rank, **({} if each is None else each[rank])}
         running.append(
             context.Process(target=_train_as, args=(values, f"{log}-{rank}", environment, before, rank, run))
         )
@@ -181,6 +183,19 @@ def die_in_second_checkpoint(rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     state.sharded.save = save_and_die
+
+
+def encode_slowly(rank: int) -> None:
+    """Both look for the encoded text before one has it; the last process then takes longer."""
+    from hf_sparse_attention.train import data
+
+    pack = data.pack
+
+    def slow(*arguments):
+        time.sleep(1 + rank)
+        return pack(*arguments)
+
+    data.pack = slow
 
 
 def die_in_third_step(rank: int) -> None:

@@ -37,8 +37,8 @@ def streamed_blocks(arguments: TrainArguments, tokenizer, block_size: int, seed:
 def packed_tokens(
     output: Path, arguments: TrainArguments, tokenizer, block_size: int, accelerator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All training tokens and where documents start, encoded once by the first process of a machine and kept in
-    `output/packed`; at least one block of them."""
+    """All training tokens and where documents start, encoded once and kept in `output/packed`; at least one block of
+    them. The first process does it and, where they do not find its folder, the first one of each other machine."""
     names = find_texts(arguments.train_data)
     stamps = [
         [name, *((os.stat(name).st_size, os.stat(name).st_mtime_ns) if kind != "hub" else ())] for kind, name in names
@@ -46,7 +46,7 @@ def packed_tokens(
     options = [arguments.text_column, arguments.train_split, arguments.blank_lines, tokenizer.name_or_path]
     digest = hashlib.sha256(json.dumps([stamps, options, sorted(tokenizer.get_vocab().items())]).encode()).hexdigest()
     folder = output / "packed" / digest[:16]
-    with accelerator.local_main_process_first():
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         if accelerator.is_local_main_process and not folder.is_dir():
             documents = _documents(arguments, arguments.train_data, arguments.train_split)
             counted = tqdm(

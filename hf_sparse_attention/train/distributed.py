@@ -15,7 +15,7 @@ from . import zero
 from .arguments import TrainArguments
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 # What accelerate may be told to run that train does not, and what to use instead.
 _REFUSED = {
@@ -47,6 +47,23 @@ def check_launch(arguments: TrainArguments) -> None:
             )
     if zero.wants_zero():
         zero.check_zero(arguments)
+
+
+def join_processes(arguments: TrainArguments) -> PartialState:
+    """Joins the processes of the run, once; what this one knows of the others.
+
+    Raises:
+        ValueError: if it is one of several and would train alone, into the same folder as the others.
+    """
+    from accelerate import PartialState
+
+    # Accelerate itself reads the variable only later, when without a GPU no process would know of the others.
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    state = PartialState(cpu=arguments.cpu or asked)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if launched > 1 and state.num_processes == 1:
+        raise ValueError(f"{launched} processes were launched, see no GPU and would each train alone: use --cpu")
+    return state
 
 
 def _wants_fsdp() -> bool:

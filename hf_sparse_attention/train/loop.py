@@ -26,6 +26,7 @@ from .distributed import (
     check_launch,
     clip_gradients,
     is_sharded,
+    join_processes,
     make_accelerator,
     put_parameters,
     spread,
@@ -82,14 +83,13 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     arguments = check_arguments(arguments)
     check_launch(arguments)
     try:
-        from accelerate import PartialState
         from accelerate.tracking import filter_trackers
         from accelerate.utils import set_seed
     except ImportError as error:
         raise ImportError('training needs accelerate: pip install "hf-sparse-attention[train]"') from error
     begun = time.perf_counter()
     # What looks for trackers logs, which accelerate does only when it knows its processes.
-    PartialState(cpu=arguments.cpu)
+    state = join_processes(arguments)
     known = {
         str(getattr(tracker, "value", tracker)) for tracker in filter_trackers(arguments.report_to, arguments.output)
     }
@@ -102,7 +102,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
             find_texts(names)
 
     # The model's folder; what the run will make of it.
-    with PartialState(cpu=arguments.cpu).local_main_process_first():
+    with state.local_main_process_first():
         source = find_source(arguments)
         dense_source = None if arguments.distill is None else find_model(arguments.distill, check=check_convertible)
     sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))

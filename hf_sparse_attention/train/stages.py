@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from ..files import write_json
 from .arguments import TrainArguments, check_arguments
-from .distributed import check_launch
+from .distributed import check_launch, join_processes
 from .loop import train_stage
 from .publish import check_push, push_run
 from .run import check_output, command_of, print_summary
@@ -126,8 +126,6 @@ def _changes(text: str | dict, number: int) -> dict:
 
 
 def _train_stages(arguments: TrainArguments) -> dict:
-    from accelerate import PartialState
-
     if arguments.resume not in ("never", "auto"):
         raise ValueError(f"resume is {arguments.resume!r}; with stages it is auto, which finds the stage, or never")
     stages = stages_of(arguments)
@@ -135,7 +133,7 @@ def _train_stages(arguments: TrainArguments) -> dict:
         check_launch(stage)
     output = Path(arguments.output).expanduser()
     check_output(output, arguments)
-    state = PartialState(cpu=arguments.cpu)
+    state = join_processes(arguments)
     names = [Path(stage.output).name for stage in stages]
     if (output / "run.json").is_file() and arguments.resume == "auto":
         known = json.loads((output / "run.json").read_text(encoding="utf-8"))
