@@ -66,8 +66,8 @@ def entmax_attention(
         gradient; else they are not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the
         per-channel minimum and maximum of every page of 64 keys; radius (batch, kv_heads, pages) in float32, the
         largest distance of a key from their middle. Not read of a page that ends after the last key a query of its
-        sequence sees. idle, int32 (1,), starts at 0 and is written: where so many pages must be read that it does not pay
-        anyway, it makes the bounds rest for 31 calls.
+        sequence sees. idle, int32 (1,), starts at 0 and is written: where so many pages must be read that bounds do
+        not pay, it makes them rest for 31 calls.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.
