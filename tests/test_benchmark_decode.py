@@ -92,6 +92,7 @@ def test_what_our_kernels_do_not_compute_raises(tmp_path, monkeypatch, fault):
         decode.benchmark_decoding(small(tmp_path, new_tokens=0), device="cpu", timer=lambda call: float(len(call())))
 
 
+@pytest.mark.slow
 def test_what_others_do_not_compute_stands_in_the_table(tmp_path, monkeypatch, capsys):
     def refuse(*arguments):
         raise RuntimeError("No available kernel")

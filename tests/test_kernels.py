@@ -250,7 +250,7 @@ def test_two_runs_give_the_same_bits(poisoned):
     assert all(torch.equal(first.gradients[name], second.gradients[name]) for name in first.gradients)
 
 
-@pytest.mark.parametrize("strays", [0, 16])
+@pytest.mark.parametrize("strays", [16])
 def test_however_many_heads_are_walked_at_once_the_bits_are_the_same(strays, poisoned, monkeypatch):
     """One head after the other, two key heads of three at a time, so that one is left, and all of them."""
     walked = []

@@ -143,7 +143,7 @@ def test_half_precision_takes_logarithms_from_the_special_function_unit(tmp_path
         assert found[kind][0] == 1 and found[kind][1] < 4
 
 
-@pytest.mark.parametrize("short_keys", [256, 0])
+@pytest.mark.parametrize("short_keys", [256, pytest.param(0, marks=pytest.mark.slow)])
 def test_tau_of_one_key_does_not_multiply_the_rounding_of_its_weight(short_keys):
     """Its slope is 1 / (alpha - 1): a sum of weights that is off by its last digit moved tau by three of its own."""
     query, key, value = (randn(60, 1, 1, 8, seed=seed, dtype=torch.float16) for seed in range(3))

@@ -44,7 +44,7 @@ def inputs(length, dim=16, heads=2, keys=None, dtype=HALF):
     )
 
 
-@pytest.mark.parametrize("seed", range(40) if CUDA else (0, 1, 2))
+@pytest.mark.parametrize("seed", range(40) if CUDA else (0, 1))
 @pytest.mark.parametrize("mask", ["slopes", "slopes_window"])
 def test_random_calls(mask, seed, poisoned):  # noqa: F811
     changes = {"stray_limit": 16 * (seed % 2), "near_tiles": 2 << seed % 3, "near_columns": TILE >> seed % 2}

@@ -58,7 +58,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in ("adaptive", "lora") else kind for kind in KINDS]
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) if kind in ("adaptive", "lora", "match") else kind for kind in KINDS],
 )
 def test_compiled_is_uncompiled_and_no_step_compiles_anew(home, tmp_path, graphs, kind):
     changes = KINDS[kind] | ({"distill": str(home / "dense"), "distill_weight": 0.5} if kind == "rising" else {})

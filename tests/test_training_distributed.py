@@ -90,7 +90,7 @@ def test_two_processes_compute_what_one_does(home, alone, tmp_path, fsdp):
 @pytest.mark.parametrize(
     ("fsdp", "death"),
     [
-        (True, die_in_second_checkpoint),
+        pytest.param(True, die_in_second_checkpoint, marks=pytest.mark.slow),
         pytest.param(False, die_in_second_checkpoint, marks=pytest.mark.slow),
         pytest.param(True, all_die_in_second_checkpoint, marks=pytest.mark.slow),
         pytest.param(True, die_in_third_step, marks=pytest.mark.slow),
@@ -154,6 +154,7 @@ def test_half_precision_does_not_round_the_loss(home, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_two_machines_with_one_disk(home, tmp_path):
     """The first process of each would encode the text, and the slower one find the other's."""
     values = recipe(home, output=str(tmp_path / "two"), steps=1)
@@ -193,7 +194,10 @@ def test_one_bad_process_makes_all_skip(home, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "skip").values())
 
 
-@pytest.mark.parametrize(("options", "works"), [({"map": "entmax"}, True), ({"map": "asentmax"}, False)])
+@pytest.mark.parametrize(
+    ("options", "works"),
+    [pytest.param({"map": "entmax"}, True, marks=pytest.mark.slow), ({"map": "asentmax"}, False)],
+)
 def test_tensor_parallelism(home, tmp_path, options, works):
     """It computes what one process does, or is refused."""
     codes = train_together({"model": str(home / "dense"), **options}, tmp_path / "log", run=split_heads)
@@ -240,6 +244,7 @@ def test_accelerate_configs(name, monkeypatch):
     assert not stage or config["deepspeed_config"]["zero_stage"] == int(stage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [True], ids=["fsdp2"])
 def test_a_full_disk_stops_all(home, alone, tmp_path, fsdp):
     values = recipe(home, output=str(tmp_path / "two"), resume="auto")

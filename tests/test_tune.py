@@ -67,6 +67,7 @@ def test_gains_of_noise_are_not_taken(inputs, tmp_path, without_check):
     assert configurations.read_rows(tmp_path / "a.json")[KEY].inner == 64
 
 
+@pytest.mark.slow
 def test_what_computes_something_else_is_not_taken(inputs, tmp_path, monkeypatch):
     """The check itself, in the interpreter: configurations that are right and one that is 1 % off."""
 
