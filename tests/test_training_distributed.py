@@ -264,6 +264,7 @@ def test_a_full_disk_stops_all(home, alone, tmp_path, fsdp):
     [
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
         ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision fp8"),
         ({"PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},

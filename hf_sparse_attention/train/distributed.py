@@ -45,6 +45,9 @@ def check_launch(arguments: TrainArguments) -> None:
                 "accelerate was configured for fsdp_cpu_ram_efficient_loading, under which all processes but the "
                 "first load nothing: set it to false"
             )
+    precision = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"accelerate was configured for mixed_precision {precision}; use no, bf16 or fp16")
     if zero.wants_zero():
         zero.check_zero(arguments)
 
