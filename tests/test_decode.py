@@ -23,6 +23,7 @@ from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
 from hf_sparse_attention.kernels.decode import output, scores, threshold  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
+from hf_sparse_attention.train import TrainArguments, train_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -506,17 +507,32 @@ def test_decoding_compiles_whole_and_once(kernels_everywhere):
             torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def trained_folder(tmp_path_factory):
+    """The embedded checkpoint after a short training with ASEntmax, which ends at alpha 1.5."""
+    data, run = Path(hsa.__file__).parent / "data", tmp_path_factory.mktemp("trained") / "run"
+    arguments = TrainArguments(
+        model=str(data / "stories260K"), map="asentmax", output=str(run), block_size=256, batch_size=8, steps=120,
+        train_data=[str(data / "tinystories" / "train.txt.xz")], learning_rate=2e-3, new_learning_rate=2e-2,
+        alpha_share=0.5, statistics_blocks=1,
+    )  # fmt: skip
+    train_model(arguments)
+    return run / "model"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["dynamic", "bounded", "static", "bounded static"])
-@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
-def test_long_greedy_generation_equals_the_reference(kind, trained):
-    if trained:
-        folder = Path(hsa.__file__).parent / "data" / "stories260K"
-        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="asentmax", dtype=torch.float32)
-        model = model.to(DEVICE)
-    else:
+@pytest.mark.parametrize("which", ["random", "checkpoint", "trained"])
+def test_long_greedy_generation_equals_the_reference(kind, which, request):
+    if which == "random":
         dense = families.dense_model("llama", hidden_size=64, head_dim=16, max_position_embeddings=2048)
         model = families.stir(families.sparse_model(dense, "asentmax")).to(DEVICE)
+    else:
+        folder = Path(hsa.__file__).parent / "data" / "stories260K"
+        if which == "trained":
+            folder = request.getfixturevalue("trained_folder")
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="asentmax", dtype=torch.float32)
+        model = model.to(DEVICE)
     ids, mask = families.tokens(2, 300).to(DEVICE), torch.ones(2, 300, dtype=torch.long, device=DEVICE)
     ids[0, :77] = mask[0, :77] = 0
     how = {"max_new_tokens": 512, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
