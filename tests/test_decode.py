@@ -1,5 +1,7 @@
 """Decoding kernels beside the reference: compiled on a GPU, else in Triton's interpreter."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import families  # noqa: E402
 from bounds import check_against_reference  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 from test_kernels import CUDA, DEVICE, DTYPES, HALF, poisoned, randn, same_products  # noqa: E402, F401
+from torch._inductor.utils import run_and_get_code  # noqa: E402
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
 import hf_sparse_attention as hsa  # noqa: E402
@@ -269,7 +272,7 @@ def test_every_program_arrives_also_those_of_rows_that_do_not_exist(monkeypatch,
     """20 rows in tiles of 16: 12 programs of the second have no row. A counter that is left stops the next call."""
     monkeypatch.setattr(launch, "MOST_ROWS", 16)
     monkeypatch.setattr(launch, "REST", 0)
-    query, key, value = randn(2, 8, 5, 16, seed=1) * 2, randn(2, 2, 700, 16, seed=2), randn(2, 2, 700, 16, seed=3)
+    query, key, value = randn(1, 4, 5, 16, seed=1) * 2, randn(1, 1, 400, 16, seed=2), randn(1, 1, 400, 16, seed=3)
     expected, expected_tau = entmax_attention(query, key, value)
     state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
     first = None
@@ -548,6 +551,61 @@ def test_decoding_compiles_whole_and_once(kernels_everywhere):
                     ids[:, index : index + 1], attention_mask=visible, position_ids=place, past_key_values=cache
                 ).logits
             torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
+    # What a step found out the next ones know: so few pages do not pay, the bounds rest from the second step on.
+    assert [layer.state.tolist() for layer in cache.layers] == [[page_kernels.REST - 3, 0, 0]] * 2
+
+
+# Inductor's own, when it is imported.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA or shutil.which("g++") is None, reason="reads what is compiled for a processor")
+def test_what_is_compiled_copies_neither_keys_nor_bounds(kernels_everywhere):
+    """Both operators get what the cache holds: copies of it would be made, and written back, every step."""
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "entmax"))
+    ids, cache = families.tokens(1, 63), hsa.BoundedStaticCache(model.config, max_cache_len=128)
+    visible, place = torch.tensor([[[[0, 63]]]], dtype=torch.int32), torch.tensor([[62]])
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            model(ids[:, :62], past_key_values=cache)
+        step = torch.compile(model, fullgraph=True, dynamic=False)
+        arguments = {"attention_mask": visible, "position_ids": place, "past_key_values": cache}
+        _, (code,) = run_and_get_code(step, ids[:, 62:], **arguments)
+    names = {}
+    for operator in ("update_page_bounds", "entmax_decode"):
+        calls = [
+            line.split("default(", 1)[1].rstrip(")") for line in code.splitlines() if f"{operator}.default(" in line
+        ]
+        names[operator] = [call.split(", ") for call in calls if not call.startswith("'")]
+        assert len(names[operator]) == 2
+    for updated, decoded in zip(*names.values(), strict=True):
+        keys, *bounds = updated[:4]
+        assert decoded[1] == keys and decoded[-4:-1] == bounds
+        held = [*decoded[1:3], *decoded[-4:]]
+        assert all(re.fullmatch(r"arg\d+_1", name) for name in held) and len(set(held)) == 6
+        assert not any(f"copy_({name}" in code for name in held)
+    assert [layer.state.tolist() for layer in cache.layers] == [[page_kernels.REST, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_bounds_go_on_resting_while_a_model_generates(kind, kernels_everywhere, monkeypatch):
+    """In a growing cache also where it makes new room."""
+    monkeypatch.setattr("hf_sparse_attention.cache.LEAST_ROOM", 1)
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "entmax")).to(DEVICE)
+    cache = hsa.BoundedDynamicCache(model.config)
+    if kind == "static":
+        cache = hsa.BoundedStaticCache(model.config, max_cache_len=128)
+    ids = families.tokens(1, 125).to(DEVICE)
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            model(ids[:, :120], past_key_values=cache)
+        rooms = set()
+        with hsa.implementation("triton"):
+            for index in range(120, 128 if kind == "static" else 133):
+                model(ids[:, :1], past_key_values=cache)
+                rooms.add(cache.layers[0].lower.data_ptr())
+                left = page_kernels.REST - (index - 120)
+                assert [layer.state.tolist() for layer in cache.layers] == [[left, 0, 0]] * 2
+    assert len(rooms) == (1 if kind == "static" else 2)
 
 
 @pytest.mark.gpu
