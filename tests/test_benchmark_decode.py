@@ -53,6 +53,7 @@ def test_rows_tables_and_files(tmp_path, capsys):
     generated = saved["generation"]
     assert [row["length"] for row in generated] == [128] * 3 + [256] * 3
     assert all(row["tokens_per_second"] > 0 for row in generated) and generated[0]["ratio"] == 1
+    assert [row.get("layers_at_rest") for row in generated] == [None, None, 0] * 2
     text = capsys.readouterr().out
     assert "pages read" in text and "tokens/s" in text and "ms at 128" in text and "MiB" in text
     assert (tmp_path / "out" / "decode.png").stat().st_size > 1000
@@ -101,6 +102,22 @@ def test_growth_is_between_the_shortest_and_the_longest_cache():
     lines = decode.growth_table(rows).splitlines()
     assert lines[0].split("  ")[-1].strip() == "support" and "ms at 64" in lines[0] and "ms at 1024" in lines[0]
     assert lines[2].split() == ["ours", "1", "0.10", "0.100", "0.250", "2.50", "70", "->", "70"]
+
+
+def test_generation_tells_whose_bounds_rest_and_the_median_of_its_times(tmp_path, monkeypatch):
+    """One slow run of three changes nothing, and a layer's state is read when all of them are done."""
+    runs = iter([9.0, 4.0, 1.0, 2.0])
+
+    def timed(model, cache, ids, tokens):
+        cache.layers[1].state[0] += 1
+        return next(runs)
+
+    monkeypatch.setattr(generation, "_timed_generation", timed)
+    model = families.sparse_model(families.dense_model("llama"), "entmax")
+    row = generation._generation_row(small(tmp_path, new_tokens=8), 64, model, generation.BoundedStaticCache)
+    assert row == {"first_seconds": 9.0, "tokens_per_second": 4.0, "layers_at_rest": 1, "layers": 2}
+    line = generation.generation_table([{"implementation": "x", "length": 64, "ratio": 1.0} | row]).splitlines()[-1]
+    assert line.split()[-3:] == ["1", "of", "2"]
 
 
 @pytest.mark.parametrize("fault", ["refusal", "wrong"])

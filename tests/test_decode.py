@@ -490,6 +490,35 @@ def test_a_cuda_graph_replays_as_the_cache_fills(pages):
         assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_step_does_not_wait_for_the_device(kind):
+    """Of a model, eagerly, with bounds: what a step needs to know of the cache is read on the device."""
+    model = families.stir(
+        families.sparse_model(families.dense_model("llama", max_position_embeddings=512), "asentmax")
+    )
+    model, ids = model.to(DEVICE), families.tokens(2, 140).to(DEVICE)
+    cache = hsa.BoundedDynamicCache(model.config)
+    if kind == "static":
+        cache = hsa.BoundedStaticCache(model.config, max_cache_len=200)
+    steps = [
+        {
+            "attention_mask": torch.tensor([[[[0, index + 1]]]], dtype=torch.int32, device=DEVICE).expand(2, 1, 1, 2),
+            "position_ids": torch.full((2, 1), index, device=DEVICE),
+        }
+        for index in range(100, 140)
+    ]
+    with torch.no_grad(), hsa.implementation("triton"):
+        model(ids[:, :100], past_key_values=cache)
+        model(ids[:, 100:101], past_key_values=cache, **steps[0])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for index, step in enumerate(steps[1:], 101):
+                model(ids[:, index : index + 1], past_key_values=cache, **step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture
 def kernels_everywhere(monkeypatch):
     """Models decode on the kernels also where these are interpreted."""
