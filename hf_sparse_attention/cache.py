@@ -12,6 +12,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecod
 
 # Keys of a page: the tile of the kernels.
 PAGE = 64
+# Numbers of the state that the kernels keep with the bounds of a layer, zeros at first.
+STATE = 3
 # A growing cache is copied whenever it is full: every 1/32 of its length, so that the room costs 3 % of its memory.
 ROOM = 32
 LEAST_ROOM = 256
@@ -28,18 +30,19 @@ class _BoundedLayer:
     lower: torch.Tensor | None = None
     upper: torch.Tensor | None = None
     radius: torch.Tensor | None = None
-    # For how many calls the bounds rest, as they did not help; on the device, where decoding finds that out.
-    idle: torch.Tensor | None = None
+    # For how many calls the bounds rest, as they did not help, and two counters of the kernel that reads them, zero
+    # between calls; on the device, where decoding finds that out.
+    state: torch.Tensor | None = None
 
     def bounds(self) -> tuple[torch.Tensor, ...] | None:
-        """(lower, upper, radius, idle), bounds (B, G, P, D), radius (B, G, P); None before the first key."""
-        return None if self.lower is None else (self.lower, self.upper, self.radius, self.idle)
+        """(lower, upper, radius, state), bounds (B, G, P, D), radius (B, G, P); None before the first key."""
+        return None if self.lower is None else (self.lower, self.upper, self.radius, self.state)
 
     def _make_bounds(self, key_states: torch.Tensor, keys: int) -> None:
         shape = (*key_states.shape[:2], max(keys // PAGE, 1), key_states.shape[-1])
         self.lower, self.upper = key_states.new_zeros(shape), key_states.new_zeros(shape)
         self.radius = torch.zeros(shape[:3], dtype=torch.float32, device=key_states.device)
-        self.idle = torch.zeros(1, dtype=torch.int32, device=key_states.device)
+        self.state = torch.zeros(STATE, dtype=torch.int32, device=key_states.device)
 
     def _reorder_bounds(self, take) -> None:
         if self.lower is not None:
@@ -89,7 +92,7 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
         if known is not None:
             for tensor, before in zip(self.bounds()[:3], known[:3], strict=True):
                 tensor[:, :, : before.shape[2]] = before
-            self.idle = known[3]
+            self.state = known[3]
         room = []
         for held, states in ((self.keys, key_states), (self.values, value_states)):
             room.append(states.new_empty((*states.shape[:2], size, states.shape[-1])))
@@ -119,7 +122,7 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         super().reset()
-        self._room = self.lower = self.upper = self.radius = self.idle = None
+        self._room = self.lower = self.upper = self.radius = self.state = None
 
 
 class BoundedStaticLayer(_BoundedLayer, StaticLayer):

@@ -112,7 +112,7 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
         True, visible, torch.ones(heads) if slopes else None,
         torch.ones(1, 1, queries, keys, dtype=torch.bool) if mask else None, bounds, bounds,
         None if bounds is None else torch.empty(bounds.shape[:3]),
-        torch.zeros(1, dtype=torch.int32) if pages else None,
+        torch.zeros(3, dtype=torch.int32) if pages else None,
     )  # fmt: skip
     return launches(call)
 

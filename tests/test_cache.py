@@ -6,6 +6,7 @@ import families
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 import hf_sparse_attention as hsa
 from hf_sparse_attention.attention import implementation
@@ -155,6 +156,25 @@ def test_reset_forgets(kind, model):
         found = model(ids, past_key_values=cache).logits
         torch.testing.assert_close(found, model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
     check_bounds(cache, 90)
+
+
+class _Codes(QuantizedLayer):
+    """As a quantised layer of Transformers keeps its keys, in codes that lose nothing."""
+
+    def _quantize(self, tensor, axis):
+        return tensor.clone(), axis
+
+    def _dequantize(self, codes):
+        return codes[0]
+
+
+def test_generation_with_a_quantised_cache(model, prompt):
+    """Its layers keep the newest keys apart and give all of them anew every step; they have no bounds."""
+    expected = model.generate(**prompt, **GREEDY)
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_Codes(axis_key=0, axis_value=0, residual_length=16) for _ in cache.layers]
+    assert torch.equal(model.generate(**prompt, **GREEDY, past_key_values=cache), expected)
+    assert cache.layers[0]._quantized_keys[0].shape[2] > 100 and page_bounds(cache, 0) is None
 
 
 def test_memory_of_a_long_cache():

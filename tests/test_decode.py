@@ -1,5 +1,7 @@
 """Decoding kernels beside the reference: compiled on a GPU, else in Triton's interpreter."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +16,15 @@ import families  # noqa: E402
 from bounds import check_against_reference  # noqa: E402
 from kernel_cases import random_case  # noqa: E402
 from test_kernels import CUDA, DEVICE, DTYPES, HALF, poisoned, randn, same_products  # noqa: E402, F401
+from torch._inductor.utils import run_and_get_code  # noqa: E402
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
 import hf_sparse_attention as hsa  # noqa: E402
 from hf_sparse_attention import attention, reference  # noqa: E402
-from hf_sparse_attention.cache import PAGE  # noqa: E402
+from hf_sparse_attention.cache import PAGE, STATE  # noqa: E402
 from hf_sparse_attention.kernels import decode, entmax_attention  # noqa: E402
 from hf_sparse_attention.kernels.configurations import TILE, configured  # noqa: E402
-from hf_sparse_attention.kernels.decode import output, scores, threshold  # noqa: E402
+from hf_sparse_attention.kernels.decode import launch, output, scores, threshold  # noqa: E402
 from hf_sparse_attention.kernels.decode import pages as page_kernels  # noqa: E402
 from hf_sparse_attention.train import TrainArguments, train_model  # noqa: E402
 
@@ -235,35 +238,71 @@ def test_bounds_rest_where_the_pages_they_save_take_less_time_than_they_do(monke
     read = spied_pages(monkeypatch)
     for worth, left in ((scores.WORTH, page_kernels.REST), (0, 0)):
         monkeypatch.setattr(scores, "WORTH", worth)
-        idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-        entmax_attention(codes[:, :, 3:4] / 2, key, key, pages=(*bounds_of(key), idle))
-        assert read.pop() == [3] and idle.item() == left
+        state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
+        entmax_attention(codes[:, :, 3:4] / 2, key, key, pages=(*bounds_of(key), state))
+        assert read.pop() == [3] and state.tolist() == [left, 0, 0]
 
 
 def test_bounds_that_do_not_help_rest_and_are_tried_again(monkeypatch):
     monkeypatch.setattr(scores, "WORTH", 0)
     query, key, value = randn(1, 2, 1, 16, seed=1) / 10, randn(1, 1, 700, 16, seed=2), randn(1, 1, 700, 16, seed=3)
-    idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
     lower, upper, radius = bounds_of(key)
     expected = entmax_attention(query, key, value)[0]
     for left in (page_kernels.REST, page_kernels.REST - 1):
-        found = entmax_attention(query, key, value, pages=(lower, upper, radius, idle))[0]
+        found = entmax_attention(query, key, value, pages=(lower, upper, radius, state))[0]
         if left < page_kernels.REST:
             # While they rest nothing is different.
             assert torch.equal(found, expected)
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-        assert idle.item() == left
+        assert state.tolist() == [left, 0, 0]
         # While they rest they are not read: wrong ones change nothing.
         lower, upper = torch.full_like(lower, 9.0), torch.full_like(upper, -9.0)
-    idle.fill_(1)
-    entmax_attention(query, key, value, pages=(lower, upper, radius, idle))
-    assert idle.item() == 0
+    state[0] = 1
+    entmax_attention(query, key, value, pages=(lower, upper, radius, state))
+    assert state.tolist() == [0, 0, 0]
     # Keys of one page are far above the others: from then on the bounds are used.
     key[:, :, 64:128] += 4 * query[:, :1].sign()
     query = query[:, :1].repeat(1, 2, 1, 1) * 50
     for _ in range(2):
-        entmax_attention(query, key, value, pages=(*bounds_of(key), idle))
-        assert idle.item() == 0
+        entmax_attention(query, key, value, pages=(*bounds_of(key), state))
+        assert state.tolist() == [0, 0, 0]
+
+
+def test_every_program_arrives_also_those_of_rows_that_do_not_exist(monkeypatch, poisoned):  # noqa: F811
+    """20 rows in tiles of 16: 12 programs of the second have no row. A counter that is left stops the next call."""
+    monkeypatch.setattr(launch, "MOST_ROWS", 16)
+    monkeypatch.setattr(launch, "REST", 0)
+    query, key, value = randn(1, 4, 5, 16, seed=1) * 2, randn(1, 1, 400, 16, seed=2), randn(1, 1, 400, 16, seed=3)
+    expected, expected_tau = entmax_attention(query, key, value)
+    state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
+    first = None
+    for _ in range(2):
+        found, tau = entmax_attention(query, key, value, pages=(*bounds_of(key), state))
+        assert state.tolist() == [0, 0, 0]
+        torch.testing.assert_close(tau, expected_tau, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+        first = found if first is None else first
+        assert torch.equal(found, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 64])
+def test_who_waits_for_the_bounds_never_waits_for_ever(batch, monkeypatch):
+    """Many more programs than a card runs at a time, and many calls one after the other: the same bits every time."""
+    monkeypatch.setattr(launch, "REST", 0)
+    codes = randn(batch, 8, 32, 64, seed=4) * 3
+    key = codes.repeat_interleave(TILE, 2) + randn(batch, 8, 32 * TILE, 64, seed=5) * 0.1
+    query = (codes[:, :, 3:4] / 2).repeat_interleave(4, 1)
+    expected = entmax_attention(query, key, key)
+    state, pages = torch.zeros(STATE, dtype=torch.int32, device=DEVICE), bounds_of(key)
+    first = entmax_attention(query, key, key, pages=(*pages, state))
+    for _ in range(500):
+        found = entmax_attention(query, key, key, pages=(*pages, state))
+    for one, again, full in zip(found, first, expected, strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one, full, atol=1e-2, rtol=1e-2)
+    assert state.tolist() == [0, 0, 0]
 
 
 # What keys could break a bound: heavy tails, one huge channel, equal keys, both signs of zero, flipped signs, the
@@ -349,7 +388,7 @@ def test_bounds_grow_with_the_keys(static):
     middle = ((lower.float() + upper.float()) / 2).to(key.dtype).double()[:, :, :whole, None]
     farthest = (pages.double() - middle).norm(dim=-1).amax(-1)
     assert (radius[:, :, :whole] >= farthest).all() and (radius[:, :, :whole] <= farthest * 1.001).all()
-    assert PAGE == TILE
+    assert PAGE == TILE and STATE == page_kernels.STATE
 
 
 def test_caches_of_any_strides_and_a_length_on_the_device(poisoned):  # noqa: F811
@@ -373,8 +412,8 @@ def test_two_runs_give_the_same_bits(poisoned):  # noqa: F811
 
 def test_the_operator_is_registered_whole():
     query, key = randn(1, 4, 1, 16), randn(1, 2, 130, 16)
-    idle = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    arguments = (query, key, key, 1.5, None, 0.25, True, None, None, None, *bounds_of(key), idle)
+    state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
+    arguments = (query, key, key, 1.5, None, 0.25, True, None, None, None, *bounds_of(key), state)
     operator = torch.ops.hf_sparse_attention.entmax_decode.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -389,6 +428,14 @@ def test_wrong_bounds_are_refused():
     ):
         with pytest.raises(ValueError, match=reason):
             entmax_attention(query, key, key, pages=(wrong, upper, radius))
+    for wrong, reason in (
+        (torch.zeros(1, dtype=torch.int32, device=DEVICE), r"int32 \(1,\), not contiguous int32 \(3,\)"),
+        (torch.zeros(3, device=DEVICE), "float32"),
+        (torch.zeros(6, dtype=torch.int32, device=DEVICE)[::2], "not contiguous"),
+        (torch.zeros(3, dtype=torch.int32, device="meta"), "on meta"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            entmax_attention(query, key, key, pages=(lower, upper, radius, wrong))
 
 
 @pytest.mark.slow
@@ -409,7 +456,7 @@ def test_every_configuration_compiles_for_hopper():
     passes = ["scores_kernel", "threshold_kernel", "output_kernel"]
     for call in calls:
         launched = [line.split()[1] for line in lines if line.split()[0] == call]
-        assert launched == (["_bounds_kernel", "_seed_kernel", *passes] if call.split(":")[6] == "1" else passes)
+        assert launched == (["_bounds_kernel", *passes] if call.split(":")[6] == "1" else passes)
     for line in lines:
         numbers = {name: int(value) for name, value in (word.split("=") for word in line.split()[3:])}
         assert numbers["shared"] <= 227 * 1024, line
@@ -442,6 +489,35 @@ def test_a_cuda_graph_replays_as_the_cache_fills(pages):
         query.copy_(randn(2, 8, 1, 64, seed=length))
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_step_does_not_wait_for_the_device(kind):
+    """Of a model, eagerly, with bounds: what a step needs to know of the cache is read on the device."""
+    model = families.stir(
+        families.sparse_model(families.dense_model("llama", max_position_embeddings=512), "asentmax")
+    )
+    model, ids = model.to(DEVICE), families.tokens(2, 140).to(DEVICE)
+    cache = hsa.BoundedDynamicCache(model.config)
+    if kind == "static":
+        cache = hsa.BoundedStaticCache(model.config, max_cache_len=200)
+    steps = [
+        {
+            "attention_mask": torch.tensor([[[[0, index + 1]]]], dtype=torch.int32, device=DEVICE).expand(2, 1, 1, 2),
+            "position_ids": torch.full((2, 1), index, device=DEVICE),
+        }
+        for index in range(100, 140)
+    ]
+    with torch.no_grad(), hsa.implementation("triton"):
+        model(ids[:, :100], past_key_values=cache)
+        model(ids[:, 100:101], past_key_values=cache, **steps[0])
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for index, step in enumerate(steps[1:], 101):
+                model(ids[:, index : index + 1], past_key_values=cache, **step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
@@ -505,6 +581,61 @@ def test_decoding_compiles_whole_and_once(kernels_everywhere):
                     ids[:, index : index + 1], attention_mask=visible, position_ids=place, past_key_values=cache
                 ).logits
             torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
+    # What a step found out the next ones know: so few pages do not pay, the bounds rest from the second step on.
+    assert [layer.state.tolist() for layer in cache.layers] == [[page_kernels.REST - 3, 0, 0]] * 2
+
+
+# Inductor's own, when it is imported.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.skipif(CUDA or shutil.which("g++") is None, reason="reads what is compiled for a processor")
+def test_what_is_compiled_copies_neither_keys_nor_bounds(kernels_everywhere):
+    """Both operators get what the cache holds: copies of it would be made, and written back, every step."""
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "entmax"))
+    ids, cache = families.tokens(1, 63), hsa.BoundedStaticCache(model.config, max_cache_len=128)
+    visible, place = torch.tensor([[[[0, 63]]]], dtype=torch.int32), torch.tensor([[62]])
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            model(ids[:, :62], past_key_values=cache)
+        step = torch.compile(model, fullgraph=True, dynamic=False)
+        arguments = {"attention_mask": visible, "position_ids": place, "past_key_values": cache}
+        _, (code,) = run_and_get_code(step, ids[:, 62:], **arguments)
+    names = {}
+    for operator in ("update_page_bounds", "entmax_decode"):
+        calls = [
+            line.split("default(", 1)[1].rstrip(")") for line in code.splitlines() if f"{operator}.default(" in line
+        ]
+        names[operator] = [call.split(", ") for call in calls if not call.startswith("'")]
+        assert len(names[operator]) == 2
+    for updated, decoded in zip(*names.values(), strict=True):
+        keys, *bounds = updated[:4]
+        assert decoded[1] == keys and decoded[-4:-1] == bounds
+        held = [*decoded[1:3], *decoded[-4:]]
+        assert all(re.fullmatch(r"arg\d+_1", name) for name in held) and len(set(held)) == 6
+        assert not any(f"copy_({name}" in code for name in held)
+    assert [layer.state.tolist() for layer in cache.layers] == [[page_kernels.REST, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_bounds_go_on_resting_while_a_model_generates(kind, kernels_everywhere, monkeypatch):
+    """In a growing cache also where it makes new room."""
+    monkeypatch.setattr("hf_sparse_attention.cache.LEAST_ROOM", 1)
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "entmax")).to(DEVICE)
+    cache = hsa.BoundedDynamicCache(model.config)
+    if kind == "static":
+        cache = hsa.BoundedStaticCache(model.config, max_cache_len=128)
+    ids = families.tokens(1, 125).to(DEVICE)
+    with torch.no_grad():
+        with hsa.implementation("reference"):
+            model(ids[:, :120], past_key_values=cache)
+        rooms = set()
+        with hsa.implementation("triton"):
+            for index in range(120, 128 if kind == "static" else 133):
+                model(ids[:, :1], past_key_values=cache)
+                rooms.add(cache.layers[0].lower.data_ptr())
+                left = page_kernels.REST - (index - 120)
+                assert [layer.state.tolist() for layer in cache.layers] == [[left, 0, 0]] * 2
+    assert len(rooms) == (1 if kind == "static" else 2)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from .. import reference
-from ..cache import BoundedDynamicCache, BoundedStaticCache, update_page_bounds
+from ..cache import STATE, BoundedDynamicCache, BoundedStaticCache, update_page_bounds
 from ..tables import number, plain
 from .generation import BOUNDED, ONE_BILLION, OURS, generation_table, time_generation
 from .inputs import BLOCK
@@ -29,6 +29,9 @@ from .timing import median, replay
 logger = logging.getLogger(__name__)
 
 SOFTMAX = ("sdpa flash", "sdpa cudnn")
+# What bounds cost where they do not help.
+RESTING = "ours, bounds at rest"
+STEPS = (OURS, BOUNDED, RESTING)
 
 
 class _Record:
@@ -87,7 +90,7 @@ def _time_steps(arguments, device, timer, record: _Record) -> None:
             key: row[key] for key in ("ms", "refused") if key in row
         }
         for row in record.rows
-        if row["implementation"] not in (OURS, BOUNDED)
+        if row["implementation"] not in STEPS
     }
     with tqdm(total=len(cells) * len(arguments.noise), desc="decode", unit="input") as progress:
         for length, batch, noise in ((*cell, noise) for cell in cells for noise in arguments.noise):
@@ -139,11 +142,13 @@ def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[
 
     query, key, value = cache_inputs(arguments, length, batch, noise, device)
     alpha = arguments.alpha
-    # As a cache keeps them: where they do not help they rest.
-    pages = (*page_bounds_of(key), torch.zeros(1, dtype=torch.int32, device=device))
+    # As a cache keeps them: where they do not help they rest. And at rest for longer than is timed.
+    bounds, state = page_bounds_of(key), torch.zeros(STATE, dtype=torch.int32, device=device)
+    pages, resting = (*bounds, state), (*bounds, torch.tensor([1 << 30, 0, 0], dtype=torch.int32, device=device))
     calls = {
         OURS: lambda: entmax_attention(query, key, value, alpha=alpha)[0],
         BOUNDED: lambda: entmax_attention(query, key, value, alpha=alpha, pages=pages)[0],
+        RESTING: lambda: entmax_attention(query, key, value, alpha=alpha, pages=resting)[0],
         "sdpa flash": lambda: _sdpa("FLASH_ATTENTION", query, key, value),
         "sdpa cudnn": lambda: _sdpa("CUDNN_ATTENTION", query, key, value),
         "eager": lambda: _eager(query, key, value),
@@ -160,7 +165,7 @@ def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[
     rows = []
     for name, call in calls.items():
         row = {**common, "implementation": name}
-        if name in (OURS, BOUNDED):
+        if name in STEPS:
             # What ours do not compute raises: it is a fault here, where another kernel may have its reasons.
             row["ms"] = timer(call)
             row["error"] = difference([call()[:1]], [exact])
@@ -276,7 +281,7 @@ def step_table(rows: list[dict]) -> str:
         pages = row.get("pages_read")
         cells.append(
             [row["implementation"], str(row["length"]), str(row["batch"]), number(row["noise"], 2),
-             number(row.get("ms"), 3), number(row.get("ratio")), number(row.get("keys_per_second_tb")),
+             number(row.get("ms"), 4), number(row.get("ratio")), number(row.get("keys_per_second_tb")),
              "-" if pages is None else f"{pages:.1%}", number(row.get("support"), 0), error]
         )  # fmt: skip
     return plain(header, cells)

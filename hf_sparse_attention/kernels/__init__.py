@@ -10,6 +10,7 @@ import triton
 
 from .configurations import TILE
 from .decode import entmax_decode, is_decoding
+from .decode.pages import STATE
 from .operators import entmax_forward
 
 __all__ = ["entmax_attention", "supports"]
@@ -62,12 +63,13 @@ def entmax_attention(
     visible: integer (batch or 1, queries, 2), the half-open range [start, end) of keys each query sees. None: if
         causal, query i sees the keys up to keys - queries + i, else all. slopes: (heads,), ALiBi slopes. mask: bool,
         broadcastable to (batch, heads, queries, keys), True = visible.
-    pages: (lower, upper, radius) or (lower, upper, radius, idle), for decoding (at most 16 queries without a
+    pages: (lower, upper, radius) or (lower, upper, radius, state), for decoding (at most 16 queries without a
         gradient; else they are not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the
         per-channel minimum and maximum of every page of 64 keys; radius (batch, kv_heads, pages) in float32, the
         largest distance of a key from their middle. Not read of a page that ends after the last key a query of its
-        sequence sees. idle, int32 (1,), starts at 0 and is written: where so many pages must be read that bounds do
-        not pay, it makes them rest for 31 calls.
+        sequence sees. state, contiguous int32 (3,), starts at zeros and is written, so no two calls may have it at a
+        time: for how many calls the bounds rest still, 31 where so many pages must be read that they do not pay,
+        and two counters of a launch, zero again at its end. Without it they never rest.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.
@@ -120,7 +122,7 @@ def _checked_pages(pages, key):
     if pages is None:
         return None, None, None, None
     least = (*key.shape[:2], key.shape[2] // TILE, key.shape[3])
-    lower, upper, radius, *idle = pages
+    lower, upper, radius, *state = pages
     for name, bounds in (("lower", lower), ("upper", upper)):
         fits = bounds.dim() == 4 and bounds.shape[2] >= least[2] and bounds.stride(3) == 1
         if not fits or bounds.shape[:2] != least[:2] or bounds.shape[3] != least[3]:
@@ -136,4 +138,13 @@ def _checked_pages(pages, key):
         raise ValueError(
             f"the radius of pages is {radius.dtype} {tuple(radius.shape)}, not float32 {least[:3]} or more"
         )
-    return lower, upper, radius, idle[0] if idle else None
+    state = state[0] if state else None
+    if state is not None:
+        if state.dtype != torch.int32 or state.shape != (STATE,) or not state.is_contiguous():
+            raise ValueError(
+                f"the state of the pages is {state.dtype} {tuple(state.shape)}, not contiguous int32 ({STATE},): make "
+                "one of zeros for each layer's bounds"
+            )
+        if state.device != key.device:
+            raise ValueError(f"the state of the pages is on {state.device}, the keys on {key.device}")
+    return lower, upper, radius, state

@@ -57,11 +57,11 @@ def decode_call(
     lower: torch.Tensor | None,
     upper: torch.Tensor | None,
     radius: torch.Tensor | None,
-    idle: torch.Tensor | None,
+    state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
-        return run_passes(call, None if lower is None else (lower, upper, radius, idle))
+        return run_passes(call, None if lower is None else (lower, upper, radius, state))
 
 
 def share_of_pages_read(query, key, pages, *, alpha=1.5):
@@ -72,7 +72,7 @@ def share_of_pages_read(query, key, pages, *, alpha=1.5):
 
 
 def _decode_fake(
-    query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, lower, upper, radius, idle
+    query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, lower, upper, radius, state
 ):
     batch, heads, queries, head_dim = query.shape
     out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
@@ -82,7 +82,7 @@ def _decode_fake(
 entmax_decode = _register(
     "entmax_decode",
     f"(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? lower, Tensor? upper, Tensor? radius,"
-    " Tensor(a!)? idle) -> (Tensor, Tensor)",
+    " Tensor(a!)? state) -> (Tensor, Tensor)",
     decode_call,
     _decode_fake,
 )

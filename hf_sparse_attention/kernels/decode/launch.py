@@ -90,19 +90,19 @@ def run_passes(call, pages=None):
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     launch = launch_of(query.element_size(), call.block_dim, block)
-    idle = votes = None
+    state = votes = None
     if pages is not None:
         bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
-        idle, votes = pages[3], scratch(splits, dtype=torch.int32)
+        state, votes = pages[3], scratch(splits, dtype=torch.int32)
     scores.scores_kernel[(group_tiles, splits)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, idle, bound,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, state, bound,
         stored, maxima, slots,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
         *sizes, head_dim,
         **constants, **wide, **masks,
         HAS_LIST=pages is not None,
-        HAS_IDLE=idle is not None,
+        HAS_STATE=state is not None,
         BLOCK_M=block,
         ROWS=existing,
         TILE=TILE,
@@ -115,13 +115,13 @@ def run_passes(call, pages=None):
         **launch,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
-        value, call.alpha_tensor, call.visible, bound, votes, idle,
+        value, call.alpha_tensor, call.visible, bound, votes, state,
         stored, maxima, slots, lists, found, origin, level, pending, arrived, tau, out,
         call.excess,
         *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
         *sizes, head_dim,
         **constants,
-        HAS_IDLE=idle is not None,
+        HAS_STATE=state is not None,
         BLOCK_M=block,
         BLOCK_D=call.block_dim,
         TILE=TILE,

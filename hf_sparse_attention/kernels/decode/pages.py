@@ -22,6 +22,9 @@ PAGES = 32
 REST = 31
 # Channels read at once where scores are summed without a tensor core.
 CHANNELS = 32
+# Numbers of the state that a layer keeps: for how many calls its bounds rest, and the tickets that programs have taken
+# and how many have arrived, both zero between calls.
+STATE = 3
 
 
 def _margin(head_dim):
@@ -86,9 +89,10 @@ def _update_kernel(
     tl.store(radius_ptr + batch * stride_rb + group * stride_rg + page, radius)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
-def _bounds_kernel(
-    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, idle_ptr,
+@triton.jit
+def _bound_pages(
+    group_tile, part, programs,
+    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr,
     maxima_ptr, best_ptr, chosen_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
@@ -96,13 +100,11 @@ def _bounds_kernel(
     stride_ub, stride_ug, stride_un,
     stride_rb, stride_rg,
     stride_vb, stride_vn,
-    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
+    heads, queries, keys, tiles, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
-    ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
-    HAS_IDLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     PAGES: tl.constexpr,
@@ -110,10 +112,7 @@ def _bounds_kernel(
     PRECISION: tl.constexpr,
     MARGIN: tl.constexpr,
 ):  # fmt: skip
-    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
-    if resting:
-        return
-    group_tile = tl.program_id(0)
+    """Bounds of every programs-th part of the pages of a group tile, and of each row the best of them."""
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
     local = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -143,7 +142,7 @@ def _bounds_kernel(
     row = group_tile.to(tl.int64) * rows + local
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     chosen = tl.full((BLOCK_M,), -1, tl.int32)
-    for base in range(tl.program_id(1) * PAGES, tiles, tl.num_programs(1) * PAGES):
+    for base in range(part * PAGES, tiles, programs * PAGES):
         page = base + tl.arange(0, PAGES)
         known = ((page + 1) * TILE <= written) & (page < tiles)
         page_mask = known[:, None] & (dims < head_dim)[None, :]
@@ -179,30 +178,27 @@ def _bounds_kernel(
         better = greatest > best
         chosen = tl.where(better, found, chosen)
         best = tl.maximum(best, greatest)
-    place = row * tl.num_programs(1) + tl.program_id(1)
+    place = row * programs + part
     tl.store(best_ptr + place, best, mask=inside)
     tl.store(chosen_ptr + place, chosen, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "programs", "excess", "scaling"]
-)
-def _seed_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, idle_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
+@triton.jit
+def _bound_tau(
+    row, index, group_tile, programs,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
-    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim, programs,
+    heads, queries, keys, row_tiles, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
-    HAS_IDLE: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     SEEDS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -210,15 +206,8 @@ def _seed_kernel(
     STEPS: tl.constexpr,
     MARGIN: tl.constexpr,
 ):  # fmt: skip
-    resting = tl.load(idle_ptr) > 0 if HAS_IDLE else False
-    if resting:
-        return
-    row = tl.program_id(0)
-    group_tile = row // rows
+    """A lower bound of a row's tau from the keys of its seeds."""
     key_heads = heads // GROUP
-    index = group_tile % row_tiles * BLOCK_M + row % rows
-    if index >= queries * GROUP:
-        return
     batch = (group_tile // (key_heads * row_tiles)).to(tl.int64)
     group = (group_tile // row_tiles % key_heads).to(tl.int64)
     head = group * GROUP + index % GROUP
@@ -236,16 +225,17 @@ def _seed_kernel(
     newest = tl.maximum(end - 1, 0) // TILE
     candidates = tl.arange(0, PROGRAMS)
     place = row.to(tl.int64) * programs + candidates
-    best = tl.load(best_ptr + place, mask=candidates < programs, other=float("-inf"))
-    pages = tl.load(chosen_ptr + place, mask=candidates < programs, other=-1)
+    # Written by other programs of this launch: not from a cache that knows nothing of that.
+    best = tl.load(best_ptr + place, mask=candidates < programs, other=float("-inf"), cache_modifier=".cg")
+    pages = tl.load(chosen_ptr + place, mask=candidates < programs, other=-1, cache_modifier=".cg")
     best = tl.where(pages == newest, float("-inf"), best)
     seeds = tl.arange(0, SEEDS)
     chosen = tl.where(seeds == 0, newest, -1)
-    for index in range(1, SEEDS):
+    for seed in range(1, SEEDS):
         greatest = tl.max(best, 0)
         winner = tl.max(tl.where((best == greatest) & (best > float("-inf")), candidates, -1), 0)
         page = tl.max(tl.where(candidates == winner, pages, -1), 0)
-        chosen = tl.where(seeds == index, page, chosen)
+        chosen = tl.where(seeds == seed, page, chosen)
         best = tl.where(candidates == winner, float("-inf"), best)
     tl.store(seed_ptr + row * SEEDS + seeds, chosen)
     tl.debug_barrier()
@@ -288,58 +278,154 @@ def _seed_kernel(
     tl.store(bound_ptr + row, tl.where(empty, float("-inf"), bound))
 
 
+@triton.jit(
+    do_not_specialize=[
+        "group_tiles",
+        "programs",
+        "queries",
+        "keys",
+        "tiles",
+        "splits",
+        "row_tiles",
+        "rows",
+        "excess",
+        "scaling",
+    ]
+)
+def _bounds_kernel(
+    q_ptr, k_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, state_ptr,
+    maxima_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
+    excess, scaling,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kg, stride_kn,
+    stride_lb, stride_lg, stride_ln,
+    stride_ub, stride_ug, stride_un,
+    stride_rb, stride_rg,
+    stride_vb, stride_vn,
+    stride_mb, stride_mh, stride_mn, stride_mk,
+    group_tiles, programs,
+    heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
+    GROUP: tl.constexpr,
+    ALPHA_KIND: tl.constexpr,
+    RANGE_KIND: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEEDS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr,
+    PAGE_MARGIN: tl.constexpr,
+    SEED_MARGIN: tl.constexpr,
+):  # fmt: skip
+    # At rest a launch is all it costs: one for both steps, and nothing is counted.
+    if tl.load(state_ptr) > 0:
+        return
+    # What a program does its ticket says, not its number. Tickets are taken by programs that run, those of the bounds
+    # first: who waits for the bounds waits for programs that run or have ended, and that wait for nobody. So all come
+    # to an end in whatever order the card starts them, and however few it runs at a time.
+    ticket = tl.atomic_add(state_ptr + 1, 1)
+    bounding = group_tiles * programs
+    if ticket < bounding:
+        _bound_pages(
+            ticket % group_tiles, ticket // group_tiles, programs,
+            q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr,
+            maxima_ptr, best_ptr, chosen_ptr,
+            excess, scaling,
+            stride_qb, stride_qh, stride_qn,
+            stride_lb, stride_lg, stride_ln,
+            stride_ub, stride_ug, stride_un,
+            stride_rb, stride_rg,
+            stride_vb, stride_vn,
+            heads, queries, keys, tiles, row_tiles, rows, head_dim,
+            GROUP=GROUP, RANGE_KIND=RANGE_KIND, HAS_ALPHA=HAS_ALPHA, HAS_SLOPES=HAS_SLOPES,
+            BLOCK_M=BLOCK_M, TILE=TILE, PAGES=PAGES, BLOCK_D=BLOCK_D, PRECISION=PRECISION, MARGIN=PAGE_MARGIN,
+        )  # fmt: skip
+        # What the threads of this program wrote is seen by whoever sees that it has arrived.
+        tl.debug_barrier()
+        _arrive(state_ptr)
+    else:
+        arrived = tl.atomic_add(state_ptr + 2, 0, sem="acquire")
+        while arrived < bounding:
+            arrived = tl.atomic_add(state_ptr + 2, 0, sem="acquire")
+        tl.debug_barrier()
+        # Nobody waits for this one: it may arrive before its work is done.
+        _arrive(state_ptr)
+        row = ticket - bounding
+        group_tile = row // rows
+        index = group_tile % row_tiles * BLOCK_M + row % rows
+        if index < queries * GROUP:
+            _bound_tau(
+                row, index, group_tile, programs,
+                q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
+                excess, scaling,
+                stride_qb, stride_qh, stride_qn,
+                stride_kb, stride_kg, stride_kn,
+                stride_vb, stride_vn,
+                stride_mb, stride_mh, stride_mn, stride_mk,
+                heads, queries, keys, row_tiles, head_dim,
+                GROUP=GROUP, ALPHA_KIND=ALPHA_KIND, RANGE_KIND=RANGE_KIND, HAS_ALPHA=HAS_ALPHA, HAS_SLOPES=HAS_SLOPES,
+                HAS_MASK=HAS_MASK, TILE=TILE, SEEDS=SEEDS, PROGRAMS=PROGRAMS, CHANNELS=CHANNELS, STEPS=STEPS,
+                MARGIN=SEED_MARGIN,
+            )  # fmt: skip
+
+
+@triton.jit
+def _arrive(state_ptr):
+    """The last of all programs, after which nobody takes a ticket or waits, leaves the counters as it found them."""
+    if tl.atomic_add(state_ptr + 2, 1) == tl.num_programs(0) - 1:
+        tl.store(state_ptr + 1, 0)
+        tl.store(state_ptr + 2, 0)
+
+
 def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch):
     """Fills maxima (row tiles of all key heads, rows, tiles) with the pages' bounds and bound with those of tau.
 
-    pages: lower, upper, radius and, to measure whether they help, how many calls they rest still (int32 (1,)) or None;
-    while they rest nothing is filled. Of pages that are not read the bounds stand in for the maxima.
+    pages: lower, upper, radius and state (int32 (3,)): for how many calls they rest still, and two counters that are
+    zero before and after; or None, and they never rest. While they rest nothing is filled. Of pages that are not read
+    the bounds stand in for the maxima.
     """
-    lower, upper, radius, idle = pages
+    lower, upper, radius, state = pages
     query, key = call.query, call.key
     tiles, splits, _, rows = sizes[3:]
     head_dim = query.shape[-1]
     group_tiles = maxima.shape[0]
     device = query.device
+    if state is None:
+        state = torch.zeros(STATE, dtype=torch.int32, device=device)
     pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
     programs = min(splits, triton.cdiv(tiles, pages_at_once))
     best = torch.empty((group_tiles, rows, programs), dtype=torch.float32, device=device)
     chosen = torch.empty((group_tiles, rows, programs), dtype=torch.int32, device=device)
     seeds = torch.empty((group_tiles, rows, SEEDS), dtype=torch.int32, device=device)
-    shared = {name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES")}
-    shared["ALPHA_KIND"] = call.alpha_kind
     margin = _margin(head_dim)
-    _bounds_kernel[(group_tiles, programs)](
-        query, lower, upper, radius, call.alpha_tensor, call.slopes, call.visible, idle, maxima, best, chosen,
+    _bounds_kernel[(group_tiles * (programs + rows),)](
+        query, key, lower, upper, radius, call.alpha_tensor, call.slopes, call.visible, call.mask, state,
+        maxima, best, chosen, seeds, bound,
         call.excess, call.scaling,
-        *query.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2], *call.visible_strides,
-        *sizes, head_dim,
-        **shared,
-        HAS_IDLE=idle is not None,
+        *query.stride()[:3], *key.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2],
+        *call.visible_strides, *call.mask_strides,
+        group_tiles, programs, *sizes, head_dim,
+        **{name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES", "HAS_MASK")},
+        ALPHA_KIND=call.alpha_kind,
         BLOCK_M=block,
         TILE=TILE,
         PAGES=pages_at_once,
         BLOCK_D=call.block_dim,
         # One tf32 product instead of three exact ones: a bound may be coarse, if its margin says how coarse.
         PRECISION="tf32",
-        MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
-        **launch,
-    )  # fmt: skip
-    _seed_kernel[(group_tiles * rows,)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, idle, best, chosen, seeds, bound,
-        call.excess, call.scaling,
-        *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
-        *sizes, head_dim, programs,
-        **shared,
-        HAS_IDLE=idle is not None,
-        HAS_MASK=call.constants["HAS_MASK"],
-        BLOCK_M=block,
-        TILE=TILE,
         SEEDS=SEEDS,
         PROGRAMS=triton.next_power_of_2(programs),
         CHANNELS=min(CHANNELS, call.block_dim),
         STEPS=STEPS,
-        MARGIN=margin,
-        num_warps=4,
+        PAGE_MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
+        SEED_MARGIN=margin,
+        **launch,
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def _walk(
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def scores_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, votes_ptr, idle_ptr, bound_ptr,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, votes_ptr, state_ptr, bound_ptr,
     scores_ptr, maxima_ptr, slots_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
@@ -119,7 +119,7 @@ def scores_kernel(
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_LIST: tl.constexpr,
-    HAS_IDLE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -168,8 +168,8 @@ def scores_kernel(
 
     share = tl.cdiv(high - low, splits)
     plain = not HAS_LIST
-    if HAS_IDLE:
-        plain = tl.load(idle_ptr) > 0
+    if HAS_STATE:
+        plain = tl.load(state_ptr) > 0
     if plain:
         floor = zeros - float("inf")
         low_key = tl.min(tl.where(end > start, start, keys), 0)
@@ -218,7 +218,7 @@ def scores_kernel(
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
             BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
-        if HAS_IDLE:
+        if HAS_STATE:
             # Positive where what was not read took less time than finding that out.
             own = tl.maximum(high - low - split + splits - 1, 0) // splits
             tl.store(votes_ptr + part, 16 * (count + WORTH) - 15 * own)

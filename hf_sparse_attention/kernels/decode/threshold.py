@@ -86,24 +86,24 @@ def subset_thresholds(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, ST
 
 
 @triton.jit
-def _rest(row, programs, votes_ptr, idle_ptr, SCAN: tl.constexpr, REST: tl.constexpr):
+def _rest(row, programs, votes_ptr, state_ptr, SCAN: tl.constexpr, REST: tl.constexpr):
     """Whether the bounds of pages rest from the next call on: the first row counts the votes of the programs.
 
     Every program of the passes before has asked whether they rest, and none of this one does.
     """
     if row == 0:
-        idle = tl.load(idle_ptr)
+        idle = tl.load(state_ptr)
         votes = 0
         if idle == 0:
             scan = tl.arange(0, SCAN)
             for base in range(0, programs, SCAN):
                 votes += tl.sum(tl.load(votes_ptr + base + scan, mask=base + scan < programs, other=0), 0)
-        tl.store(idle_ptr, tl.where(idle > 0, idle - 1, tl.where(votes > 0, REST, 0)))
+        tl.store(state_ptr, tl.where(idle > 0, idle - 1, tl.where(votes > 0, REST, 0)))
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def threshold_kernel(
-    v_ptr, alpha_ptr, visible_ptr, bound_ptr, votes_ptr, idle_ptr,
+    v_ptr, alpha_ptr, visible_ptr, bound_ptr, votes_ptr, state_ptr,
     scores_ptr, maxima_ptr, slots_ptr, list_ptr, key_list_ptr, origin_ptr, level_ptr, pending_ptr, arrived_ptr,
     tau_ptr, out_ptr,
     excess,
@@ -115,7 +115,7 @@ def threshold_kernel(
     ALPHA_KIND: tl.constexpr,
     RANGE_KIND: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
-    HAS_IDLE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
@@ -130,8 +130,8 @@ def threshold_kernel(
     REST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    if HAS_IDLE:
-        _rest(row, tl.num_programs(0) // rows * splits, votes_ptr, idle_ptr, SCAN=SCAN, REST=REST)
+    if HAS_STATE:
+        _rest(row, tl.num_programs(0) // rows * splits, votes_ptr, state_ptr, SCAN=SCAN, REST=REST)
     group_tile = row // rows
     # Nobody has arrived in the pass that follows.
     if row % rows == 0:
