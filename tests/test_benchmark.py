@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import importlib.machinery
+import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -82,6 +86,7 @@ def test_what_is_timed_is_one_word_and_has_its_own_defaults():
         (["--what", "packing", "--documents", "99999"], "more than the 32768 tokens"),
         (["--what", "slopes", "--heads", "3", "--kv_heads", "1"], "even numbers"),
         (["--repeats", "0"], "repeats is 0"),
+        (["--peers", "adasplash"], "peers has 'adasplash'; choose from sdpa flash, sdpa cudnn"),
     ],
 )
 def test_bad_options_are_named(words, reason, capsys):
@@ -358,6 +363,78 @@ def test_attention_of_any_head_dimension_and_alpha_beside_softmax(tmp_path, monk
     monkeypatch.setattr(attention, "attend_with_tau", wrong)
     with pytest.raises(RuntimeError, match="what is timed is wrong"):
         attention.time_attention(small(tmp_path, **changes), device="cpu")
+
+
+def splash(monkeypatch, **functions):
+    """A module like AdaSplash's, which needs a card: what it is given, and functions that take its place."""
+    module, calls = types.ModuleType("adasplash", None), []
+    module.__spec__ = importlib.machinery.ModuleSpec("adasplash", None)
+
+    def version(name, alpha=1.5):
+        def attend(query, key, value, **keywords):
+            calls.append((name, key.shape[1], keywords))
+            if query.shape[2] & (query.shape[2] - 1):
+                raise AssertionError
+            return reference.attention(query, key, value, alpha=keywords.get("alpha", alpha))[0]
+
+        return attend
+
+    for name in ("adasplash_v1", "adasplash_v2"):
+        setattr(module, name, functions.get(name, version(name)))
+    monkeypatch.setitem(sys.modules, "adasplash", module)
+    return calls
+
+
+def timed_peers(tmp_path, **changes):
+    changes = {"peers": ["adasplash 1", "adasplash 2"], "noise": [0.9], **changes}
+    rows = attention.time_attention(small(tmp_path, **changes), device="cpu")
+    assert saved(tmp_path, "results.json")["rows"] == rows
+    assert [row["implementation"] for row in rows[:3]] == ["ours", "adasplash 1", "adasplash 2"]
+    return rows
+
+
+def test_both_versions_of_adasplash_are_peers(tmp_path, monkeypatch, caplog):
+    calls = splash(monkeypatch)
+    rows = timed_peers(tmp_path)
+    assert all(row["training_ms"] > 0 and row["error"] < 1e-5 for row in rows)
+    # The first has no grouped heads and an alpha, the second has them and one alpha.
+    seen = {(name, heads, tuple(sorted(keywords.items()))) for name, heads, keywords in calls}
+    assert seen == {("adasplash_v1", 4, (("alpha", 1.5), ("is_causal", True))), ("adasplash_v2", 2, ())}
+    # A wrong one is timed, and its error stands beside it.
+    splash(monkeypatch, adasplash_v2=lambda query, key, value: query * 1.0 + 0 * key.sum() + 0 * value.sum())
+    assert timed_peers(tmp_path)[2]["error"] > 0.1
+    assert not caplog.records
+
+
+def test_what_a_peer_refuses_is_a_row_and_no_end(tmp_path, monkeypatch, capsys):
+    splash(monkeypatch)
+    other = timed_peers(tmp_path, alpha=1.333)
+    assert "error" in other[1] and other[2]["refused"] == "ValueError: its alpha is 1.5, not 1.333"
+    above = timed_peers(tmp_path, alpha=3.0)
+    assert above[1]["refused"] == "ValueError: its alpha is in (1, 2], not 3.0"
+    # An assertion without a word, as for a length that is no power of two; what follows is timed.
+    odd = timed_peers(tmp_path, lengths=[192, 128])
+    assert [row.get("refused") for row in odd] == [None, "AssertionError", "AssertionError", None, None, None]
+    assert "AssertionError" in capsys.readouterr().out
+
+    class CompilationError(Exception):
+        """Triton's are neither runtime nor value errors."""
+
+    def broken(query, key, value):
+        raise CompilationError("at 1:2:\nno such layout")
+
+    splash(monkeypatch, adasplash_v2=broken)
+    assert timed_peers(tmp_path)[2]["refused"] == "CompilationError: at 1:2:"
+    splash(monkeypatch, adasplash_v2=lambda query, key, value: query / 0 + 0 * key.sum() + 0 * value.sum())
+    assert timed_peers(tmp_path)[2].keys() & {"refused", "training_ms"} == {"refused"}
+
+
+def test_peers_that_are_not_installed_are_named(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "adasplash", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_, **__: None)
+    rows = attention.time_attention(small(tmp_path, peers=["adasplash 1"], noise=[0.9]), device="cpu")
+    assert [row["implementation"] for row in rows] == ["ours"]
+    assert "not installed, so not timed: adasplash 1" in caplog.text
 
 
 @pytest.mark.slow

@@ -22,6 +22,10 @@ from bounds import OUTPUT_FACTOR, check_against_reference, ratio, run  # noqa: E
 from kernel_cases import random_case  # noqa: E402
 
 from hf_sparse_attention import reference  # noqa: E402
+from hf_sparse_attention.benchmark import BenchmarkArguments  # noqa: E402
+from hf_sparse_attention.benchmark.inputs import block_inputs  # noqa: E402
+from hf_sparse_attention.benchmark.peers import sdpa  # noqa: E402
+from hf_sparse_attention.benchmark.timing import calls, peak_mib  # noqa: E402
 from hf_sparse_attention.kernels import (  # noqa: E402
     backward,
     compiling,
@@ -457,6 +461,18 @@ def test_bfloat16_autocast():
     assert out.dtype == torch.bfloat16
     exact, _ = reference.attention(query, key, value)
     assert (out.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.gpu
+def test_a_training_call_takes_at_most_a_tenth_more_memory_than_softmax():
+    arguments = BenchmarkArguments(lengths=[8192], noise=[0.9])
+    tensors = block_inputs(arguments, 8192, 0.9)
+    peaks = []
+    for attention in (lambda *given: entmax_attention(*given)[0], sdpa("FLASH_ATTENTION")(arguments)):
+        training = calls(attention, tensors)["training"]
+        training()
+        peaks.append(peak_mib(training, "cuda"))
+    assert peaks[0] <= 1.1 * peaks[1], peaks
 
 
 @pytest.mark.gpu

@@ -112,7 +112,10 @@ class BenchmarkArguments:
     output_dir: str = field(default="benchmark", metadata=_help("folder for the JSON file and the picture"))
     peers: list[str] = field(
         default_factory=lambda: list(PEERS),
-        metadata=_help("attention: what is timed beside the kernels; all by default"),
+        metadata=_help(
+            f"attention: what is timed beside the kernels, of {', '.join(PEERS)}; by default all, AdaSplash 1 (keys "
+            "and values repeated for it, as it has no grouped heads) and 2 if adasplash is installed"
+        ),
     )
     changes: list[str] = field(
         default_factory=list,

@@ -43,10 +43,14 @@ def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> li
     rows, cells = [], [(length, noise) for length in arguments.lengths for noise in arguments.noise]
     progress = tqdm(cells, desc="benchmark", unit="input")
     softmax: dict[tuple[str, int], dict] = {}
+    peers = make_peers(arguments)
+    absent = [name for name in arguments.peers if name not in peers]
+    if absent:
+        logger.warning("not installed, so not timed: %s", ", ".join(absent))
     for length, noise in progress:
         tensors = block_inputs(arguments, length, noise, device=device)
         ours, sparsity, support = _describe(arguments, tensors)
-        implementations = dict.fromkeys(variants, partial(attend, alpha=arguments.alpha)) | make_peers(arguments)
+        implementations = dict.fromkeys(variants, partial(attend, alpha=arguments.alpha)) | peers
         group = []
         for name, attention in implementations.items():
             progress.set_postfix_str(f"{length} tokens, noise {noise}, {name}")
@@ -61,6 +65,9 @@ def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> li
                             row["error"] = ours if name == "ours" else _describe(arguments, tensors)[0]
                         except RuntimeError as wrong:
                             row = {"refused": str(wrong)}
+                    if name in PEERS and "refused" not in row:
+                        found = _peer_error(attention, tensors, 1.0 if PEERS[name].softmax else arguments.alpha)
+                        row = found if "refused" in found else row | found
                     if name in variants and "refused" not in row and arguments.kernel_times:
                         row["kernels_ms"] = kernel_times(calls(attention, tensors)["training"])
                 if name in PEERS and PEERS[name].softmax:
@@ -74,7 +81,8 @@ def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> li
                 if base and base.get(f"{kind}_ms") and row.get(f"{kind}_ms"):
                     row[f"{kind}_ratio"] = row[f"{kind}_ms"] / base[f"{kind}_ms"]
         rows += group
-    folder = write_rows(arguments, device, "results.json", rows=rows)
+        # Each time: a kernel of another project may leave a card that computes no more.
+        folder = write_rows(arguments, device, "results.json", rows=rows)
     print(table(rows, COLUMNS))
     for row in rows:
         if "kernels_ms" in row:
@@ -84,13 +92,28 @@ def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> li
     return rows
 
 
+def _error(out, tensors, alpha: float) -> float:
+    """How far the last queries of a head are from the reference in float64; alpha 1 is softmax."""
+    query, key, value = tensors
+    last = (query[:1, :1, -CHECKED_ROWS:].double(), key[:1, :1].double(), value[:1, :1].double())
+    exact, _ = reference.attention(*last, alpha=alpha)
+    return difference([out[:1, :1, -CHECKED_ROWS:]], [exact])
+
+
+def _peer_error(attention, tensors, alpha: float) -> dict:
+    """What a peer computes is shown, right or wrong; what is not finite is no result."""
+    with torch.no_grad():
+        out = attention(*tensors)
+    if not bool(torch.isfinite(out).all()):
+        return {"refused": "its output is not finite"}
+    return {"error": _error(out, tensors, alpha)}
+
+
 def _describe(arguments, tensors) -> tuple[float, float, float]:
     """Relative error against float64 of the last rows of a head, share of empty blocks, keys with weight per query."""
     query, key, value = tensors
     out, tau = attend_with_tau(query, key, value, alpha=arguments.alpha)
-    last = (query[:1, :1, -CHECKED_ROWS:].double(), key[:1, :1].double(), value[:1, :1].double())
-    exact, _ = reference.attention(*last, alpha=arguments.alpha)
-    error = difference([out[:1, :1, -CHECKED_ROWS:]], [exact])
+    error = _error(out, tensors, arguments.alpha)
     gradients = outputs(partial(attend, alpha=arguments.alpha), tensors, torch.ones_like(query))
     difference(gradients, gradients)
     if not error < tolerance(query.dtype):

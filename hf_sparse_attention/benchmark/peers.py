@@ -51,15 +51,32 @@ def _flex(arguments):
     return attention
 
 
-def _adasplash(arguments):
+def _adasplash_1(arguments):
     if importlib.util.find_spec("adasplash") is None:
         return None
-    import adasplash
+    from adasplash import adasplash_v1
 
     def attention(query, key, value):
+        if not 1 < arguments.alpha <= 2:
+            raise ValueError(f"its alpha is in (1, 2], not {arguments.alpha}")
+        # Whoever has grouped heads must repeat keys and values for it, and add up their gradients.
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        return adasplash.adasplash(query, key, value, alpha=arguments.alpha, is_causal=True)
+        return adasplash_v1(query, key, value, alpha=arguments.alpha, is_causal=True)
+
+    return attention
+
+
+def _adasplash_2(arguments):
+    if importlib.util.find_spec("adasplash") is None:
+        return None
+    from adasplash import adasplash_v2
+
+    def attention(query, key, value):
+        if arguments.alpha != 1.5:
+            raise ValueError(f"its alpha is 1.5, not {arguments.alpha}")
+        # Grouped heads it reads as they are.
+        return adasplash_v2(query, key, value)
 
     return attention
 
@@ -68,7 +85,8 @@ PEERS = {
     "sdpa flash": Peer(sdpa("FLASH_ATTENTION"), softmax=True),
     "sdpa cudnn": Peer(sdpa("CUDNN_ATTENTION"), softmax=True),
     "flex attention": Peer(_flex, softmax=True),
-    "adasplash": Peer(_adasplash, softmax=False),
+    "adasplash 1": Peer(_adasplash_1, softmax=False),
+    "adasplash 2": Peer(_adasplash_2, softmax=False),
 }
 
 

@@ -9,11 +9,20 @@ import torch
 
 
 def measure(attention, tensors, repeats: int) -> dict:
-    """One row: forward and training of `attention(query, key, value)`, or why it refuses them."""
+    """One row: forward and training of `attention(query, key, value)`, or why it refuses them.
+
+    Whatever another project raises is its refusal: an assertion, often without a word, or an error of its compiler.
+    """
     try:
         return measured(attention, tensors, repeats)
-    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-        return {"refused": str(error).splitlines()[0][:200]}
+    except Exception as error:
+        return {"refused": refusal(error)}
+
+
+def refusal(error: Exception) -> str:
+    """The kind of an error and the first line of what it says, if it says anything."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])[:200]
 
 
 def measured(attention, tensors, repeats: int) -> dict:

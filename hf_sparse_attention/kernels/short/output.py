@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..compiling import Kernel
+from ..forward import last_step
 from ..tiles import ENTMAX15, entmax_parameters, key_scores, load_block, row_ranges, weights
 from .spans import load_keys, seen_span
 
@@ -192,13 +193,22 @@ def _short_forward_kernel(
         discriminant = tl.maximum(slope_sum * slope_sum - tl.sum(counts, 1) * missing, 0.0)
         step = tl.where(positive, missing / (divisor + tl.sqrt(discriminant)), 0.0)
     else:
-        # To first order. Not for the slopes of alpha > 2, which are not bounded.
-        step = tl.where(alpha_head > 2.0, 0.0, tl.where(positive, missing / (exponent * divisor), 0.0))
+        # To first order.
+        step = tl.where(positive, missing / (exponent * divisor), 0.0)
+    moved = tl.zeros_like(step)
+    if BRACKET:
+        # The slopes of alpha > 2 are not bounded: there the threshold moves, and not far enough to lose a key.
+        last = last_step(missing + 1.0, slope_sum, slope_sum, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
+        moved = tl.where(alpha_head > 2.0, last, 0.0)
+        step = tl.where(alpha_head > 2.0, 0.0, step)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in tl.static_range(TILES):
         if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
             if ALPHA_KIND == 15:
                 p, u = weights(xs[tile] - tau[:, None], step[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+            elif BRACKET:
+                p, u = weights(xs[tile] - tau[:, None], moved[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p -= (step * exponent)[:, None] * u
             else:
                 p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
                 p -= (step * exponent)[:, None] * u
@@ -207,7 +217,7 @@ def _short_forward_kernel(
             else:
                 v = load_keys(v_base, tile * BLOCK_N, stride_wn, dims, low, high, head_dim, BLOCK_N=BLOCK_N)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    tau = tl.where(empty, float("inf"), tau + step)
+    tau = tl.where(empty, float("inf"), tau + (step + moved))
     tl.store(tau_ptr + head_index.to(tl.int64) * queries + rows, tau, mask=row_mask)
     o_base = out_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     o_pointers = o_base + rows[:, None] * stride_on + dims[None, :]
