@@ -232,19 +232,34 @@ def test_the_bound_of_tau_holds_whichever_pages_give_it(together, poisoned, monk
 
 
 def test_bounds_rest_where_the_pages_they_save_take_less_time_than_they_do(monkeypatch):
-    """Few pages: 11 of 12 are not read, and yet reading them all is faster."""
-    codes = randn(1, 1, 12, 16, seed=4) * 3
-    key = codes.repeat_interleave(TILE, 2) + randn(1, 1, 12 * TILE, 16, seed=5) * 0.1
+    """Few pages: 7 of 8 are not read, and yet reading them all is faster."""
+    monkeypatch.setattr(launch, "MOST_SPLITS", 1)
+    codes = randn(1, 1, 8, 16, seed=4) * 3
+    key = codes.repeat_interleave(TILE, 2) + randn(1, 1, 8 * TILE, 16, seed=5) * 0.1
     read = spied_pages(monkeypatch)
-    for worth, left in ((scores.WORTH, page_kernels.REST), (0, 0)):
-        monkeypatch.setattr(scores, "WORTH", worth)
+    for worth, left in ((launch.WORTH, page_kernels.REST), (0, 0)):
+        monkeypatch.setattr(launch, "WORTH", worth)
         state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
         entmax_attention(codes[:, :, 3:4] / 2, key, key, pages=(*bounds_of(key), state))
         assert read.pop() == [3] and state.tolist() == [left, 0, 0]
 
 
+@pytest.mark.parametrize("pages, left", [([0, 2, 4, 6, 8, 10, 12], page_kernels.REST), ([0, 1, 2, 3, 4, 5, 6], 0)])
+def test_bounds_rest_where_one_program_has_most_to_read(pages, left, monkeypatch):
+    """Seven of sixteen pages, all of one of two programs or shared: a step lasts as long as its longest program."""
+    monkeypatch.setattr(launch, "MOST_SPLITS", 2)
+    monkeypatch.setattr(launch, "WORTH", 0)
+    codes = torch.eye(16, device=DEVICE).to(HALF)[None, None] * 4
+    key = codes.repeat_interleave(TILE, 2)
+    read = spied_pages(monkeypatch)
+    state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
+    entmax_attention(codes[:, :, pages].sum(2, keepdim=True), key, key, pages=(*bounds_of(key), state))
+    assert read.pop() == pages and state.tolist() == [left, 0, 0]
+
+
 def test_bounds_that_do_not_help_rest_and_are_tried_again(monkeypatch):
-    monkeypatch.setattr(scores, "WORTH", 0)
+    monkeypatch.setattr(launch, "MOST_SPLITS", 1)
+    monkeypatch.setattr(launch, "WORTH", 0)
     query, key, value = randn(1, 2, 1, 16, seed=1) / 10, randn(1, 1, 700, 16, seed=2), randn(1, 1, 700, 16, seed=3)
     state = torch.zeros(STATE, dtype=torch.int32, device=DEVICE)
     lower, upper, radius = bounds_of(key)

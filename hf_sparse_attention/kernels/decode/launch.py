@@ -8,7 +8,7 @@ import triton
 from ..configurations import TILE, processors
 from ..tiles import ENTMAX15
 from . import output, scores, threshold
-from .pages import REST, bounds_of_pages
+from .pages import REST, WORTH, bounds_of_pages
 
 # Rows of one program at most.
 MOST_ROWS = 64
@@ -79,7 +79,7 @@ def run_passes(call, pages=None):
     # Tiles and keys of every split, the last shares rounded up.
     tile_lists, key_lists = (scratch((tiles + splits) * size, dtype=torch.int32) for size in (1, TILE))
     parts, sums = scratch(splits, rows, head_dim), scratch(splits, rows)
-    counts, arrived = scratch(splits, dtype=torch.int32), scratch(dtype=torch.int32)
+    counts, arrived = scratch(splits, 2, dtype=torch.int32), scratch(dtype=torch.int32)
     found, pending = (scratch(rows, size, dtype=torch.int32) for size in (threshold.HELD * TILE, 1))
     origin, level, bound = scratch(rows), scratch(rows), scratch(rows)
     tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
@@ -90,12 +90,12 @@ def run_passes(call, pages=None):
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     launch = launch_of(query.element_size(), call.block_dim, block)
-    state = votes = None
+    state = work = None
     if pages is not None:
         bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
-        state, votes = pages[3], scratch(splits, dtype=torch.int32)
+        state, work = pages[3], scratch(splits, 2, dtype=torch.int32)
     scores.scores_kernel[(group_tiles, splits)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, votes, state, bound,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, work, state, bound,
         stored, maxima, slots,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
@@ -111,11 +111,10 @@ def run_passes(call, pages=None):
         LEAST_TILES=scores.LEAST_TILES,
         STEPS=threshold.STEPS,
         SCAN=min(threshold.SCAN, output.AT_ONCE // existing),
-        WORTH=scores.WORTH,
         **launch,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
-        value, call.alpha_tensor, call.visible, bound, votes, state,
+        value, call.alpha_tensor, call.visible, bound, work, state,
         stored, maxima, slots, lists, found, origin, level, pending, arrived, tau, out,
         call.excess,
         *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
@@ -134,6 +133,7 @@ def run_passes(call, pages=None):
         STEPS=threshold.STEPS,
         TOLERANCE=1e-9 if call.alpha_kind == ENTMAX15 else 1e-7,
         REST=REST,
+        WORTH=WORTH,
         num_warps=8,
     )  # fmt: skip
     output.output_kernel[(group_tiles, splits)](

@@ -18,10 +18,16 @@ from .threshold import STEPS, subset_threshold
 # Pages whose keys give the lower bound of tau: the newest one, and the best of what so many programs bounded.
 SEEDS = 4
 PAGES = 32
-# Where so many pages are read that it does not pay (scores.WORTH), the bounds are left alone for as many calls.
+# Where so many pages are read that it does not pay, the bounds are left alone for as many calls.
 REST = 31
+# With bounds a step takes as much longer as a program takes for so many tiles, for a sixteenth of its own, and for a
+# quarter of those it reads, as tiles of a list come slower. In us, without the last: 15 at 32 K x 1, 21 at 128 K x 1,
+# 26 at 32 K x 8, 45 at 128 K x 8; a tile takes 1.4 to 1.6.
+WORTH = 7
 # Channels read at once where scores are summed without a tensor core.
 CHANNELS = 32
+# Registers of a thread at most, so that four programs share a processor and none of those that wait begins late.
+REGISTERS = 128
 # Numbers of the state that a layer keeps: for how many calls its bounds rest, and the tickets that programs have taken
 # and how many have arrived, both zero between calls.
 STATE = 3
@@ -426,6 +432,8 @@ def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch):
         PAGE_MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
         SEED_MARGIN=margin,
         **launch,
+        # An option of the compiler for NVIDIA's cards alone.
+        **({} if torch.version.hip or REGISTERS is None else {"maxnreg": REGISTERS}),
     )  # fmt: skip
 
 

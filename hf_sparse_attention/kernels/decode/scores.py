@@ -15,9 +15,6 @@ SLACK = 1e-5
 # From so many tiles of a program on, it first takes a lower bound of tau from the newest keys, and from twice as many
 # from the oldest too: that costs the time of a tile, and saves writing the scores of most.
 LEAST_TILES = 64
-# With bounds a step takes as much longer as a program takes for so many tiles and for a sixteenth of its own: bounds
-# that save less rest. From 14 us at 32 K x 1, 17 at 128 K x 1, 22 at 32 K x 8, 47 at 128 K x 8, and 1.4 us a tile.
-WORTH = 8
 # Channels whose products a tensor core adds up, in float32.
 CHUNK_D = 32
 
@@ -104,7 +101,7 @@ def _walk(
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def scores_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, votes_ptr, state_ptr, bound_ptr,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, work_ptr, state_ptr, bound_ptr,
     scores_ptr, maxima_ptr, slots_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
@@ -131,7 +128,6 @@ def scores_kernel(
     LEAST_TILES: tl.constexpr,
     STEPS: tl.constexpr,
     SCAN: tl.constexpr,
-    WORTH: tl.constexpr,
 ):  # fmt: skip
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -219,8 +215,7 @@ def scores_kernel(
             BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
         if HAS_STATE:
-            # Positive where what was not read took less time than finding that out.
-            own = tl.maximum(high - low - split + splits - 1, 0) // splits
-            tl.store(votes_ptr + part, 16 * (count + WORTH) - 15 * own)
+            tl.store(work_ptr + 2 * part, count)
+            tl.store(work_ptr + 2 * part + 1, tl.maximum(high - low - split + splits - 1, 0) // splits)
     slot_rows = (part * rows + local) * TILE
     tl.store(slots_ptr + slot_rows[:, None] + columns_of_tile[None, :], slots, mask=inside[:, None])

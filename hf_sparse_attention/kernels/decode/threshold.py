@@ -86,24 +86,28 @@ def subset_thresholds(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, ST
 
 
 @triton.jit
-def _rest(row, programs, votes_ptr, state_ptr, SCAN: tl.constexpr, REST: tl.constexpr):
-    """Whether the bounds of pages rest from the next call on: the first row counts the votes of the programs.
+def _rest(row, programs, work_ptr, state_ptr, SCAN: tl.constexpr, REST: tl.constexpr, WORTH: tl.constexpr):
+    """Whether the bounds of pages rest from the next call on: the first row looks at what the programs had to read.
 
     Every program of the passes before has asked whether they rest, and none of this one does.
     """
     if row == 0:
         idle = tl.load(state_ptr)
-        votes = 0
+        read, own = 0, 0
         if idle == 0:
             scan = tl.arange(0, SCAN)
             for base in range(0, programs, SCAN):
-                votes += tl.sum(tl.load(votes_ptr + base + scan, mask=base + scan < programs, other=0), 0)
-        tl.store(state_ptr, tl.where(idle > 0, idle - 1, tl.where(votes > 0, REST, 0)))
+                # A step lasts as long as the program with most to read.
+                inside = base + scan < programs
+                read = tl.maximum(read, tl.max(tl.load(work_ptr + 2 * (base + scan), mask=inside, other=0), 0))
+                own = tl.maximum(own, tl.max(tl.load(work_ptr + 2 * (base + scan) + 1, mask=inside, other=0), 0))
+        rests = 20 * read + 16 * WORTH > 15 * own
+        tl.store(state_ptr, tl.where(idle > 0, idle - 1, tl.where(rests, REST, 0)))
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
 def threshold_kernel(
-    v_ptr, alpha_ptr, visible_ptr, bound_ptr, votes_ptr, state_ptr,
+    v_ptr, alpha_ptr, visible_ptr, bound_ptr, work_ptr, state_ptr,
     scores_ptr, maxima_ptr, slots_ptr, list_ptr, key_list_ptr, origin_ptr, level_ptr, pending_ptr, arrived_ptr,
     tau_ptr, out_ptr,
     excess,
@@ -128,10 +132,11 @@ def threshold_kernel(
     STEPS: tl.constexpr,
     TOLERANCE: tl.constexpr,
     REST: tl.constexpr,
+    WORTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if HAS_STATE:
-        _rest(row, tl.num_programs(0) // rows * splits, votes_ptr, state_ptr, SCAN=SCAN, REST=REST)
+        _rest(row, tl.num_programs(0) // rows * splits, work_ptr, state_ptr, SCAN=SCAN, REST=REST, WORTH=WORTH)
     group_tile = row // rows
     # Nobody has arrived in the pass that follows.
     if row % rows == 0:
