@@ -185,6 +185,8 @@ def test_stages_one_after_the_other(here, home, tmp_path):
     summary = here(stages=stages, log_every=1)
     folder = tmp_path / "run"
     assert sorted(path.name for path in (folder / "stages").iterdir()) == ["1-match", "2-pretrain"]
+    # The text is encoded once, though each stage has the tokenizer of the model it goes on from.
+    assert len(list((folder / "packed").iterdir())) == 1 and not list(folder.glob("stages/*/packed"))
     assert summary["steps"] == 9 and summary["tokens"] == 9 * 4 * 32
     assert summary["base_model"] == str(home / "dense") and len(summary["stages"]) == 2
     assert summary["stages"][0]["options"]["learning_rate"] == 1e-3

@@ -68,11 +68,12 @@ from .throughput import flops_per_token, peak_flops
 from .zero import GradientWatch, in_working_precision, is_zero
 
 
-def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
+def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path | None = None) -> dict:
     """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
 
     Args:
         first_token: how many tokens of the data an earlier stage has seen.
+        packed: folder of encoded text that several stages share (default: `output/packed`).
 
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
@@ -141,7 +142,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
             max(1, arguments.statistics_blocks), slice
         )
     else:
-        tokens, starts = packed_tokens(output, arguments, tokenizer, block_size, accelerator)
+        tokens, starts = packed_tokens(packed or output / "packed", arguments, tokenizer, block_size, accelerator)
         blocks = Blocks(tokens, starts, block_size)
         watched = batch_of(*blocks.rows(np.arange(min(max(1, arguments.statistics_blocks), len(blocks)))))
     if held_out is not None:

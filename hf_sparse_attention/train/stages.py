@@ -161,7 +161,7 @@ def _train_stages(arguments: TrainArguments) -> dict:
             if state.is_main_process:
                 os.rename(output / "model", Path(stage.output) / "model")
             state.wait_for_everyone()
-        summaries.append(train_stage(stage, first_token=tokens))
+        summaries.append(train_stage(stage, first_token=tokens, packed=output / "packed"))
         tokens += summaries[-1]["tokens"]
     summary = _joined(arguments, summaries, state.num_processes)
     if state.is_main_process:
