@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -56,6 +56,12 @@ class Source:
     def is_untrained(self) -> bool:
         """Whether its weights have only ever been trained with softmax."""
         return not self.is_sparse or (self.folder / RECORD).is_file()
+
+    @property
+    def record(self) -> dict:
+        """What `convert` wrote of a folder that was not trained yet; empty for any other."""
+        file = self.folder / RECORD
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -190,12 +196,16 @@ def check_settings(source: Source, settings: SparseAttentionConfig) -> SparseAtt
 
 
 def load_model(
-    source: Source, settings: SparseAttentionConfig | None, dtype: str | None = None
+    source: Source,
+    settings: SparseAttentionConfig | None,
+    dtype: str | None = None,
+    without: Collection[str] = (),
 ) -> tuple[PreTrainedModel, Tensors]:
     """The model of a folder: converted if `settings` are given, else what the folder says, sparse or dense.
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.
+        without: names of the checkpoint's tensors that are left out.
 
     Raises:
         ValueError: if the checkpoint has tensors that the model does not know or lacks some that it needs.
@@ -220,7 +230,7 @@ def load_model(
     new = set(new_parameter_names(model)) if settings is not None else set()
     missing = set(info["missing_keys"])
     kept = [name for name, _ in model.named_parameters() if name not in new | missing]
-    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(info["unexpected_keys"]))
+    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(set(info["unexpected_keys"]) - set(without)))
     if tensors.missing or tensors.unexpected or info.get("mismatched_keys"):
         raise ValueError(f"the weights of {source.name} do not fit its config:\n{tensors}")
     return model, tensors

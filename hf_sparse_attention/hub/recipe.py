@@ -42,6 +42,7 @@ def training(evidence: Evidence, base: str) -> str:
 
     rows = [
         ["base model", base],
+        *([["recipe of `train`", f"`{summary['recipe']}`"]] if summary.get("recipe") else []),
         ["steps", whole(summary.get("steps"))],
         ["tokens", whole(summary.get("tokens"))],
         ["passes over the data", number(summary.get("epochs"), "{:.2f}")],
