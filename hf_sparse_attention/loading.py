@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .config import SPECIFICATIONS, SparseAttentionConfig
-from .models import ONLY_SAFETENSORS, check_convertible, new_parameter_names, sparse_config
+from .models import FAMILIES, ONLY_SAFETENSORS, check_convertible, new_parameter_names, sparse_config
 
 # What is fetched of a model on the Hub beside its weights, and what of it goes along into a converted folder.
 COMPANIONS = (
@@ -205,7 +205,8 @@ def load_model(
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.
-        without: names of the checkpoint's tensors that are left out.
+        without: names of the tensors of a sparse checkpoint that its dense model, whose config `source` has, leaves
+            out.
 
     Raises:
         ValueError: if the checkpoint has tensors that the model does not know or lacks some that it needs.
@@ -214,9 +215,13 @@ def load_model(
     options = {}
     if settings is not None:
         options = {"attn_implementation": settings.map, "sparse_attention": settings.to_dict()}
+    loader = AutoModelForCausalLM
+    if without:
+        # The Auto class refuses a dense config for a sparse folder, which is what is meant here.
+        loader = FAMILIES[source.config.model_type].dense("ForCausalLM")
     try:
         with _without_advice():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = loader.from_pretrained(
                 source.folder,
                 config=copy.deepcopy(source.config),
                 dtype=dtype or "auto",

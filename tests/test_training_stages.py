@@ -631,14 +631,16 @@ def test_a_rising_alpha_is_compiled_three_times_at_most(home):
     dynamo.reset()
 
 
-@pytest.mark.parametrize("changes", [{"map": "none"}, {"map": "ssmax"}, {"lora_rank": 2}, {"stages": ["{steps: 1}"]}])
+@pytest.mark.parametrize(
+    "changes", [{"map": "none"}, {"map": "ssmax"}, {"lora_rank": 2}, {"stages": ["{steps: 1}"]}, {"steps": 10}]
+)
 def test_the_command_in_the_summary_is_one(here, changes):
     """The options with their defaults filled in are options that train takes."""
     import shlex
 
     from hf_sparse_attention.train.arguments import check_arguments
 
-    words = shlex.split(here(steps=1, checkpoint_every=0, statistics_blocks=0, **changes)["command"])
+    words = shlex.split(here(**{"steps": 1, "checkpoint_every": 0, "statistics_blocks": 0, **changes})["command"])
     assert words[:2] == ["hf-sparse-attention", "train"]
     arguments = parse_arguments(TrainArguments, words[2:], program="train")
     assert check_arguments(arguments).map == changes.get("map")

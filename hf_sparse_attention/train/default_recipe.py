@@ -48,10 +48,17 @@ def choose(arguments: TrainArguments, source: Source, settings: SparseAttentionC
         ValueError: if the recipe that is asked for, or the one that output holds, does not go with the other options.
     """
     begun = begun_recipe(arguments)
-    if begun is not None and arguments.recipe not in (None, begun):
+    two = begun == MATCH_DISTILL
+    differs = {
+        "recipe": arguments.recipe not in (None, begun),
+        "stage": two and arguments.stage is not None,
+        "map": two and settings is None,
+    }
+    if begun is not None and any(differs.values()):
+        name = next(name for name, found in differs.items() if found)
         raise ValueError(
-            f"recipe is {arguments.recipe!r}, but {arguments.output} holds a run of {begun!r}: go on without "
-            "--recipe, replace it with --overwrite, or name another --output"
+            f"{name} is {getattr(arguments, name)!r}, but {arguments.output} holds a run of recipe {begun!r}: go on "
+            f"without --{name}, replace it with --overwrite, or name another --output"
         )
     against = [] if settings is None else against_match_distill(arguments, source, settings)
     asked = begun or arguments.recipe
