@@ -220,7 +220,7 @@ def load_model(
         # The Auto class refuses a dense config for a sparse folder, which is what is meant here.
         loader = FAMILIES[source.config.model_type].dense("ForCausalLM")
     try:
-        with _without_advice():
+        with _without_advice(*(["transformers.modeling_utils"] if without else [])):
             model, info = loader.from_pretrained(
                 source.folder,
                 config=copy.deepcopy(source.config),
@@ -242,15 +242,21 @@ def load_model(
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """Loading a dense model with one of our maps advises to convert and train it, which is what is being done."""
-    logger = logging.getLogger("hf_sparse_attention.models.pretrained")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _without_advice(*others: str) -> Iterator[None]:
+    """Loading a dense model with one of our maps advises to convert and train it, which is what is being done.
+
+    Args:
+        others: further loggers whose warnings are of what is meant to be.
+    """
+    loggers = [logging.getLogger(name) for name in ("hf_sparse_attention.models.pretrained", *others)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
