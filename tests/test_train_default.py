@@ -87,6 +87,12 @@ def test_it_is_the_two_stages_written_out(here, home, tmp_path, capsys):
     assert summary["recipe"] == "match_distill" and summary["steps"] == 12 and summary["tokens"] == 12 * 4 * 32
     assert [stage["stage"] for stage in summary["stages"]] == ["match", "pretrain"]
     assert "--recipe match_distill" in summary["command"] and "--stages" not in summary["command"]
+    from hf_sparse_attention.hub import PushArguments, push_model
+
+    push_model(PushArguments(model=str(tmp_path / "run" / "model"), dry_run=str(tmp_path / "upload"), license="mit"))
+    card = (tmp_path / "upload" / "README.md").read_text()
+    assert "| recipe of `train` | `match_distill` |" in card and "stage 1 (match): 0.02; stage 2 (pretrain)" in card
+    assert f"from `{(home / 'dense').name}`, weight 0.6" in card
     stages = [
         "{stage: match, steps: 3, trained: attention, learning_rate: 0.02, new_learning_rate: 0.2, alpha_share: 0.8}",
         "{steps: 9, learning_rate: 0.0015, new_learning_rate: 0.01, alpha_schedule: none, final_share: 0.02}",
