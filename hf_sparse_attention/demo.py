@@ -87,6 +87,8 @@ def run_demo(arguments: DemoArguments) -> dict:
                 checkpoint_every=max(1, arguments.steps // 3),
                 resume="auto",
                 cpu=True,
+                # A few minutes of two cores are too short for a second model beside it.
+                recipe="anneal" if name == arguments.map else None,
             )
         )
 

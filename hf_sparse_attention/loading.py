@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .config import SPECIFICATIONS, SparseAttentionConfig
-from .models import ONLY_SAFETENSORS, check_convertible, new_parameter_names, sparse_config
+from .models import FAMILIES, ONLY_SAFETENSORS, check_convertible, new_parameter_names, sparse_config
 
 # What is fetched of a model on the Hub beside its weights, and what of it goes along into a converted folder.
 COMPANIONS = (
@@ -56,6 +56,12 @@ class Source:
     def is_untrained(self) -> bool:
         """Whether its weights have only ever been trained with softmax."""
         return not self.is_sparse or (self.folder / RECORD).is_file()
+
+    @property
+    def record(self) -> dict:
+        """What `convert` wrote of a folder that was not trained yet; empty for any other."""
+        file = self.folder / RECORD
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -190,12 +196,17 @@ def check_settings(source: Source, settings: SparseAttentionConfig) -> SparseAtt
 
 
 def load_model(
-    source: Source, settings: SparseAttentionConfig | None, dtype: str | None = None
+    source: Source,
+    settings: SparseAttentionConfig | None,
+    dtype: str | None = None,
+    without: Collection[str] = (),
 ) -> tuple[PreTrainedModel, Tensors]:
     """The model of a folder: converted if `settings` are given, else what the folder says, sparse or dense.
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.
+        without: names of the tensors of a sparse checkpoint that its dense model, whose config `source` has, leaves
+            out.
 
     Raises:
         ValueError: if the checkpoint has tensors that the model does not know or lacks some that it needs.
@@ -204,9 +215,13 @@ def load_model(
     options = {}
     if settings is not None:
         options = {"attn_implementation": settings.map, "sparse_attention": settings.to_dict()}
+    loader = AutoModelForCausalLM
+    if without:
+        # The Auto class refuses a dense config for a sparse folder, which is what is meant here.
+        loader = FAMILIES[source.config.model_type].dense("ForCausalLM")
     try:
-        with _without_advice():
-            model, info = AutoModelForCausalLM.from_pretrained(
+        with _without_advice(*(["transformers.modeling_utils"] if without else [])):
+            model, info = loader.from_pretrained(
                 source.folder,
                 config=copy.deepcopy(source.config),
                 dtype=dtype or "auto",
@@ -220,22 +235,28 @@ def load_model(
     new = set(new_parameter_names(model)) if settings is not None else set()
     missing = set(info["missing_keys"])
     kept = [name for name, _ in model.named_parameters() if name not in new | missing]
-    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(info["unexpected_keys"]))
+    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(set(info["unexpected_keys"]) - set(without)))
     if tensors.missing or tensors.unexpected or info.get("mismatched_keys"):
         raise ValueError(f"the weights of {source.name} do not fit its config:\n{tensors}")
     return model, tensors
 
 
 @contextmanager
-def _without_advice() -> Iterator[None]:
-    """Loading a dense model with one of our maps advises to convert and train it, which is what is being done."""
-    logger = logging.getLogger("hf_sparse_attention.models.pretrained")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _without_advice(*others: str) -> Iterator[None]:
+    """Loading a dense model with one of our maps advises to convert and train it, which is what is being done.
+
+    Args:
+        others: further loggers whose warnings are of what is meant to be.
+    """
+    loggers = [logging.getLogger(name) for name in ("hf_sparse_attention.models.pretrained", *others)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:

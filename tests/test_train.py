@@ -438,8 +438,9 @@ for values in sys.argv[1:]:
 
 def test_killed_and_resumed_is_bit_identical(home, tmp_path):
     values = options(
-        home, output=str(tmp_path / "killed"), steps=120, checkpoint_every=7, eval_every=10, log_every=3, resume="auto"
-    )
+        home, output=str(tmp_path / "killed"), steps=120, checkpoint_every=7, eval_every=10, log_every=3,
+        resume="auto", recipe="anneal",
+    )  # fmt: skip
     victim = python(VICTIM, json.dumps(values))
     checkpoints = tmp_path / "killed" / "checkpoints"
     wait_until = time.monotonic() + 120

@@ -185,6 +185,8 @@ def test_stages_one_after_the_other(here, home, tmp_path):
     summary = here(stages=stages, log_every=1)
     folder = tmp_path / "run"
     assert sorted(path.name for path in (folder / "stages").iterdir()) == ["1-match", "2-pretrain"]
+    # The text is encoded once, though each stage has the tokenizer of the model it goes on from.
+    assert len(list((folder / "packed").iterdir())) == 1 and not list(folder.glob("stages/*/packed"))
     assert summary["steps"] == 9 and summary["tokens"] == 9 * 4 * 32
     assert summary["base_model"] == str(home / "dense") and len(summary["stages"]) == 2
     assert summary["stages"][0]["options"]["learning_rate"] == 1e-3
@@ -629,14 +631,16 @@ def test_a_rising_alpha_is_compiled_three_times_at_most(home):
     dynamo.reset()
 
 
-@pytest.mark.parametrize("changes", [{"map": "none"}, {"map": "ssmax"}, {"lora_rank": 2}, {"stages": ["{steps: 1}"]}])
+@pytest.mark.parametrize(
+    "changes", [{"map": "none"}, {"map": "ssmax"}, {"lora_rank": 2}, {"stages": ["{steps: 1}"]}, {"steps": 10}]
+)
 def test_the_command_in_the_summary_is_one(here, changes):
     """The options with their defaults filled in are options that train takes."""
     import shlex
 
     from hf_sparse_attention.train.arguments import check_arguments
 
-    words = shlex.split(here(steps=1, checkpoint_every=0, statistics_blocks=0, **changes)["command"])
+    words = shlex.split(here(**{"steps": 1, "checkpoint_every": 0, "statistics_blocks": 0, **changes})["command"])
     assert words[:2] == ["hf-sparse-attention", "train"]
     arguments = parse_arguments(TrainArguments, words[2:], program="train")
     assert check_arguments(arguments).map == changes.get("map")

@@ -47,6 +47,7 @@ def training(evidence: Evidence, base: str) -> str:
         ["passes over the data", number(summary.get("epochs"), "{:.2f}")],
         ["tokens in a block", each(lambda stage: whole(stage.get("block_size")))],
         ["blocks in a step", each(lambda stage: whole(stage.get("blocks_per_step")))],
+        *([["recipe of `train`", f"`{summary['recipe']}`"]] if summary.get("recipe") else []),
         ["learning rate", each(lambda stage: number(stage.get("learning_rate"), "{:g}"))],
         ["learning rate of new parameters", each(lambda stage: number(stage.get("new_learning_rate"), "{:g}"))],
         ["learning rate schedule", each(_schedule)],

@@ -11,6 +11,7 @@ from .lengths import parse_block_sizes
 from .recipe import ALPHA_SCHEDULES, SCALE_STARTS, SCHEDULES, TRAINED
 
 STAGES = ("pretrain", "match")
+RECIPES = ("match_distill", "anneal")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -84,11 +85,21 @@ class TrainArguments:
     max_positions: int | None = field(
         default=None, metadata=_help("positions the model then reaches (default: its own, times rope_yarn)")
     )
-    stage: str = field(
-        default="pretrain",
+    recipe: str | None = field(
+        default=None,
         metadata=_help(
-            "pretrain: on the text; match: pull the output of each sparse attention layer to the dense layer's, on "
-            "the dense model's hidden states, everything else frozen"
+            "what is done with a model that was only trained with softmax: match_distill, a fifth of the steps that "
+            "pull each sparse layer to the dense one while alpha rises, then text and the dense model's logits; "
+            "anneal, one stage that raises alpha (default: match_distill, or anneal where other options ask for it; a "
+            "line says which and why)"
+        ),
+    )
+    stage: str | None = field(
+        default=None,
+        metadata=_help(
+            "one stage instead of a recipe. pretrain: on the text; match: pull the output of each sparse attention "
+            "layer to the dense layer's, on the dense model's hidden states, everything else frozen (default: "
+            "pretrain)"
         ),
     )
     stages: list[str] = field(
@@ -106,10 +117,17 @@ class TrainArguments:
         ),
     )
     distill: str | None = field(
-        default=None, metadata=_help("dense model whose logits are learned from too: a folder or a Hub id")
+        default=None,
+        metadata=_help(
+            "dense model whose logits are learned from too: a folder or a Hub id; also a folder of `convert`, for the "
+            "dense model in it"
+        ),
+    )
+    distill_revision: str | None = field(
+        default=None, metadata=_help("branch, tag or commit of a model on the Hub that is distilled")
     )
     distill_weight: float | None = field(
-        default=None, metadata=_help("share of the loss that is distillation (default: 0.5)")
+        default=None, metadata=_help("share of the loss that is distillation (default: 0.5, in match_distill 0.6)")
     )
     distill_temperature: float | None = field(
         default=None, metadata=_help("temperature of both softmaxes in distillation (default: 1)")
@@ -121,13 +139,28 @@ class TrainArguments:
     batch_size: int = field(default=8, metadata=_help("blocks in a forward pass of one process"))
     gradient_accumulation: int = field(default=1, metadata=_help("forward passes of one process in a step"))
     steps: int = field(default=1000, metadata=_help("optimizer steps"))
-    learning_rate: float = field(default=3e-4, metadata=_help("peak learning rate of the dense model's parameters"))
+    learning_rate: float = field(
+        default=3e-4,
+        metadata=_help(
+            "peak learning rate of the dense model's parameters; a tenth of the peak it was pretrained at is a good "
+            "start. In match_distill 20/3 of it while matching, then half of it"
+        ),
+    )
     new_learning_rate: float | None = field(
-        default=None, metadata=_help("peak learning rate of the map's new parameters (default: learning_rate)")
+        default=None,
+        metadata=_help(
+            "peak learning rate of the map's new parameters (default: learning_rate; in match_distill 200/3 of that, "
+            "then 10/3)"
+        ),
     )
     schedule: str = field(default="cosine", metadata=_help("learning rate after warm-up: cosine, linear or constant"))
     warmup_share: float = field(default=0.02, metadata=_help("share of the steps in which learning rates rise from 0"))
-    final_share: float = field(default=0.1, metadata=_help("share of the peak that cosine and linear end at"))
+    final_share: float | None = field(
+        default=None,
+        metadata=_help(
+            "share of the peak that cosine and linear end at (default: 0.1, in the second stage of match_distill 0.02)"
+        ),
+    )
     alpha_schedule: str | None = field(
         default=None,
         metadata=_help(
@@ -143,7 +176,9 @@ class TrainArguments:
         default=None,
         metadata=_help("raise alpha in so many steps (default: a little with every step)"),
     )
-    alpha_share: float = field(default=0.5, metadata=_help("share of the steps in which alpha rises"))
+    alpha_share: float | None = field(
+        default=None, metadata=_help("share of the steps in which alpha rises (default: 0.5)")
+    )
     weight_decay: float = field(default=0.1, metadata=_help("of matrices; new parameters, norms and biases have none"))
     beta1: float = field(default=0.9, metadata=_help("AdamW's first beta"))
     beta2: float = field(default=0.95, metadata=_help("AdamW's second beta"))
@@ -207,8 +242,10 @@ _NEEDED = {
     "lora_rank": {"lora_alpha": None, "lora_dropout": None, "lora_targets": None, "lora_save": "merge"},
     "streaming": {"shuffle_buffer": 1024},
     "eval_data": {"eval_split": "validation", "eval_blocks": 64},
-    "distill": {"distill_weight": 0.5, "distill_temperature": 1.0},
+    "distill": {"distill_weight": 0.5, "distill_temperature": 1.0, "distill_revision": None},
 }
+# What is not given and does not depend on another option. None tells a recipe that it may choose.
+DEFAULTS = {"stage": "pretrain", "alpha_share": 0.5, "final_share": 0.1}
 
 
 def check_arguments(arguments: TrainArguments) -> TrainArguments:
@@ -221,7 +258,8 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
     choices = {
         "schedule": SCHEDULES, "alpha_schedule": (*ALPHA_SCHEDULES, None), "lora_save": ("merge", "adapter", None),
         "on_nonfinite": ("stop", "skip"), "mixed_precision": ("no", "bf16", "fp16", None),
-        "map": (*SPECIFICATIONS, "none", None), "position": (*POSITIONS, None), "stage": STAGES,
+        "map": (*SPECIFICATIONS, "none", None), "position": (*POSITIONS, None), "stage": (*STAGES, None),
+        "recipe": (*RECIPES, None),
         "trained": (*TRAINED, None), "scale_start": (*SCALE_STARTS, None),
     }  # fmt: skip
     for name, allowed in choices.items():
@@ -233,7 +271,7 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
         raise ValueError("train_data names no text")
     if arguments.overwrite and arguments.resume != "never":
         raise ValueError("use overwrite or resume, not both")
-    changed = {}
+    changed = {name: value for name, value in DEFAULTS.items() if getattr(arguments, name) is None}
     for needed, names in _NEEDED.items():
         given = bool(getattr(arguments, needed))
         used = [name for name in names if getattr(arguments, name)]
@@ -242,10 +280,13 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
         if given:
             changed |= {name: default for name, default in names.items() if getattr(arguments, name) is None}
     _check_stage(arguments)
+    if arguments.recipe is not None and (arguments.stages or arguments.stage is not None):
+        given = "stages are" if arguments.stages else f"stage {arguments.stage!r} is"
+        raise ValueError(f"recipe is {arguments.recipe!r}, but {given} given too: leave one of the two out")
     if arguments.alpha_schedule == "none" or arguments.map == "none":
         _refuse(arguments, ("alpha_start", "alpha_plateaus"), "needs an alpha that rises: --alpha_schedule linear")
     if arguments.map == "none":
-        names = ("alpha", "position", "layers", "scale_start", "new_learning_rate", "alpha_schedule")
+        names = ("alpha", "position", "layers", "scale_start", "new_learning_rate", "alpha_schedule", "recipe")
         _refuse(arguments, names, "has no place with map 'none', the dense model as it is")
     if arguments.streaming and len(parse_block_sizes(arguments.block_size or 2)) > 1:
         raise ValueError(

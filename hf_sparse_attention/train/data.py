@@ -35,17 +35,17 @@ def streamed_blocks(arguments: TrainArguments, tokenizer, block_size: int, seed:
 
 
 def packed_tokens(
-    output: Path, arguments: TrainArguments, tokenizer, block_size: int, accelerator
+    place: Path, arguments: TrainArguments, tokenizer, block_size: int, accelerator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All training tokens and where documents start, encoded once and kept in `output/packed`; at least one block of
-    them. The first process does it and, where they do not find its folder, the first one of each other machine."""
+    """All training tokens and where documents start, encoded once and kept in a folder of `place`; at least one block
+    of them. The first process does it and, where they do not find its folder, the first one of each other machine."""
     names = find_texts(arguments.train_data)
     stamps = [
         [name, *((os.stat(name).st_size, os.stat(name).st_mtime_ns) if kind != "hub" else ())] for kind, name in names
     ]
-    options = [arguments.text_column, arguments.train_split, arguments.blank_lines, tokenizer.name_or_path]
-    digest = hashlib.sha256(json.dumps([stamps, options, sorted(tokenizer.get_vocab().items())]).encode()).hexdigest()
-    folder = output / "packed" / digest[:16]
+    options = [arguments.text_column, arguments.train_split, arguments.blank_lines]
+    digest = hashlib.sha256(json.dumps([stamps, options, _rules_of(tokenizer)]).encode()).hexdigest()
+    folder = place / digest[:16]
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         if accelerator.is_local_main_process and not folder.is_dir():
             documents = _documents(arguments, arguments.train_data, arguments.train_split)
@@ -64,6 +64,14 @@ def packed_tokens(
     tokens, starts = load_packed(folder)
     _check_tokens("train_data", arguments.train_data, len(starts), len(tokens), block_size)
     return tokens, starts
+
+
+def _rules_of(tokenizer) -> list:
+    """What a text's tokens follow from. Of a tokenizer in Rust all of it, wherever it lies: the model that a stage
+    goes on from has a copy. Another is known by its folder."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.name_or_path if fast is None else fast.to_str()
+    return [rules, sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
 def held_out_blocks(arguments: TrainArguments, tokenizer, block_size: int) -> dict[str, np.ndarray] | None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .packing import IGNORED_LABEL
@@ -100,6 +101,12 @@ class ChunkedLoss:
             return divergence
         entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED_LABEL, reduction="sum")
         return (1 - distillation.weight) * entropy + distillation.weight * divergence
+
+
+def scales_logits(config: PreTrainedConfig) -> bool:
+    """Whether a model's logits are more than one linear layer of its hidden states, by its config alone."""
+    neutral = {"logits_scaling": 1, "logit_scale": 1, "final_logit_softcapping": None}
+    return any(getattr(config, name, value) not in (value, None) for name, value in neutral.items())
 
 
 def chunk_loss(model: nn.Module, size: int, distillation: Distillation | None = None) -> None:

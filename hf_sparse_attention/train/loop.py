@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ..files import write_json
-from ..loading import count_parameters, find_model, load_model
-from ..models import check_convertible, new_parameter_names, set_alpha
+from ..loading import count_parameters, load_model
+from ..models import new_parameter_names, set_alpha
 from ..text import find_texts, load_tokenizer
 from .arguments import TrainArguments, check_arguments
 from .compilation import compile_parts, hold_rising_alpha
@@ -40,7 +40,7 @@ from .lengths import parse_block_sizes, phase_at, phases_of
 from .matching import begin_matching, end_matching, match_errors, matched, measure_scales, set_matching
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
-from .plan import check_block_size, check_fit, find_source, positions_of, settings_of
+from .plan import check_block_size, check_fit, find_source, find_teacher, positions_of, settings_of
 from .recipe import (
     LOWEST_ALPHA,
     alpha_at,
@@ -68,11 +68,12 @@ from .throughput import flops_per_token, peak_flops
 from .zero import GradientWatch, in_working_precision, is_zero
 
 
-def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
+def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path | None = None) -> dict:
     """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
 
     Args:
         first_token: how many tokens of the data an earlier stage has seen.
+        packed: folder of encoded text that several stages share (default: `output/packed`).
 
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
@@ -104,7 +105,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
     # The model's folder; what the run will make of it.
     with state.local_main_process_first():
         source = find_source(arguments)
-        dense_source = None if arguments.distill is None else find_model(arguments.distill, check=check_convertible)
+        dense_source = find_teacher(arguments, source)
     sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
     phases = phases_of(sizes, arguments.steps, arguments.batch_size)
     block_size = phases[-1].block_size
@@ -141,7 +142,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0) -> dict:
             max(1, arguments.statistics_blocks), slice
         )
     else:
-        tokens, starts = packed_tokens(output, arguments, tokenizer, block_size, accelerator)
+        tokens, starts = packed_tokens(packed or output / "packed", arguments, tokenizer, block_size, accelerator)
         blocks = Blocks(tokens, starts, block_size)
         watched = batch_of(*blocks.rows(np.arange(min(max(1, arguments.statistics_blocks), len(blocks)))))
     if held_out is not None:
@@ -406,12 +407,8 @@ def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, acce
     plain = model.get_base_model() if arguments.lora_rank else model
     distillation = None
     if dense_source is not None:
-        teacher, _ = load_model(dense_source, None, arguments.dtype)
-        if teacher.config.vocab_size != plain.config.vocab_size:
-            raise ValueError(
-                f"distill is {arguments.distill} with a vocabulary of {teacher.config.vocab_size}, the model has one "
-                f"of {plain.config.vocab_size}: their logits cannot be compared"
-            )
+        # Of a converted folder without what its map added.
+        teacher, _ = load_model(dense_source, None, arguments.dtype, without=dense_source.record.get("new", ()))
         teacher = in_working_precision(accelerator, teacher.requires_grad_(False).eval().to(accelerator.device))
         distillation = Distillation(teacher, arguments.distill_weight, arguments.distill_temperature)
     chunk_loss(plain, arguments.loss_chunk, distillation)

@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 from ..config import SparseAttentionConfig
 from ..loading import Source, check_settings, find_model, make_settings
 from ..maps import MAPS, ASEntmaxScale
-from ..models import check_convertible, sparse_config, sparse_layers, with_rope
+from ..models import check_convertible, dense_config, sparse_config, sparse_layers, with_rope
 from .arguments import TrainArguments
+from .head import scales_logits
 
 
 def find_source(arguments: TrainArguments) -> Source:
@@ -34,6 +35,50 @@ def _check_family(config: PreTrainedConfig) -> None:
     """Dense models of other families are refused even as a control: packed documents might see each other."""
     if getattr(config, "sparse_attention", None) is None:
         check_convertible(config)
+
+
+def changed_rope(source: Source) -> str:
+    """The options with which `convert` gave a folder other rotary positions than the dense model's, as words."""
+    names = ("rope_theta", "rope_yarn", "max_positions")
+    return ", ".join(f"{name} {source.record[name]}" for name in names if source.record.get(name) is not None)
+
+
+def find_teacher(arguments: TrainArguments, source: Source) -> Source | None:
+    """The dense model that is distilled, None without one. In a folder of `convert` it is the dense model it was.
+
+    Args:
+        source: of the model that learns from it.
+
+    Raises:
+        ValueError: for a model that is not dense, or one whose logits cannot be compared.
+        OSError: if it is not there or damaged.
+    """
+    name = arguments.distill
+    if name is None:
+        return None
+    teacher = find_model(name, arguments.distill_revision, _check_family)
+    if teacher.is_sparse:
+        if not teacher.is_untrained:
+            raise ValueError(f"distill is {name}, which is sparse and was trained: name a dense model")
+        if changed := changed_rope(teacher):
+            raise ValueError(
+                f"distill is {name}, which was converted with {changed}: the dense model in it has those positions "
+                "too. Name the dense model itself"
+            )
+        teacher = replace(teacher, config=dense_config(teacher.config))
+    sizes = [each.config.get_text_config().vocab_size for each in (teacher, source)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"distill is {name} with a vocabulary of {sizes[0]}, the model has one of {sizes[1]}: their logits cannot "
+            "be compared"
+        )
+    for each in (teacher, source):
+        if scales_logits(each.config):
+            raise ValueError(
+                f"{each.name} ({each.config.model_type}) scales or bounds its logits, which distill does not compute: "
+                "leave it out"
+            )
+    return teacher
 
 
 def positions_of(source: Source) -> int | None:

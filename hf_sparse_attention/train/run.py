@@ -20,7 +20,7 @@ from ..config import VERSION
 from ..files import flush_file, remove_partial, whole_folder, write_json
 from ..loading import Source, companions_of
 from ..text import find_texts
-from .arguments import TrainArguments
+from .arguments import DEFAULTS, TrainArguments
 from .state import load_state, read_state, whole_states
 
 # Options that may differ when a run goes on: they change what is written, not what is computed. The blocks of a step
@@ -28,7 +28,7 @@ from .state import load_state, read_state, whole_states
 FREE = {
     "output", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "report_to", "run_name", "log_every",
     "eval_every", "on_nonfinite", "lora_save", "save_dtype", "batch_size", "gradient_accumulation", "compile", "cpu",
-    "gradient_checkpointing", "loss_chunk", "push_to_hub", "hub_model_id", "hub_private",
+    "gradient_checkpointing", "loss_chunk", "push_to_hub", "hub_model_id", "hub_private", "recipe",
 }  # fmt: skip
 
 
@@ -218,6 +218,7 @@ def summary_of(
         "epochs": epochs,
         "block_size": block_size,
         "blocks_per_step": identity["blocks_per_step"],
+        "recipe": arguments.recipe,
         "stage": arguments.stage,
         "skipped_steps": run["skipped"],
         "learning_rate": arguments.learning_rate,
@@ -251,8 +252,11 @@ def command_of(arguments: TrainArguments, processes: int) -> str:
         words = ["accelerate", "launch", "--num_processes", str(processes), "-m", "hf_sparse_attention.train"]
     for option in fields(arguments):
         value = getattr(arguments, option.name)
-        default = [] if option.default_factory is list else option.default
-        if value != default and option.name not in ("resume", "overwrite"):
+        default = [] if option.default_factory is list else DEFAULTS.get(option.name, option.default)
+        # Without a recipe the stage says that there is to be none.
+        if option.name == "stage" and arguments.recipe is None and arguments.map != "none" and not arguments.stages:
+            default = None
+        if value not in (default, None) and option.name not in ("resume", "overwrite"):
             words += [f"--{option.name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 

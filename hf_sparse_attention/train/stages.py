@@ -13,8 +13,11 @@ from transformers import HfArgumentParser
 
 from ..files import write_json
 from .arguments import TrainArguments, check_arguments
+from .default_recipe import MATCH_DISTILL, choose, said, stages_of_recipe
 from .distributed import check_launch, join_processes
+from .lengths import parse_block_sizes
 from .loop import train_stage
+from .plan import find_source, find_teacher, positions_of, settings_of
 from .publish import check_push, push_run
 from .run import check_output, command_of, print_summary
 
@@ -22,7 +25,7 @@ from .run import check_output, command_of, print_summary
 COMMON = {
     "model", "output", "revision", "train_data", "eval_data", "text_column", "train_split", "eval_split",
     "blank_lines", "streaming", "map", "position", "layers", "scale_start", "stages", "resume", "overwrite", "cpu",
-    "report_to", "dtype", "compile", "mixed_precision", "push_to_hub", "hub_model_id", "hub_private",
+    "report_to", "dtype", "compile", "mixed_precision", "push_to_hub", "hub_model_id", "hub_private", "recipe",
 }  # fmt: skip
 # What a dense model is converted with: the first stage does it, the later ones find it done.
 _CONVERSION = ("position", "layers", "scale_start", "revision", "rope_theta", "rope_yarn", "max_positions")
@@ -31,8 +34,9 @@ _CONVERSION = ("position", "layers", "scale_start", "revision", "rope_theta", "r
 def train_model(arguments: TrainArguments) -> dict:
     """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
 
-    With `stages`, each stage is a run in `output/stages/1-match` and so on; the summary is the last one's, with the
-    tokens, steps and seconds of all and every stage's own under `stages`.
+    Without `stages` and `stage` a line names the recipe. With stages, also those of a recipe, each is a run in
+    `output/stages/1-match` and so on; the summary is the last one's, with the tokens, steps and seconds of all and
+    every stage's own under `stages`.
 
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
@@ -41,7 +45,8 @@ def train_model(arguments: TrainArguments) -> dict:
         RuntimeError: if the loss is not finite or memory runs out, and `on_nonfinite` is stop.
     """
     check_push(arguments)
-    summary = _train_stages(arguments) if arguments.stages else train_stage(arguments)
+    asked, planned = _with_recipe(arguments)
+    summary = _train_stages(planned, asked) if planned.stages else train_stage(planned)
     from accelerate import PartialState
 
     state = PartialState()
@@ -51,17 +56,42 @@ def train_model(arguments: TrainArguments) -> dict:
     return summary
 
 
+def _with_recipe(arguments: TrainArguments) -> tuple[TrainArguments, TrainArguments]:
+    """The arguments with the name of their recipe, and what is to be run: the same, or the recipe's stages."""
+    if arguments.stages:
+        return arguments, arguments
+    checked = check_arguments(arguments)
+    check_launch(arguments)
+    state = join_processes(arguments)
+    check_output(Path(arguments.output).expanduser(), arguments)
+    with state.local_main_process_first():
+        source = find_source(arguments)
+    sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
+    settings = settings_of(source, checked, sizes[0][0])
+    choice = choose(arguments, source, settings)
+    if choice.name is None:
+        return arguments, arguments
+    state.print(said(choice, arguments, settings))
+    asked = replace(arguments, recipe=choice.name)
+    if choice.name != MATCH_DISTILL:
+        return asked, asked
+    return asked, replace(stages_of_recipe(arguments, settings), recipe=None)
+
+
 def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
     """The arguments of every stage: those of the run, with what the stage changes.
 
     Raises:
         ValueError: for a stage that is no mapping, or has a value or an option that a stage cannot have.
     """
+    if arguments.recipe is not None:
+        raise ValueError(f"recipe is {arguments.recipe!r}, but stages are given too: leave one of the two out")
     output = Path(arguments.output).expanduser()
     found = []
     for number, text in enumerate(arguments.stages, start=1):
         changes = _changes(text, number)
         stage = _without_distillation(replace(arguments, stages=[], **changes), changes)
+        stage = replace(stage, stage=stage.stage or "pretrain")
         folder = output / "stages" / f"{number}-{stage.stage}"
         stage = replace(stage, output=str(folder), run_name=f"{arguments.run_name}-{folder.name}")
         if found:
@@ -84,7 +114,8 @@ def _without_distillation(stage: TrainArguments, changes: dict) -> TrainArgument
     """The run's distillation is of the stages that learn from text: matching has no logits, and a stage can set
     `distill` to null."""
     distill = None if stage.stage == "match" and "distill" not in changes else stage.distill
-    none = [] if distill else [name for name in ("distill_weight", "distill_temperature") if name not in changes]
+    names = ("distill_weight", "distill_temperature", "distill_revision")
+    none = [] if distill else [name for name in names if name not in changes]
     return replace(stage, distill=distill, **dict.fromkeys(none))
 
 
@@ -125,7 +156,7 @@ def _changes(text: str | dict, number: int) -> dict:
     return {name: getattr(parsed, name) for name in values}
 
 
-def _train_stages(arguments: TrainArguments) -> dict:
+def _train_stages(arguments: TrainArguments, asked: TrainArguments) -> dict:
     if arguments.resume not in ("never", "auto"):
         raise ValueError(f"resume is {arguments.resume!r}; with stages it is auto, which finds the stage, or never")
     stages = stages_of(arguments)
@@ -134,6 +165,11 @@ def _train_stages(arguments: TrainArguments) -> dict:
     output = Path(arguments.output).expanduser()
     check_output(output, arguments)
     state = join_processes(arguments)
+    with state.local_main_process_first():
+        # What a later stage learns from is looked at before an earlier one is trained.
+        source = find_source(stages[0])
+        for stage in stages:
+            find_teacher(stage, source)
     names = [Path(stage.output).name for stage in stages]
     if (output / "run.json").is_file() and arguments.resume == "auto":
         known = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -146,7 +182,7 @@ def _train_stages(arguments: TrainArguments) -> dict:
                 shutil.rmtree(output / name, ignore_errors=True)
             for name in ("summary.json", "metrics.jsonl"):
                 (output / name).unlink(missing_ok=True)
-        write_json(output / "run.json", {"stages": names})
+        write_json(output / "run.json", {"stages": names, **({"recipe": asked.recipe} if asked.recipe else {})})
     state.wait_for_everyone()
     summaries, tokens = [], 0
     for stage in stages:
@@ -161,9 +197,9 @@ def _train_stages(arguments: TrainArguments) -> dict:
             if state.is_main_process:
                 os.rename(output / "model", Path(stage.output) / "model")
             state.wait_for_everyone()
-        summaries.append(train_stage(stage, first_token=tokens))
+        summaries.append(train_stage(stage, first_token=tokens, packed=output / "packed"))
         tokens += summaries[-1]["tokens"]
-    summary = _joined(arguments, summaries, state.num_processes)
+    summary = _joined(asked, summaries, state.num_processes)
     if state.is_main_process:
         last = Path(stages[-1].output)
         write_json(last / "model" / "summary.json", summary)
@@ -192,6 +228,7 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
         "skipped_steps": sum(summary["skipped_steps"] for summary in summaries),
         "eval_loss": held_out,
         "eval_alpha": alphas or None,
+        "recipe": arguments.recipe,
         "stages": summaries,
         "options": {name: value for name, value in asdict(arguments).items() if name not in ("output", "resume")},
         "command": command_of(arguments, processes),

@@ -1,0 +1,180 @@
+"""What `train` does where neither stages nor a stage are named: two stages that keep a dense model's quality best, or
+one that raises alpha; which of them, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import SparseAttentionConfig
+from ..loading import Source
+from ..maps import MAPS
+from .arguments import RECIPES, TrainArguments
+from .head import scales_logits
+from .lengths import parse_block_sizes
+from .plan import changed_rope
+
+MATCH_DISTILL, ANNEAL = RECIPES
+# Of examples/conversion/match-distill.yaml, whose rates are those of a learning_rate of 3e-4: the share of the tokens
+# that is matched on, and a stage's peak rates of dense and of new parameters as multiples of learning_rate.
+MATCH_SHARE = 150 / 674
+MATCH_RATES = (20 / 3, 200 / 3)
+DISTILL_RATES = (1 / 2, 10 / 3)
+DISTILL_WEIGHT = 0.6
+# Shares of fewer steps are no shares.
+FEWEST_STEPS = 10
+# Options that are those of one stage; in match_distill each stage has its own.
+_OF_ONE_STAGE = ("alpha_schedule", "alpha_start", "alpha_plateaus", "alpha_share", "trained")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe and why it is that one; no recipe (None) for a control, for stages by hand, and for a trained model."""
+
+    name: str | None
+    reason: str = ""
+    begun: bool = False
+
+
+def choose(arguments: TrainArguments, source: Source, settings: SparseAttentionConfig | None) -> Choice:
+    """The recipe of a run.
+
+    Args:
+        arguments: as they were given.
+        settings: what the attention computes at the end; None for a dense model as it is.
+
+    Raises:
+        ValueError: if the recipe that is asked for, or the one that output holds, does not go with the other options.
+    """
+    begun = begun_recipe(arguments)
+    two = begun == MATCH_DISTILL
+    differs = {
+        "recipe": arguments.recipe not in (None, begun),
+        "stage": two and arguments.stage is not None,
+        "map": two and settings is None,
+    }
+    if begun is not None and any(differs.values()):
+        name = next(name for name, found in differs.items() if found)
+        raise ValueError(
+            f"{name} is {getattr(arguments, name)!r}, but {arguments.output} holds a run of recipe {begun!r}: go on "
+            f"without --{name}, replace it with --overwrite, or name another --output"
+        )
+    against = [] if settings is None else against_match_distill(arguments, source, settings)
+    asked = begun or arguments.recipe
+    if settings is None or arguments.stage is not None or not (source.is_untrained or arguments.recipe):
+        return Choice(None)
+    if asked == MATCH_DISTILL and against:
+        raise ValueError(
+            f"recipe is {MATCH_DISTILL!r}, but {against[0]}: use --recipe {ANNEAL}, or write --stages of your own "
+            "(examples/conversion)"
+        )
+    if asked is not None:
+        return Choice(asked, f"{arguments.output} holds such a run" if begun else "asked for", begun is not None)
+    return Choice(ANNEAL, against[0]) if against else Choice(MATCH_DISTILL, f"{source.name} has the dense weights")
+
+
+def begun_recipe(arguments: TrainArguments) -> str | None:
+    """The recipe of the run that output holds and that is to go on.
+
+    Raises:
+        ValueError: if its stages were written by hand, and none are given now.
+    """
+    file = Path(arguments.output).expanduser() / "run.json"
+    if arguments.resume not in ("never", "auto"):
+        # A checkpoint by its path is of one stage.
+        return ANNEAL
+    if arguments.resume == "never" or not file.is_file():
+        return None
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if "stages" not in known or "blocks_per_step" in known:
+        return ANNEAL if known.get("stage", "pretrain") == "pretrain" and known.get("map") != "none" else None
+    if known.get("recipe") is None:
+        raise ValueError(
+            f"{arguments.output} holds a run of stages ({', '.join(known['stages'])}): go on with the --stages it was "
+            "begun with, replace it with --overwrite, or name another --output"
+        )
+    return known["recipe"]
+
+
+def against_match_distill(arguments: TrainArguments, source: Source, settings: SparseAttentionConfig) -> list[str]:
+    """Why the two stages are not what these options ask for, most telling first; empty if they can be."""
+    found = []
+    if not source.is_untrained:
+        found.append(f"{arguments.model} was trained since it was converted")
+    if own := [name for name in _OF_ONE_STAGE if getattr(arguments, name) is not None]:
+        found.append(f"{', '.join(own)} {'is' if len(own) == 1 else 'are'} of a run in one stage")
+    if arguments.lora_rank:
+        found.append("it trains the whole attention, and lora_rank adapters alone")
+    if arguments.rope_theta or arguments.rope_yarn or arguments.max_positions:
+        found.append("rope_theta, rope_yarn and max_positions would change the layers that are matched too")
+    if source.is_sparse and (changed := changed_rope(source)):
+        found.append(f"{arguments.model} was converted with {changed}, and its layers are no longer the dense ones")
+    if arguments.block_size is not None and len(parse_block_sizes(arguments.block_size)) > 1:
+        found.append(f"blocks that grow ({arguments.block_size}) would grow in each stage anew")
+    if settings.alpha == 1 and MAPS[settings.map].scale is None:
+        found.append(f"{settings.map} at alpha 1 is the dense attention, and there is nothing to match")
+    if scales_logits(source.config):
+        found.append(f"{source.config.model_type} scales or bounds its logits, which distillation does not compute")
+    if arguments.steps < FEWEST_STEPS:
+        found.append(f"{arguments.steps} steps are too few for two stages")
+    # The rates were found where positions stay: these have a lot more to learn.
+    if settings.position != "rope" and arguments.recipe is None:
+        found.append(f"its rates are for the dense model's positions, not for {settings.position}")
+    return found
+
+
+def stages_of_recipe(arguments: TrainArguments, settings: SparseAttentionConfig) -> TrainArguments:
+    """The arguments with the two stages of match_distill written out: `steps` in all, as many blocks in each."""
+    match = max(1, round(MATCH_SHARE * arguments.steps))
+    rises = settings.alpha > 1
+    first = {
+        "stage": "match", "steps": match, "trained": "attention", "loss_chunk": 0,
+        **_rates(arguments, settings, MATCH_RATES),
+        **({"alpha_schedule": "linear", "alpha_share": 0.8} if rises else {}),
+    }  # fmt: skip
+    second = {
+        "steps": arguments.steps - match,
+        **_rates(arguments, settings, DISTILL_RATES),
+        **({"alpha_schedule": "none"} if rises else {}),
+        **({"final_share": 0.02} if arguments.final_share is None else {}),
+    }
+    own = arguments.distill is None
+    return replace(
+        arguments,
+        stages=[json.dumps(first), json.dumps(second)],
+        distill=arguments.model if own else arguments.distill,
+        distill_revision=arguments.revision if own else arguments.distill_revision,
+        distill_weight=DISTILL_WEIGHT if arguments.distill_weight is None else arguments.distill_weight,
+    )
+
+
+def _rates(arguments: TrainArguments, settings: SparseAttentionConfig, multiples: tuple[float, float]) -> dict:
+    row = MAPS[settings.map]
+    rates = {"learning_rate": _short(arguments.learning_rate * multiples[0])}
+    if arguments.new_learning_rate is not None:
+        rates["new_learning_rate"] = arguments.new_learning_rate
+    elif row.scale is not None or row.learned_alpha:
+        rates["new_learning_rate"] = _short(arguments.learning_rate * multiples[1])
+    return rates
+
+
+def _short(rate: float) -> float:
+    """Without the digits that come of thirds."""
+    return float(f"{rate:.6g}")
+
+
+def said(choice: Choice, arguments: TrainArguments, settings: SparseAttentionConfig) -> str:
+    """One line for the user: which recipe, why, and how to get the other."""
+    if choice.name == ANNEAL:
+        raises = f"one stage, {'in which alpha rises' if settings.alpha > 1 else 'on the text alone'}"
+        other = "" if choice.begun else f". The other: --recipe {MATCH_DISTILL}"
+        return f"recipe {ANNEAL} ({raises}): {choice.reason}{other}"
+    first, second = (json.loads(stage) for stage in stages_of_recipe(arguments, settings).stages)
+    teacher = arguments.distill or arguments.model
+    return (
+        f"recipe {MATCH_DISTILL} ({first['steps']} steps that match the dense layers at rate "
+        f"{first['learning_rate']:g}, {second['steps']} that learn from text and from {teacher} at rate "
+        f"{second['learning_rate']:g}): {choice.reason}"
+        + ("" if choice.begun else f". One stage without a second model in memory: --recipe {ANNEAL}")
+    )
