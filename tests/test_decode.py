@@ -128,6 +128,15 @@ def other_processes_share_the_card():
     torch.cuda.empty_cache()
 
 
+@pytest.mark.parametrize("head_dim", [160, 256])
+@pytest.mark.parametrize("alpha", [3.0, (1.5, 2.5)])
+def test_many_channels_above_alpha_two(head_dim, alpha, poisoned):  # noqa: F811
+    """In half precision their products are added up in short sums, the last of them beyond the end of 160 channels."""
+    query, key, value = (randn(1, heads, keys, head_dim, seed=keys) for heads, keys in ((2, 3), (1, 300), (1, 300)))
+    alpha = torch.tensor(alpha, device=DEVICE) if isinstance(alpha, tuple) else alpha
+    check_against_reference(entmax_attention, query, key, value, alpha=alpha)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.usefixtures("other_processes_share_the_card")

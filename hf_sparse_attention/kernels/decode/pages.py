@@ -26,8 +26,6 @@ REST = 31
 WORTH = 7
 # Channels read at once where scores are summed without a tensor core.
 CHANNELS = 32
-# Registers of a thread at most, so that four programs share a processor and none of those that wait begins late.
-REGISTERS = 128
 # Numbers of the state that a layer keeps: for how many calls its bounds rest, and the tickets that programs have taken
 # and how many have arrived, both zero between calls.
 STATE = 3
@@ -432,8 +430,6 @@ def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch):
         PAGE_MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
         SEED_MARGIN=margin,
         **launch,
-        # An option of the compiler for NVIDIA's cards alone.
-        **({} if torch.version.hip or REGISTERS is None else {"maxnreg": REGISTERS}),
     )  # fmt: skip
 
 

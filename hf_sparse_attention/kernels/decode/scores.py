@@ -6,7 +6,7 @@ The keys are read once, split over programs, all of them or only pages whose bou
 import triton
 import triton.language as tl
 
-from ..tiles import entmax_parameters, masked_scores, row_ranges
+from ..tiles import GENERAL, entmax_parameters, masked_scores, row_ranges
 from .rows import listed_tiles, locate, tile_range
 from .threshold import subset_thresholds
 
@@ -15,8 +15,9 @@ SLACK = 1e-5
 # From so many tiles of a program on, it first takes a lower bound of tau from the newest keys, and from twice as many
 # from the oldest too: that costs the time of a tile, and saves writing the scores of most.
 LEAST_TILES = 64
-# Channels whose products a tensor core adds up, in float32.
+# Channels whose products a tensor core adds up: in float32, and in half precision above alpha 2, where tau shows it.
 CHUNK_D = 32
+HALF_CHUNK_D = 64
 
 
 @triton.jit
@@ -31,9 +32,9 @@ def _key_scores(
     CHUNK_D: tl.constexpr,
 ):  # fmt: skip
     """x of the rows and a tile of keys, -inf where a row does not see the key."""
-    # A tensor core cuts off, always towards zero, what a partial sum has no digits for. float32 is to have all of its
-    # digits: its sums are short ones, which are added as a processor does, rounded.
-    CHUNK: tl.constexpr = min(BLOCK_D, CHUNK_D) if PRECISION == "tf32x3" else BLOCK_D
+    # A tensor core cuts off, always towards zero, what a partial sum has no digits for. Where all digits of float32 are
+    # asked for its sums are short ones, which are added as a processor does, rounded.
+    CHUNK: tl.constexpr = min(BLOCK_D, CHUNK_D)
     k_rows = k_base + columns.to(tl.int64)[:, None] * stride_kn
     scaled = tl.zeros((q_rows.shape[0], columns.shape[0]), tl.float32)
     for part in tl.static_range(BLOCK_D // CHUNK):
@@ -219,3 +220,13 @@ def scores_kernel(
             tl.store(work_ptr + 2 * part + 1, tl.maximum(high - low - split + splits - 1, 0) // splits)
     slot_rows = (part * rows + local) * TILE
     tl.store(slots_ptr + slot_rows[:, None] + columns_of_tile[None, :], slots, mask=inside[:, None])
+
+
+def chunk_of(call):
+    """How many channels a product adds up."""
+    precision = call.constants["PRECISION"]
+    if precision == "tf32x3":
+        return CHUNK_D
+    # An alpha per head may be above 2. Up to 128 channels what is cut off stays below what is rounded anyway.
+    sharp = call.alpha_kind == GENERAL and (call.alpha_tensor is not None or call.excess > 1)
+    return HALF_CHUNK_D if precision != "ieee" and sharp and call.block_dim > 128 else call.block_dim

@@ -86,23 +86,18 @@ def subset_thresholds(x, greatest, exponent, alpha, ALPHA_KIND: tl.constexpr, ST
 
 
 @triton.jit
-def _rest(row, programs, work_ptr, state_ptr, SCAN: tl.constexpr, REST: tl.constexpr, WORTH: tl.constexpr):
-    """Whether the bounds of pages rest from the next call on: the first row looks at what the programs had to read.
-
-    Every program of the passes before has asked whether they rest, and none of this one does.
-    """
-    if row == 0:
-        idle = tl.load(state_ptr)
-        read, own = 0, 0
-        if idle == 0:
-            scan = tl.arange(0, SCAN)
-            for base in range(0, programs, SCAN):
-                # A step lasts as long as the program with most to read.
-                inside = base + scan < programs
-                read = tl.maximum(read, tl.max(tl.load(work_ptr + 2 * (base + scan), mask=inside, other=0), 0))
-                own = tl.maximum(own, tl.max(tl.load(work_ptr + 2 * (base + scan) + 1, mask=inside, other=0), 0))
-        rests = 20 * read + 16 * WORTH > 15 * own
-        tl.store(state_ptr, tl.where(idle > 0, idle - 1, tl.where(rests, REST, 0)))
+def _rest(idle, programs, work_ptr, state_ptr, SCAN: tl.constexpr, REST: tl.constexpr, WORTH: tl.constexpr):
+    """Whether the bounds of pages rest from the next call on, from what the programs of this one had to read."""
+    read, own = 0, 0
+    if idle == 0:
+        scan = tl.arange(0, SCAN)
+        for base in range(0, programs, SCAN):
+            # A step lasts as long as the program with most to read.
+            inside = base + scan < programs
+            read = tl.maximum(read, tl.max(tl.load(work_ptr + 2 * (base + scan), mask=inside, other=0), 0))
+            own = tl.maximum(own, tl.max(tl.load(work_ptr + 2 * (base + scan) + 1, mask=inside, other=0), 0))
+    rests = 20 * read + 16 * WORTH > 15 * own
+    tl.store(state_ptr, tl.where(idle > 0, idle - 1, tl.where(rests, REST, 0)))
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess"])
@@ -136,7 +131,8 @@ def threshold_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     if HAS_STATE:
-        _rest(row, tl.num_programs(0) // rows * splits, work_ptr, state_ptr, SCAN=SCAN, REST=REST, WORTH=WORTH)
+        # Asked for here and used at the end, so that nobody waits for it. None of this launch asks after it is written.
+        idle = tl.load(state_ptr)
     group_tile = row // rows
     # Nobody has arrived in the pass that follows.
     if row % rows == 0:
@@ -256,3 +252,7 @@ def threshold_kernel(
             key_list, found, scores, origin, tau, exponent, stride_wn, rows, head_dim,
             ALPHA_KIND=ALPHA_KIND, TILE=TILE, BLOCK_D=BLOCK_D, KEYS=KEYS,
         )  # fmt: skip
+    # The first row exists in every call.
+    if HAS_STATE:
+        if row == 0:
+            _rest(idle, tl.num_programs(0) // rows * splits, work_ptr, state_ptr, SCAN=SCAN, REST=REST, WORTH=WORTH)
