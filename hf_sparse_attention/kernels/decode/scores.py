@@ -32,8 +32,8 @@ def _key_scores(
     CHUNK_D: tl.constexpr,
 ):  # fmt: skip
     """x of the rows and a tile of keys, -inf where a row does not see the key."""
-    # A tensor core cuts off, always towards zero, what a partial sum has no digits for. Where all digits of float32 are
-    # asked for its sums are short ones, which are added as a processor does, rounded.
+    # A tensor core cuts off, always towards zero, what a partial sum has no digits for. Where all digits of float32
+    # are asked for its sums are short ones, which are added as a processor does, rounded.
     CHUNK: tl.constexpr = min(BLOCK_D, CHUNK_D)
     k_rows = k_base + columns.to(tl.int64)[:, None] * stride_kn
     scaled = tl.zeros((q_rows.shape[0], columns.shape[0]), tl.float32)

@@ -131,7 +131,7 @@ def threshold_kernel(
 ):  # fmt: skip
     row = tl.program_id(0)
     if HAS_STATE:
-        # Asked for here and used at the end, so that nobody waits for it. None of this launch asks after it is written.
+        # Asked for here and used at the end, so that nobody waits for it. Only the first row uses it, and writes it.
         idle = tl.load(state_ptr)
     group_tile = row // rows
     # Nobody has arrived in the pass that follows.
@@ -252,7 +252,7 @@ def threshold_kernel(
             key_list, found, scores, origin, tau, exponent, stride_wn, rows, head_dim,
             ALPHA_KIND=ALPHA_KIND, TILE=TILE, BLOCK_D=BLOCK_D, KEYS=KEYS,
         )  # fmt: skip
-    # The first row exists in every call.
-    if HAS_STATE:
+    # The first row exists in every call. Not one condition: without a state there is nothing to compile.
+    if HAS_STATE:  # noqa: SIM102
         if row == 0:
             _rest(idle, tl.num_programs(0) // rows * splits, work_ptr, state_ptr, SCAN=SCAN, REST=REST, WORTH=WORTH)
