@@ -199,14 +199,14 @@ def load_model(
     source: Source,
     settings: SparseAttentionConfig | None,
     dtype: str | None = None,
-    without: Collection[str] = (),
+    without: Collection[str] | None = None,
 ) -> tuple[PreTrainedModel, Tensors]:
     """The model of a folder: converted if `settings` are given, else what the folder says, sparse or dense.
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.
-        without: names of the tensors of a sparse checkpoint that its dense model, whose config `source` has, leaves
-            out.
+        without: names of the tensors, perhaps none, of a sparse checkpoint that its dense model, whose config `source`
+            has, leaves out; None loads what the folder is.
 
     Raises:
         ValueError: if the checkpoint has tensors that the model does not know or lacks some that it needs.
@@ -216,7 +216,7 @@ def load_model(
     if settings is not None:
         options = {"attn_implementation": settings.map, "sparse_attention": settings.to_dict()}
     loader = AutoModelForCausalLM
-    if without:
+    if without is not None:
         # The Auto class refuses a dense config for a sparse folder, which is what is meant here.
         loader = FAMILIES[source.config.model_type].dense("ForCausalLM")
     try:
@@ -235,7 +235,7 @@ def load_model(
     new = set(new_parameter_names(model)) if settings is not None else set()
     missing = set(info["missing_keys"])
     kept = [name for name, _ in model.named_parameters() if name not in new | missing]
-    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(set(info["unexpected_keys"]) - set(without)))
+    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(set(info["unexpected_keys"]) - set(without or ())))
     if tensors.missing or tensors.unexpected or info.get("mismatched_keys"):
         raise ValueError(f"the weights of {source.name} do not fit its config:\n{tensors}")
     return model, tensors

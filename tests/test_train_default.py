@@ -37,7 +37,10 @@ def home(tmp_path_factory):
     dense_folder(folder / "dense")
     write_text(folder / "train.txt")
     write_text(folder / "eval.txt", 20, seed=1)
-    for name, changes in (("converted", {}), ("nape", {"position": "nape"}), ("yarn", {"rope_yarn": 4.0})):
+    changed = {"converted": {}, "nape": {"position": "nape"}, "yarn": {"rope_yarn": 4.0}}
+    # Without a new parameter.
+    changed |= {"entmax": {"map": "entmax"}, "heads": {"map": "entmax", "heads": "0,1"}}
+    for name, changes in changed.items():
         convert_model(ConvertArguments(model=str(folder / "dense"), output=str(folder / name), **changes))
     run(folder, output=str(folder / "run"), steps=1, checkpoint_every=0)
     shutil.move(folder / "run" / "model", folder / "trained")
@@ -202,12 +205,21 @@ def test_the_teacher_is_the_dense_model(home):
     source = find_source(arguments)
     tokens = torch.arange(3, 40)[None]
     logits = []
-    for name in ("dense", "converted", "nape"):
+    for name in ("dense", "converted", "nape", "entmax", "heads"):
         teacher = find_teacher(replace(arguments, distill=str(home / name)), source)
-        model, tensors = load_model(teacher, None, "float32", without=teacher.record.get("new", ()))
+        model, tensors = load_model(teacher, None, "float32", without=teacher.record.get("new"))
         assert type(model).__name__ == "LlamaForCausalLM" and not tensors.unexpected
         logits.append(model(tokens).logits)
-    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert all(torch.equal(logits[0], others) for others in logits[1:])
+
+
+@pytest.mark.parametrize("name", ["entmax", "heads"])
+def test_a_converted_folder_without_new_parameters_is_its_own_teacher(here, home, tmp_path, name):
+    summary = here(model=str(home / name), eval_every=12)
+    assert summary["stages"][1]["options"]["distill"] == str(home / name)
+    if name == "entmax":
+        here(map="entmax", eval_every=12, output=str(tmp_path / "dense"))
+        assert_same_weights(tmp_path / "run", tmp_path / "dense")
 
 
 @pytest.mark.parametrize(

@@ -407,8 +407,8 @@ def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, acce
     plain = model.get_base_model() if arguments.lora_rank else model
     distillation = None
     if dense_source is not None:
-        # Of a converted folder without what its map added.
-        teacher, _ = load_model(dense_source, None, arguments.dtype, without=dense_source.record.get("new", ()))
+        # Of a converted folder without what its map added, which may be nothing.
+        teacher, _ = load_model(dense_source, None, arguments.dtype, without=dense_source.record.get("new"))
         teacher = in_working_precision(accelerator, teacher.requires_grad_(False).eval().to(accelerator.device))
         distillation = Distillation(teacher, arguments.distill_weight, arguments.distill_temperature)
     chunk_loss(plain, arguments.loss_chunk, distillation)
