@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .config import SPECIFICATIONS, SparseAttentionConfig
+from .files import fingerprint
 from .models import FAMILIES, ONLY_SAFETENSORS, check_convertible, new_parameter_names, sparse_config
 
 # What is fetched of a model on the Hub beside its weights, and what of it goes along into a converted folder.
@@ -62,6 +63,17 @@ class Source:
         """What `convert` wrote of a folder that was not trained yet; empty for any other."""
         file = self.folder / RECORD
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def check_record(source: Source) -> None:
+    """Raises ValueError if a folder of `convert` has other weights than were written: its record, by which it counts
+    as a model that was only trained with softmax, is then of another model."""
+    written = source.record.get("weights")
+    if written is not None and written != fingerprint(source.weights):
+        raise ValueError(
+            f"{source.name} has a {RECORD}, which says that it was converted and not trained, but its weights changed "
+            f"since: remove {RECORD} if they were trained with the map, or convert the dense model again"
+        )
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,22 @@ def test_a_teacher_is_looked_at_before_anything_is_trained(here, home, tmp_path,
         here(distill=str(tmp_path / "large"))
 
 
+def test_weights_written_over_a_conversion_are_no_dense_model(here, home, tmp_path):
+    """As `save_pretrained` of another trainer leaves it: the record of the conversion stays, the weights do not."""
+    folder = shutil.copytree(home / "converted", tmp_path / "converted")
+    model, _ = load_model(find_source(TrainArguments(**asked(home, model=str(folder)))), None)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] += 1
+    model.save_pretrained(folder)
+    for changes in ({"model": str(folder)}, {"distill": str(folder)}, {"model": str(folder), "recipe": "anneal"}):
+        with pytest.raises(ValueError, match=r"has a conversion.json, .* but its weights changed since: remove"):
+            here(**changes)
+    with pytest.raises(FileExistsError, match="holds this conversion, but weights changed since"):
+        convert_model(ConvertArguments(model=str(home / "dense"), output=str(folder)))
+    (folder / "conversion.json").unlink()
+    assert choice(home, model=str(folder)) == Choice(None)
+
+
 @pytest.mark.parametrize("name", families.NAMES)
 def test_a_config_says_whether_logits_are_scaled(name):
     """What refuses a model before the first stage is what its last layer computes."""

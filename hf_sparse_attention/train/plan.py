@@ -8,7 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ..config import SparseAttentionConfig
-from ..loading import Source, check_settings, find_model, make_settings
+from ..loading import Source, check_record, check_settings, find_model, make_settings
 from ..maps import MAPS, ASEntmaxScale
 from ..models import check_convertible, dense_config, sparse_config, sparse_layers, with_rope
 from .arguments import TrainArguments
@@ -19,9 +19,12 @@ def find_source(arguments: TrainArguments) -> Source:
     """The folder of the model, with the rotary positions that are asked for.
 
     Raises:
-        ValueError: for a family that cannot be converted, or one whose loss is not that of its tokens alone.
+        ValueError: for a family that cannot be converted, one whose loss is not that of its tokens alone, or a
+            converted folder whose weights changed.
     """
     source = find_model(arguments.model, arguments.revision, _check_family)
+    if source.is_sparse:
+        check_record(source)
     if getattr(source.config, "output_router_logits", False):
         raise ValueError(
             f"{arguments.model} has output_router_logits: its auxiliary loss would be added to every part of a batch. "
@@ -58,6 +61,7 @@ def find_teacher(arguments: TrainArguments, source: Source) -> Source | None:
         return None
     teacher = find_model(name, arguments.distill_revision, _check_family)
     if teacher.is_sparse:
+        check_record(teacher)
         if not teacher.is_untrained:
             raise ValueError(f"distill is {name}, which is sparse and was trained: name a dense model")
         if changed := changed_rope(teacher):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import examine
 from ..config import VERSION
-from ..files import flush_file, remove_partial, whole_folder, write_json
+from ..files import fingerprint, flush_file, remove_partial, whole_folder, write_json
 from ..loading import Source, companions_of
 from ..text import find_texts
 from .arguments import DEFAULTS, TrainArguments
@@ -104,20 +103,6 @@ def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list
         "vocabulary": len(tokenizer),
         "weights": fingerprint(source.weights),
     }
-
-
-def fingerprint(weights: tuple[Path, ...], *, pieces: int = 256, size: int = 2**14) -> str:
-    """Of files: their sizes and pieces spread over them, which training or new text changes; of a small file all."""
-    digest = hashlib.sha256()
-    for file in weights:
-        total = file.stat().st_size
-        digest.update(f"{file.name} {total} ".encode())
-        places = [0] if total <= pieces * size else [index * (total - size) // (pieces - 1) for index in range(pieces)]
-        with file.open("rb") as opened:
-            for place in places:
-                opened.seek(place)
-                digest.update(opened.read(size if len(places) > 1 else -1))
-    return digest.hexdigest()[:32]
 
 
 def _different(identity: dict, saved: dict) -> str:
