@@ -247,7 +247,8 @@ def load_model(
     new = set(new_parameter_names(model)) if settings is not None else set()
     missing = set(info["missing_keys"])
     kept = [name for name, _ in model.named_parameters() if name not in new | missing]
-    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(set(info["unexpected_keys"]) - set(without or ())))
+    unexpected = set(info["unexpected_keys"]) - set(without or ())
+    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(unexpected))
     if tensors.missing or tensors.unexpected or info.get("mismatched_keys"):
         raise ValueError(f"the weights of {source.name} do not fit its config:\n{tensors}")
     return model, tensors

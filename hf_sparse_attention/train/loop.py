@@ -40,7 +40,7 @@ from .lengths import parse_block_sizes, phase_at, phases_of
 from .matching import begin_matching, end_matching, match_errors, matched, measure_scales, set_matching
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
-from .plan import check_block_size, check_fit, find_source, find_teacher, positions_of, settings_of
+from .plan import alpha_schedule_of, check_block_size, check_fit, find_source, find_teacher, positions_of, settings_of
 from .recipe import (
     LOWEST_ALPHA,
     alpha_at,
@@ -111,9 +111,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     block_size = phases[-1].block_size
     settings = settings_of(source, arguments, phases[0].block_size)
     check_fit(source, settings, arguments)
-    if arguments.alpha_schedule is None and settings is not None:
-        rises = source.is_untrained or arguments.alpha_start is not None or arguments.alpha_plateaus is not None
-        arguments = replace(arguments, alpha_schedule="linear" if rises and settings.alpha > 1 else "none")
+    arguments = replace(arguments, alpha_schedule=alpha_schedule_of(arguments, source, settings))
     check_block_size(source, settings, block_size)
     tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
     matches = arguments.stage == "match"

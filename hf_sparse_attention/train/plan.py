@@ -134,6 +134,14 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
     return SparseAttentionConfig.from_dict({**saved.to_dict(), "alpha": asked.alpha})
 
 
+def alpha_schedule_of(arguments: TrainArguments, source: Source, settings: SparseAttentionConfig | None) -> str | None:
+    """How alpha rises where that was not said: linear for a model that only knows softmax, else none."""
+    if arguments.alpha_schedule is not None or settings is None:
+        return arguments.alpha_schedule
+    rises = source.is_untrained or arguments.alpha_start is not None or arguments.alpha_plateaus is not None
+    return "linear" if rises and settings.alpha > 1 else "none"
+
+
 def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments: TrainArguments) -> None:
     """Raises ValueError for options that this model and map have no use for."""
     row = None if settings is None else MAPS[settings.map]

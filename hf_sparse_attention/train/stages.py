@@ -69,9 +69,10 @@ def _with_recipe(arguments: TrainArguments) -> tuple[TrainArguments, TrainArgume
     sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
     settings = settings_of(source, checked, sizes[0][0])
     choice = choose(arguments, source, settings)
+    if choice.reason:
+        state.print(said(choice, arguments, source, settings))
     if choice.name is None:
         return arguments, arguments
-    state.print(said(choice, arguments, settings))
     asked = replace(arguments, recipe=choice.name)
     if choice.name != MATCH_DISTILL:
         return asked, asked
