@@ -17,6 +17,7 @@ from training_cases import (
     options,
     run,
     train_together,
+    weights,
     write_text,
 )
 
@@ -130,6 +131,26 @@ def test_what_is_given_is_used(here, home):
     assert summary["sparse_attention"]["alpha"] == 1.25
 
 
+def test_weight_and_temperature_need_no_name_of_the_teacher(here, home, tmp_path):
+    given = {"distill_weight": 0.3, "distill_temperature": 2.0, "eval_every": 12}
+    summary = here(**given)
+    last = summary["stages"][1]["options"]
+    assert (last["distill"], last["distill_weight"], last["distill_temperature"]) == (str(home / "dense"), 0.3, 2.0)
+    # Where there is no teacher they are refused, before anything is written.
+    for changes in ({"recipe": "anneal"}, {"trained": "all"}, {"stage": "pretrain"}, {"map": "none"}):
+        with pytest.raises(ValueError, match="distill_weight, distill_temperature needs distill"):
+            here(**given, **changes, output=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_only_the_model_at_the_end_is_rounded(here, tmp_path):
+    """Both stages in float32: the second one starts from what the first one learned, whatever is saved."""
+    here(save_dtype="bfloat16", eval_every=12)
+    here(eval_every=12, output=str(tmp_path / "whole"))
+    saved, whole = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(saved[name], whole[name].bfloat16()) for name in whole)
+
+
 def test_a_revision_is_the_teachers_too(home):
     arguments = TrainArguments(**asked(home, output="o"))
     settings = settings_of(find_source(arguments), arguments, 32)
@@ -150,7 +171,8 @@ AGAINST = [
     ({"lora_rank": 2}, "lora_rank adapters"),
     ({"rope_yarn": 2.0}, "rope_yarn"),
     ({"block_size": "32:0.5,64:0.5"}, "grow in each stage anew"),
-    ({"map": "entmax", "alpha": 1.0}, "entmax at alpha 1"),
+    ({"map": "entmax", "alpha": 1.0}, "entmax begins as the dense attention at alpha 1"),
+    ({"alpha": 1.0}, "asentmax begins as the dense attention at alpha 1"),
     ({"steps": 9}, "9 steps are too few"),
     ({"model": "yarn"}, "was converted with rope_yarn 4"),
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config import SparseAttentionConfig
 from ..loading import RECORD, Source
-from ..maps import MAPS
+from ..maps import MAPS, ASEntmaxScale
 from .arguments import RECIPES, TrainArguments
 from .head import scales_logits
 from .lengths import parse_block_sizes
@@ -120,8 +120,10 @@ def against_match_distill(arguments: TrainArguments, source: Source, settings: S
         found.append(f"{arguments.model} was converted with {changed}, and its layers are no longer the dense ones")
     if arguments.block_size is not None and len(parse_block_sizes(arguments.block_size)) > 1:
         found.append(f"blocks that grow ({arguments.block_size}) would grow in each stage anew")
-    if settings.alpha == 1 and MAPS[settings.map].scale is None:
-        found.append(f"{settings.map} at alpha 1 is the dense attention, and there is nothing to match")
+    # Gradients would be rounding alone, which AdamW makes steps of.
+    neutral = MAPS[settings.map].scale in (None, ASEntmaxScale) and arguments.scale_start != "normal"
+    if settings.alpha == 1 and settings.position == "rope" and neutral:
+        found.append(f"{settings.map} begins as the dense attention at alpha 1, and there is nothing to match")
     if scales_logits(source.config):
         found.append(f"{source.config.model_type} scales or bounds its logits, which distillation does not compute")
     if arguments.steps < FEWEST_STEPS:

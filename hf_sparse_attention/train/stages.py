@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from ..files import write_json
 from .arguments import TrainArguments, check_arguments
-from .default_recipe import MATCH_DISTILL, choose, said, stages_of_recipe
+from .default_recipe import ANNEAL, MATCH_DISTILL, choose, said, stages_of_recipe
 from .distributed import check_launch, join_processes
 from .lengths import parse_block_sizes
 from .loop import train_stage
@@ -60,7 +60,9 @@ def _with_recipe(arguments: TrainArguments) -> tuple[TrainArguments, TrainArgume
     """The arguments with the name of their recipe, and what is to be run: the same, or the recipe's stages."""
     if arguments.stages:
         return arguments, arguments
-    checked = check_arguments(arguments)
+    # The two stages have a teacher, whose weight and temperature may be given alone.
+    own = not arguments.stage and arguments.recipe != ANNEAL and arguments.map != "none"
+    checked = check_arguments(replace(arguments, distill=arguments.distill or (arguments.model if own else None)))
     check_launch(arguments)
     state = join_processes(arguments)
     check_output(Path(arguments.output).expanduser(), arguments)
@@ -95,6 +97,9 @@ def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
         stage = replace(stage, stage=stage.stage or "pretrain")
         folder = output / "stages" / f"{number}-{stage.stage}"
         stage = replace(stage, output=str(folder), run_name=f"{arguments.run_name}-{folder.name}")
+        # It is of the model at the end: what a stage goes on from is not rounded.
+        if number < len(arguments.stages) and "save_dtype" not in changes:
+            stage = replace(stage, save_dtype=None)
         if found:
             before = found[-1]
             none = {name: None for name in _CONVERSION if name not in changes}
