@@ -287,6 +287,44 @@ def test_weights_written_over_a_conversion_are_no_dense_model(here, home, tmp_pa
     assert choice(home, model=str(folder)).name is None
 
 
+def test_a_teacher_with_other_tokens_or_fewer_positions(here, home, tmp_path):
+    """Both compute without an error, and are wrong: the same number of tokens says nothing of which they are."""
+    other = dense_folder(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        names = sorted(vocabulary, key=vocabulary.get)
+        vocabulary[names[400]], vocabulary[names[401]] = 401, 400
+    else:
+        vocabulary[400], vocabulary[401] = vocabulary[401], vocabulary[400]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"whose token 400 is .* \(2 differ\): it has another tokenizer"):
+        here(distill=str(other))
+    dense_folder(tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(ValueError, match="block_size is 32, but distill is .*short, which has .* positions up to 16"):
+        here(distill=str(tmp_path / "short"))
+    # Without positions of its own a model learns from layers that have them.
+    for changes in ({"recipe": "match_distill"}, {"stage": "match"}):
+        with pytest.raises(ValueError, match="block_size is 128, but .* positions up to 64"):
+            here(position="nape", block_size=128, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_the_same_teacher(here, home, tmp_path):
+    teacher = dense_folder(tmp_path / "teacher", seed=7)
+    given = {"distill": str(teacher), "recipe": "anneal", "eval_every": 12}
+    summary = here(**given)
+    assert here(**given, resume="auto") == summary
+    file = tmp_path / "run" / "run.json"
+    known = json.loads(file.read_text())
+    dense_folder(teacher, seed=8)
+    with pytest.raises(ValueError, match=f"holds another run, finished: teacher '{known['teacher']}' then, "):
+        here(**given, resume="auto")
+    # As it was written before.
+    file.write_text(json.dumps({name: value for name, value in known.items() if name != "teacher"}))
+    assert here(**given, resume="auto") == summary
+
+
 @pytest.mark.parametrize("name", families.NAMES)
 def test_a_config_says_whether_logits_are_scaled(name):
     """What refuses a model before the first stage is what its last layer computes."""

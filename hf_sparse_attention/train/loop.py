@@ -40,7 +40,15 @@ from .lengths import parse_block_sizes, phase_at, phases_of
 from .matching import begin_matching, end_matching, match_errors, matched, measure_scales, set_matching
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
-from .plan import alpha_schedule_of, check_block_size, check_fit, find_source, find_teacher, positions_of, settings_of
+from .plan import (
+    alpha_schedule_of,
+    check_block_size,
+    check_fit,
+    default_block_size,
+    find_source,
+    find_teacher,
+    settings_of,
+)
 from .recipe import (
     LOWEST_ALPHA,
     alpha_at,
@@ -106,15 +114,15 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     with state.local_main_process_first():
         source = find_source(arguments)
         dense_source = find_teacher(arguments, source)
-    sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
+    sizes = parse_block_sizes(arguments.block_size or default_block_size(source))
     phases = phases_of(sizes, arguments.steps, arguments.batch_size)
     block_size = phases[-1].block_size
     settings = settings_of(source, arguments, phases[0].block_size)
     check_fit(source, settings, arguments)
     arguments = replace(arguments, alpha_schedule=alpha_schedule_of(arguments, source, settings))
-    check_block_size(source, settings, block_size)
-    tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
     matches = arguments.stage == "match"
+    check_block_size(source, settings, block_size, matches=matches)
+    tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
     # At 1 a layer is the dense one, and there is nothing to match.
     first_alpha = arguments.alpha_start or (LOWEST_ALPHA if matches else 1.0)
     if settings is not None and arguments.alpha_schedule == "none":
@@ -125,7 +133,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     passes, processes = arguments.gradient_accumulation, accelerator.num_processes
     step_tokens = phases[0].batch_size * phases[0].block_size * passes * processes
     lengths = block_size if len(sizes) == 1 else sizes
-    identity = identity_of(arguments, step_tokens // phases[0].block_size, lengths, tokenizer, source)
+    identity = identity_of(arguments, step_tokens // phases[0].block_size, lengths, tokenizer, source, dense_source)
     if arguments.resume == "auto" and (finished := finished_summary(output, identity)) is not None:
         accelerator.print(f"{output} holds this run, finished: nothing to do")
         return finished

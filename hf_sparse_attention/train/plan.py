@@ -8,11 +8,13 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ..config import SparseAttentionConfig
-from ..loading import Source, check_record, check_settings, find_model, make_settings
+from ..loading import Source, check_record, check_settings, companions_of, find_model, make_settings
 from ..maps import MAPS, ASEntmaxScale
 from ..models import check_convertible, dense_config, sparse_config, sparse_layers, with_rope
+from ..text import load_tokenizer
 from .arguments import TrainArguments
 from .head import scales_logits
+from .lengths import parse_block_sizes
 
 
 def find_source(arguments: TrainArguments) -> Source:
@@ -82,7 +84,37 @@ def find_teacher(arguments: TrainArguments, source: Source) -> Source | None:
                 f"{each.name} ({each.config.model_type}) scales or bounds its logits, which distill does not compute: "
                 "leave it out"
             )
+    _check_same_tokens(teacher, source)
+    longest = parse_block_sizes(arguments.block_size or default_block_size(source))[-1][0]
+    if longest > (limit := positions_of(teacher) or longest):
+        raise ValueError(
+            f"block_size is {longest}, but distill is {name}, which has rotary positions up to {limit} "
+            "(max_position_embeddings): use shorter blocks, or learn from it in a stage that has them"
+        )
     return teacher
+
+
+def _check_same_tokens(teacher: Source, source: Source) -> None:
+    """Two vocabularies of one size can be of different tokens. Added ones may differ, as chat models rename them."""
+    folders = [each.folder for each in (teacher, source)]
+    if not all(any(file.name.startswith("tokenizer") for file in companions_of(folder)) for folder in folders):
+        return
+    tokens = []
+    for each in (teacher, source):
+        tokenizer = load_tokenizer(each.folder, each.config.get_text_config().vocab_size)
+        added = tokenizer.get_added_vocab()
+        tokens.append({number: token for token, number in tokenizer.get_vocab().items() if token not in added})
+    one, other = tokens
+    if different := [number for number in one.keys() & other.keys() if one[number] != other[number]]:
+        first = min(different)
+        raise ValueError(
+            f"distill is {teacher.name}, whose token {first} is {one[first]!r} where the model's is {other[first]!r} "
+            f"({len(different):,} differ): it has another tokenizer, and their logits cannot be compared"
+        )
+
+
+def default_block_size(source: Source) -> int:
+    return min(positions_of(source) or 2048, 2048)
 
 
 def positions_of(source: Source) -> int | None:
@@ -183,8 +215,11 @@ def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments:
         raise ValueError("lora_save is 'adapter', but stage 'match' leaves a whole model to go on from: use merge")
 
 
-def check_block_size(source: Source, settings: SparseAttentionConfig | None, block_size: int) -> None:
-    rotates = settings is None or settings.position == "rope"
+def check_block_size(
+    source: Source, settings: SparseAttentionConfig | None, block_size: int, *, matches: bool = False
+) -> None:
+    """matches: whether layers learn from the dense model's, which rotate whatever the sparse ones do."""
+    rotates = matches or settings is None or settings.position == "rope"
     if not rotates:
         config = source.config if source.is_sparse else sparse_config(source.config, settings)
         rotates = len(sparse_layers(config)) < config.num_hidden_layers
@@ -192,5 +227,6 @@ def check_block_size(source: Source, settings: SparseAttentionConfig | None, blo
     if rotates and limit is not None and block_size > limit:
         raise ValueError(
             f"block_size is {block_size}, but {source.name} has rotary positions up to {limit} "
-            "(max_position_embeddings): use shorter blocks, --rope_theta or --rope_yarn, or --position nape"
+            "(max_position_embeddings): use shorter blocks"
+            + ("" if matches else ", --rope_theta or --rope_yarn, or --position nape")
         )

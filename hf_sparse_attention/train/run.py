@@ -87,7 +87,9 @@ def check_output(output: Path, arguments: TrainArguments) -> None:
         raise FileExistsError(f"output {output} is not empty and holds no training run (it has no run.json)")
 
 
-def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list, tokenizer, source: Source) -> dict:
+def identity_of(
+    arguments: TrainArguments, per_step: int, block_size: int | list, tokenizer, source: Source, teacher: Source | None
+) -> dict:
     """What must be the same for a run to go on: everything its numbers follow from."""
     options = {name: value for name, value in asdict(arguments).items() if name not in FREE}
     files = [
@@ -102,12 +104,14 @@ def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list
         "data": files,
         "vocabulary": len(tokenizer),
         "weights": fingerprint(source.weights),
+        **({} if teacher is None else {"teacher": fingerprint(teacher.weights)}),
     }
 
 
 def _different(identity: dict, saved: dict) -> str:
-    # What was saved went through JSON, which knows no tuples.
-    names = [name for name, value in json.loads(json.dumps(identity)).items() if saved.get(name) != value]
+    # What was saved went through JSON, which knows no tuples; runs from before do not know their teacher.
+    known = {"teacher": identity.get("teacher"), **saved}
+    names = [name for name, value in json.loads(json.dumps(identity)).items() if known.get(name) != value]
     return ", ".join(f"{name} {saved.get(name)!r} then, {identity[name]!r} now" for name in names)
 
 

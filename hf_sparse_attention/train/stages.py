@@ -17,7 +17,7 @@ from .default_recipe import ANNEAL, MATCH_DISTILL, choose, said, stages_of_recip
 from .distributed import check_launch, join_processes
 from .lengths import parse_block_sizes
 from .loop import train_stage
-from .plan import find_source, find_teacher, positions_of, settings_of
+from .plan import default_block_size, find_source, find_teacher, settings_of
 from .publish import check_push, push_run
 from .run import check_output, command_of, print_summary
 
@@ -68,7 +68,7 @@ def _with_recipe(arguments: TrainArguments) -> tuple[TrainArguments, TrainArgume
     check_output(Path(arguments.output).expanduser(), arguments)
     with state.local_main_process_first():
         source = find_source(arguments)
-    sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
+    sizes = parse_block_sizes(arguments.block_size or default_block_size(source))
     settings = settings_of(source, checked, sizes[0][0])
     choice = choose(arguments, source, settings)
     if choice.reason:
