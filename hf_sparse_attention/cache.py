@@ -56,6 +56,7 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
     """A `DynamicLayer` with bounds that grows into spare room instead of being copied for every token.
 
     `keys` and `values` are views of what was written, as in a `StaticLayer`: a shallow copy of the cache shares them.
+    Others may be put in their place; what is written into them leaves their bounds as they are.
     """
 
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -73,15 +74,27 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old = self.get_seq_length()
+        old = bounded = self.get_seq_length()
         new = old + key_states.shape[-2]
+        if self._is_replaced():
+            self._room = self.lower = self.upper = self.radius = self.state = None
+            bounded = 0
         self._reserve(old, new, key_states, value_states)
         keys, values = self._room
         keys[:, :, old:new] = key_states
         values[:, :, old:new] = value_states
         self.keys, self.values = keys[:, :, :new], values[:, :, :new]
-        update_page_bounds(self.keys, self.lower, self.upper, self.radius, None, old, new)
+        update_page_bounds(self.keys, self.lower, self.upper, self.radius, None, bounded, new)
         return self.keys, self.values
+
+    def _is_replaced(self) -> bool:
+        """Whether other keys or values were put in the place of what was shown last, as eviction does."""
+        if self._room is None or torch.compiler.is_compiling():
+            return False
+        return any(
+            (held.data_ptr(), held.stride(), held.shape[:2]) != (room.data_ptr(), room.stride(), room.shape[:2])
+            for held, room in zip((self.keys, self.values), self._room, strict=True)
+        )
 
     def _reserve(self, old: int, new: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self._room is not None and new <= self._room[0].shape[2]:

@@ -146,6 +146,27 @@ def test_selecting_repeating_and_copying(model):
         torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 129:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kept", [(4, 10), (0, 6), (0, 0)])
+def test_keys_put_in_their_place_are_taken(kept, model):
+    """As eviction writes a cache's layers: what was there before is neither shown again nor bounded."""
+    ids = families.tokens(1, 150)
+    caches = [new_cache("dynamic", model), DynamicCache(config=model.config)]
+    outputs = []
+    for cache in caches:
+        with torch.no_grad():
+            model(ids[:, :140], past_key_values=cache)
+            for layer in cache.layers:
+                first, second = kept
+                layer.keys = layer.keys[:, :, second:]
+                if first:
+                    layer.keys = torch.cat([layer.keys[:, :, :first], layer.keys], 2)
+                # The values alone too.
+                layer.values = layer.values[:, :, second - first :].flip(2)
+            outputs.append(model(ids[:, 140:], past_key_values=cache).logits)
+    assert torch.equal(*outputs)
+    check_bounds(caches[0], 150 - (second - first))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reset_forgets(kind, model):
     cache = new_cache(kind, model)
