@@ -1,6 +1,7 @@
 """What `train` does if it is told nothing of stages: which recipe, from which dense weights, and how it goes on."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_the_stages_are_those_that_were_measured(home, name):
     planned = stages_of_recipe(arguments, settings_of(source, arguments, 32))
     first, second = map(json.loads, planned.stages)
     wanted = measured["stages"]
+    # That of the run bounds the memory of this stage's evaluations.
+    assert wanted[0].pop("loss_chunk") == 0
     assert (first.pop("steps"), second.pop("steps")) == (150, 524)
     assert wanted[0].pop("steps") * wanted[0].pop("batch_size") == 150 * 64 and wanted[1].pop("steps") == 524
     assert planned.distill_weight == wanted[1].pop("distill_weight") and planned.distill == str(home / "dense")
@@ -141,6 +144,41 @@ def test_weight_and_temperature_need_no_name_of_the_teacher(here, home, tmp_path
         with pytest.raises(ValueError, match="distill_weight, distill_temperature needs distill"):
             here(**given, **changes, output=str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+def test_logits_of_a_chunk_are_all_there_are_in_both_stages(here, tmp_path, monkeypatch):
+    """Matching needs none, but its evaluations do."""
+    from hf_sparse_attention.train.head import ChunkedLoss
+
+    own, sizes = ChunkedLoss._chunk_loss, []
+
+    def chunk(self, hidden, targets, others):
+        sizes.append(len(targets))
+        return own(self, hidden, targets, others)
+
+    monkeypatch.setattr(ChunkedLoss, "_chunk_loss", chunk)
+    chunked = here(loss_chunk=48, steps=10)
+    # At steps 0 and 2, 128 labels.
+    assert sizes[:6] == [48, 48, 32] * 2 and set(sizes) == {48, 32}
+    whole = here(output=str(tmp_path / "whole"), steps=10)
+    found, expected = (torch.tensor(each["stages"][0]["eval_loss"]) for each in (chunked, whole))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_stream_counts_its_passes_once(here, tmp_path):
+    """A later stage goes on from the place of the one before, whose passes are not its own."""
+    few = {"streaming": True, "steps": 40, "batch_size": 16, "eval_every": 40, "checkpoint_every": 0}
+    summary = here(**few)
+    first, second = (stage["epochs"] for stage in summary["stages"])
+    assert first > 0 and summary["epochs"] == first + second
+    assert here(**few, recipe="anneal", output=str(tmp_path / "one"))["epochs"] == summary["epochs"]
+
+
+def test_the_command_of_stages_that_python_gave(here):
+    summary = here(stages=[{"stage": "match", "steps": 2}, {"steps": 2, "distill": None}], distill="nowhere")
+    words = shlex.split(summary["command"])
+    place = words.index("--stages") + 1
+    assert [json.loads(word) for word in words[place : place + 2]] == summary["options"]["stages"]
 
 
 def test_only_the_model_at_the_end_is_rounded(here, tmp_path):
@@ -411,7 +449,7 @@ def test_stages_by_hand_do_not_become_a_recipe(here):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_two_processes_do_the_same(home, tmp_path, fsdp):
-    values = asked(home, output=str(tmp_path / "two"), batch_size=2)
+    values = asked(home, output=str(tmp_path / "two"), batch_size=2, loss_chunk=16)
     log = tmp_path / "log"
     assert train_together(values, log, fsdp=fsdp) == [0, 0], log.with_name("log-0").read_text()
     assert log.with_name("log-0").read_text().count("recipe match_distill") == 1

@@ -139,7 +139,7 @@ def stages_of_recipe(arguments: TrainArguments, settings: SparseAttentionConfig)
     match = max(1, round(MATCH_SHARE * arguments.steps))
     rises = settings.alpha > 1
     first = {
-        "stage": "match", "steps": match, "trained": "attention", "loss_chunk": 0,
+        "stage": "match", "steps": match, "trained": "attention",
         **_rates(arguments, settings, MATCH_RATES),
         **({"alpha_schedule": "linear", "alpha_share": 0.8} if rises else {}),
     }  # fmt: skip

@@ -221,6 +221,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     begins = 0 if checkpoint is None else read_state(checkpoint)["step"]
     phase = phase_at(phases, max(0, begins - 1))
     data = walk(phase)
+    # Of a stream, which counts from its beginning, those of earlier stages.
+    passed = data.epochs if arguments.streaming else 0.0
     start, run = begin_run(output, arguments, identity, checkpoint, accelerator, model, optimizer, data)
     earlier = run["seconds"]
     metrics = Metrics(output / "metrics.jsonl", start, accelerator)
@@ -384,7 +386,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
             window_begun += time.perf_counter() - pause
 
     begin_step(arguments.steps)
-    epochs = data.epochs if arguments.streaming else run["tokens"] / (len(blocks) * block_size)
+    epochs = data.epochs - passed if arguments.streaming else run["tokens"] / (len(blocks) * block_size)
     summary = summary_of(source, settings, arguments, accelerator, counts, run, identity, epochs)
     # Losses at different alphas are of different functions.
     summary["eval_alpha"] = None if target is None else [alpha_of(step) for step, _ in run["held_out"]]

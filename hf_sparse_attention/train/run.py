@@ -246,7 +246,11 @@ def command_of(arguments: TrainArguments, processes: int) -> str:
         if option.name == "stage" and arguments.recipe is None and arguments.map != "none" and not arguments.stages:
             default = None
         if value not in (default, None) and option.name not in ("resume", "overwrite"):
-            words += [f"--{option.name}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [value]
+            words += [
+                f"--{option.name}",
+                *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values),
+            ]
     return shlex.join(words)
 
 
