@@ -413,6 +413,24 @@ def test_it_goes_on_as_what_it_was(here, home, tmp_path, monkeypatch):
     assert here(resume="auto")["eval_loss"] == summary["eval_loss"]
 
 
+@pytest.mark.parametrize("stages", [[], ["{steps: 3}"]], ids=["recipe", "one"])
+def test_what_the_first_stage_refuses_costs_no_earlier_run(here, home, tmp_path, stages):
+    given = {"stages": stages, "eval_every": 12}
+    nowhere = {"train_data": [str(home / "nowhere.txt")]}
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        here(**given, **nowhere)
+    assert not (tmp_path / "run").exists()
+    here(**given)
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    for changes in (nowhere, {"block_size": 65}, {"new_learning_rate": 1e-3, "map": "entmax"}):
+        with pytest.raises((OSError, ValueError)):
+            here(**given, **changes, overwrite=True)
+        assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+    summary = here(**given, overwrite=True, seed=1)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["options"]["seed"] == 1
+    assert here(**given, seed=1, resume="auto")["eval_loss"] == summary["eval_loss"]
+
+
 def test_a_run_of_one_stage_from_before_goes_on_in_one(here, home, tmp_path, capsys):
     """As it was written when there was no recipe: it is neither begun anew nor made two."""
     here(recipe="anneal", keep_checkpoints=9)

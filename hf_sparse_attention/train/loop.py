@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -76,12 +77,19 @@ from .throughput import flops_per_token, peak_flops
 from .zero import GradientWatch, in_working_precision, is_zero
 
 
-def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path | None = None) -> dict:
+def train_stage(
+    arguments: TrainArguments,
+    *,
+    first_token: int = 0,
+    packed: Path | None = None,
+    begin: Callable[[], None] | None = None,
+) -> dict:
     """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
 
     Args:
         first_token: how many tokens of the data an earlier stage has seen.
         packed: folder of encoded text that several stages share (default: `output/packed`).
+        begin: called by every process before anything else is written, when nothing is left to be refused.
 
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
@@ -223,6 +231,8 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     data = walk(phase)
     # Of a stream, which counts from its beginning, those of earlier stages.
     passed = data.epochs if arguments.streaming else 0.0
+    if begin is not None:
+        begin()
     start, run = begin_run(output, arguments, identity, checkpoint, accelerator, model, optimizer, data)
     earlier = run["seconds"]
     metrics = Metrics(output / "metrics.jsonl", start, accelerator)

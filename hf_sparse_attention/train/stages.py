@@ -181,29 +181,37 @@ def _train_stages(arguments: TrainArguments, asked: TrainArguments) -> dict:
         known = json.loads((output / "run.json").read_text(encoding="utf-8"))
         if known.get("stages") != names:
             raise ValueError(f"{output} holds a run of other stages: {known.get('stages')} then, {names} now")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        if arguments.overwrite:
-            for name in ("stages", "model", "checkpoints", "logs"):
-                shutil.rmtree(output / name, ignore_errors=True)
-            for name in ("summary.json", "metrics.jsonl"):
-                (output / name).unlink(missing_ok=True)
-        write_json(output / "run.json", {"stages": names, **({"recipe": asked.recipe} if asked.recipe else {})})
-    state.wait_for_everyone()
+
+    def begin() -> None:
+        """When the first stage has read all it needs: what is wrong with that costs no earlier run."""
+        state.wait_for_everyone()
+        if state.is_main_process:
+            if arguments.overwrite:
+                for name in ("stages", "model", "checkpoints", "logs"):
+                    shutil.rmtree(output / name, ignore_errors=True)
+                for name in ("summary.json", "metrics.jsonl"):
+                    (output / name).unlink(missing_ok=True)
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "run.json", {"stages": names, **({"recipe": asked.recipe} if asked.recipe else {})})
+        state.wait_for_everyone()
+
     summaries, tokens = [], 0
     for stage in stages:
-        state.print(f"stage {Path(stage.output).name}")
+        folder, first = Path(stage.output), stage is stages[0]
+        state.print(f"stage {folder.name}")
         # A stage that was never begun has nothing to go on from, which auto takes for the beginning.
-        there = (Path(stage.output) / "run.json").is_file()
-        stage = replace(stage, overwrite=False, resume="auto" if there else "never")
-        last = stage.output == stages[-1].output
-        if last and (output / "model").is_dir() and not (Path(stage.output) / "model").is_dir():
+        there = (folder / "run.json").is_file() and not (first and arguments.overwrite)
+        stage = replace(stage, overwrite=first and arguments.overwrite, resume="auto" if there else "never")
+        moved = not stage.overwrite and (output / "model").is_dir() and not (folder / "model").is_dir()
+        if moved and stage.output == stages[-1].output:
             # It was finished and its model moved, but the end of the run was not written: move it back.
             state.wait_for_everyone()
             if state.is_main_process:
-                os.rename(output / "model", Path(stage.output) / "model")
+                os.rename(output / "model", folder / "model")
             state.wait_for_everyone()
-        summaries.append(train_stage(stage, first_token=tokens, packed=output / "packed"))
+        summaries.append(
+            train_stage(stage, first_token=tokens, packed=output / "packed", begin=begin if first else None)
+        )
         tokens += summaries[-1]["tokens"]
     summary = _joined(asked, summaries, state.num_processes)
     if state.is_main_process:
