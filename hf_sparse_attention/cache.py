@@ -3,6 +3,8 @@ asks of any cache before it writes to it. Enter keys and values as Transformers 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
@@ -12,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecod
 
 # Keys of a page: the tile of the kernels.
 PAGE = 64
+_CPU = torch.device("cpu")
 # Numbers of the state that the kernels keep with the bounds of a layer, zeros at first.
 STATE = 3
 # A growing cache is copied whenever it is full: every 1/32 of its length, so that the room costs 3 % of its memory.
@@ -217,14 +220,24 @@ def check_cache(
     for index, layer in enumerate(layers):
         if not isinstance(layer, CacheLayerMixin):
             raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
-    _check_layers(cache, inputs, model)
+    _check_layers(cache, expected, inputs, model)
     if attention_mask is not None and attention_mask.ndim == 2:
         _check_length(cache, inputs, attention_mask)
 
 
-def _check_layers(cache: Cache, inputs: torch.Tensor, model: nn.Module) -> None:
+def _check_layers(cache: Cache, layers: int, inputs: torch.Tensor, model: nn.Module) -> None:
     """All layers at once, before the first of them is written."""
     filled = {index: layer for index, layer in enumerate(cache.layers) if _holds_keys(layer)}
+    lengths = dict.fromkeys(range(layers if filled else 0), 0)
+    lengths |= {index: layer.get_seq_length() for index, layer in enumerate(cache.layers)}
+    # A static cache counts on its device, which is not waited for.
+    known = {index: int(length) for index, length in lengths.items() if getattr(length, "device", _CPU) == _CPU}
+    for one, other in pairwise(known):
+        if known[one] != known[other]:
+            raise ValueError(
+                f"past_key_values holds {known[one]} tokens in layer {one} and {known[other]} in layer {other}: a "
+                "call was interrupted while it wrote. Make a new cache, or reset() it"
+            )
     offloaded = getattr(cache, "offloading", False)
     first = next(iter(filled.values()), None)
     for index, layer in filled.items():
