@@ -3,6 +3,8 @@ asks of any cache before it writes to it. Enter keys and values as Transformers 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
@@ -12,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecod
 
 # Keys of a page: the tile of the kernels.
 PAGE = 64
+_CPU = torch.device("cpu")
 # Numbers of the state that the kernels keep with the bounds of a layer, zeros at first.
 STATE = 3
 # A growing cache is copied whenever it is full: every 1/32 of its length, so that the room costs 3 % of its memory.
@@ -56,6 +59,7 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
     """A `DynamicLayer` with bounds that grows into spare room instead of being copied for every token.
 
     `keys` and `values` are views of what was written, as in a `StaticLayer`: a shallow copy of the cache shares them.
+    Others may be put in their place; what is written into them leaves their bounds as they are.
     """
 
     _room: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -73,15 +77,27 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        old = self.get_seq_length()
+        old = bounded = self.get_seq_length()
         new = old + key_states.shape[-2]
+        if self._is_replaced():
+            self._room = self.lower = self.upper = self.radius = self.state = None
+            bounded = 0
         self._reserve(old, new, key_states, value_states)
         keys, values = self._room
         keys[:, :, old:new] = key_states
         values[:, :, old:new] = value_states
         self.keys, self.values = keys[:, :, :new], values[:, :, :new]
-        update_page_bounds(self.keys, self.lower, self.upper, self.radius, None, old, new)
+        update_page_bounds(self.keys, self.lower, self.upper, self.radius, None, bounded, new)
         return self.keys, self.values
+
+    def _is_replaced(self) -> bool:
+        """Whether other keys or values were put in the place of what was shown last, as eviction does."""
+        if self._room is None or torch.compiler.is_compiling():
+            return False
+        return any(
+            (held.data_ptr(), held.stride(), held.shape[:2]) != (room.data_ptr(), room.stride(), room.shape[:2])
+            for held, room in zip((self.keys, self.values), self._room, strict=True)
+        )
 
     def _reserve(self, old: int, new: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if self._room is not None and new <= self._room[0].shape[2]:
@@ -204,14 +220,24 @@ def check_cache(
     for index, layer in enumerate(layers):
         if not isinstance(layer, CacheLayerMixin):
             raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
-    _check_layers(cache, inputs, model)
+    _check_layers(cache, expected, inputs, model)
     if attention_mask is not None and attention_mask.ndim == 2:
         _check_length(cache, inputs, attention_mask)
 
 
-def _check_layers(cache: Cache, inputs: torch.Tensor, model: nn.Module) -> None:
+def _check_layers(cache: Cache, layers: int, inputs: torch.Tensor, model: nn.Module) -> None:
     """All layers at once, before the first of them is written."""
     filled = {index: layer for index, layer in enumerate(cache.layers) if _holds_keys(layer)}
+    lengths = dict.fromkeys(range(layers if filled else 0), 0)
+    lengths |= {index: layer.get_seq_length() for index, layer in enumerate(cache.layers)}
+    # A static cache counts on its device, which is not waited for.
+    known = {index: int(length) for index, length in lengths.items() if getattr(length, "device", _CPU) == _CPU}
+    for one, other in pairwise(known):
+        if known[one] != known[other]:
+            raise ValueError(
+                f"past_key_values holds {known[one]} tokens in layer {one} and {known[other]} in layer {other}: a "
+                "call was interrupted while it wrote. Make a new cache, or reset() it"
+            )
     offloaded = getattr(cache, "offloading", False)
     first = next(iter(filled.values()), None)
     for index, layer in filled.items():

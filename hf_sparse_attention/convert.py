@@ -19,13 +19,14 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .config import LAYERS, POSITIONS, SPECIFICATIONS, VERSION, SparseAttentionConfig
-from .files import is_empty, whole_folder, write_json
+from .files import fingerprint, is_empty, whole_folder, write_json
 from .loading import (
     RECORD,
     Source,
     Tensors,
     check_dtype,
     check_settings,
+    check_weights,
     companions_of,
     count_parameters,
     find_model,
@@ -130,6 +131,8 @@ def convert_model(arguments: ConvertArguments) -> Path:
         cast = _check_kept(model, source, folder, tensors)
         record = {**identity, "commit": source.commit, "version": VERSION, "kept": len(tensors.kept)}
         record |= {"new": tensors.new, "cast": cast, "files": _sizes(folder)}
+        # Whoever trains it may write over them.
+        record["weights"] = fingerprint(check_weights(folder))
         write_json(folder / RECORD, record)
     new_parameters = sum(model.get_parameter(name).numel() for name in tensors.new)
     print(
@@ -213,6 +216,8 @@ def _finished(output: Path, identity: dict, overwrite: bool) -> bool:
     different = [key for key, value in identity.items() if record.get(key) != value]
     sizes = _sizes(output)
     lost = [name for name, size in record.get("files", {}).items() if sizes.get(name) != size]
+    if not lost and "weights" in record and record["weights"] != fingerprint(check_weights(output)):
+        lost = ["weights"]
     if not different and not lost:
         return True
     if overwrite:

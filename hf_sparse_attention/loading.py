@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .config import SPECIFICATIONS, SparseAttentionConfig
+from .files import fingerprint
 from .models import FAMILIES, ONLY_SAFETENSORS, check_convertible, new_parameter_names, sparse_config
 
 # What is fetched of a model on the Hub beside its weights, and what of it goes along into a converted folder.
@@ -62,6 +63,17 @@ class Source:
         """What `convert` wrote of a folder that was not trained yet; empty for any other."""
         file = self.folder / RECORD
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def check_record(source: Source) -> None:
+    """Raises ValueError if a folder of `convert` has other weights than were written: its record, by which it counts
+    as a model that was only trained with softmax, is then of another model."""
+    written = source.record.get("weights")
+    if written is not None and written != fingerprint(source.weights):
+        raise ValueError(
+            f"{source.name} has a {RECORD}, which says that it was converted and not trained, but its weights changed "
+            f"since: remove {RECORD} if they were trained with the map, or convert the dense model again"
+        )
 
 
 @dataclass(frozen=True)
@@ -199,14 +211,14 @@ def load_model(
     source: Source,
     settings: SparseAttentionConfig | None,
     dtype: str | None = None,
-    without: Collection[str] = (),
+    without: Collection[str] | None = None,
 ) -> tuple[PreTrainedModel, Tensors]:
     """The model of a folder: converted if `settings` are given, else what the folder says, sparse or dense.
 
     Args:
         dtype: of the parameters; None keeps the checkpoint's.
-        without: names of the tensors of a sparse checkpoint that its dense model, whose config `source` has, leaves
-            out.
+        without: names of the tensors, perhaps none, of a sparse checkpoint that its dense model, whose config `source`
+            has, leaves out; None loads what the folder is.
 
     Raises:
         ValueError: if the checkpoint has tensors that the model does not know or lacks some that it needs.
@@ -216,7 +228,7 @@ def load_model(
     if settings is not None:
         options = {"attn_implementation": settings.map, "sparse_attention": settings.to_dict()}
     loader = AutoModelForCausalLM
-    if without:
+    if without is not None:
         # The Auto class refuses a dense config for a sparse folder, which is what is meant here.
         loader = FAMILIES[source.config.model_type].dense("ForCausalLM")
     try:
@@ -235,7 +247,8 @@ def load_model(
     new = set(new_parameter_names(model)) if settings is not None else set()
     missing = set(info["missing_keys"])
     kept = [name for name, _ in model.named_parameters() if name not in new | missing]
-    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(set(info["unexpected_keys"]) - set(without)))
+    unexpected = set(info["unexpected_keys"]) - set(without or ())
+    tensors = Tensors(kept, sorted(new), sorted(missing - new), sorted(unexpected))
     if tensors.missing or tensors.unexpected or info.get("mismatched_keys"):
         raise ValueError(f"the weights of {source.name} do not fit its config:\n{tensors}")
     return model, tensors

@@ -427,6 +427,56 @@ def test_what_a_peer_refuses_is_a_row_and_no_end(tmp_path, monkeypatch, capsys):
     assert timed_peers(tmp_path)[2]["refused"] == "CompilationError: at 1:2:"
     splash(monkeypatch, adasplash_v2=lambda query, key, value: query / 0 + 0 * key.sum() + 0 * value.sum())
     assert timed_peers(tmp_path)[2].keys() & {"refused", "training_ms"} == {"refused"}
+    # A version that has only one of them, or none.
+    del sys.modules["adasplash"].adasplash_v2
+    assert timed_peers(tmp_path)[2]["refused"].startswith("ImportError: cannot import name 'adasplash_v2'")
+    right, calls = sys.modules["adasplash"].adasplash_v1, []
+
+    def fails_at_last(*tensors, **keywords):
+        calls.append(1)
+        # After it was timed.
+        if len(calls) > 8:
+            raise RuntimeError("an illegal memory access")
+        return right(*tensors, **keywords)
+
+    splash(monkeypatch, adasplash_v1=fails_at_last)
+    assert timed_peers(tmp_path)[1]["refused"] == "RuntimeError: an illegal memory access"
+
+
+class BrokenGradient(torch.autograd.Function):
+    """The right output, and gradients that are `factor` of the right ones."""
+
+    @staticmethod
+    def forward(ctx, out, factor):
+        ctx.factor = factor
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+def test_a_peer_with_wrong_gradients_or_another_order_of_heads(tmp_path, monkeypatch):
+    """The output of the first head is right in all three."""
+
+    def broken(factor):
+        def attend(query, key, value, **keywords):
+            return BrokenGradient.apply(reference.attention(query, key, value, alpha=1.5)[0], factor)
+
+        return attend
+
+    def interleaved(query, key, value):
+        key, value = key.repeat(1, 2, 1, 1), value.repeat(1, 2, 1, 1)
+        return reference.attention(query, key, value, alpha=1.5)[0]
+
+    splash(monkeypatch, adasplash_v1=broken(0.9), adasplash_v2=interleaved)
+    ours, first, second = timed_peers(tmp_path)
+    assert ours["error"] < 1e-5 and ours["gradient_error"] < 1e-5
+    assert first["error"] < 1e-5 and 0.09 < first["gradient_error"] < 0.11
+    assert second["error"] > 0.1
+    splash(monkeypatch, adasplash_v1=broken(float("nan")))
+    refused = timed_peers(tmp_path)[1]
+    assert refused["refused"].startswith("RuntimeError: values are not finite") and "training_ms" not in refused
 
 
 def test_peers_that_are_not_installed_are_named(tmp_path, monkeypatch, caplog):

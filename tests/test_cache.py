@@ -146,6 +146,47 @@ def test_selecting_repeating_and_copying(model):
         torch.testing.assert_close(found, model(ids, use_cache=False).logits[:, 129:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+@pytest.mark.parametrize("tokens", [0, 20])
+def test_a_call_that_was_interrupted_leaves_no_cache_to_go_on_from(kind, tokens, model, monkeypatch):
+    """The layers before the fault have one call more than those after it; without a mask nothing else would tell."""
+    cache = DynamicCache() if kind == "plain" else new_cache(kind, model)
+    ids = families.tokens(1, 40)
+    with torch.no_grad():
+        if tokens:
+            model(ids[:, :tokens], past_key_values=cache)
+        with monkeypatch.context() as patched:
+            patched.setattr(model.model.layers[0].mlp, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids[:, tokens:], past_key_values=cache)
+        with pytest.raises(ValueError, match=f"holds 40 tokens in layer 0 and {tokens} in layer 1: a call was inter"):
+            model(ids[:, tokens:], past_key_values=cache)
+        cache.reset()
+        found = model(ids, past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids, past_key_values=DynamicCache()).logits)
+
+
+@pytest.mark.parametrize("kept", [(4, 10), (0, 6), (0, 0)])
+def test_keys_put_in_their_place_are_taken(kept, model):
+    """As eviction writes a cache's layers: what was there before is neither shown again nor bounded."""
+    ids = families.tokens(1, 150)
+    caches = [new_cache("dynamic", model), DynamicCache(config=model.config)]
+    outputs = []
+    for cache in caches:
+        with torch.no_grad():
+            model(ids[:, :140], past_key_values=cache)
+            for layer in cache.layers:
+                first, second = kept
+                layer.keys = layer.keys[:, :, second:]
+                if first:
+                    layer.keys = torch.cat([layer.keys[:, :, :first], layer.keys], 2)
+                # The values alone too.
+                layer.values = layer.values[:, :, second - first :].flip(2)
+            outputs.append(model(ids[:, 140:], past_key_values=cache).logits)
+    assert torch.equal(*outputs)
+    check_bounds(caches[0], 150 - (second - first))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reset_forgets(kind, model):
     cache = new_cache(kind, model)

@@ -432,6 +432,16 @@ def test_a_converted_model_is_said_to_be_untrained(model, tmp_path):
     assert card.data.model_name in (None, "run")
 
 
+def test_weights_that_changed_since_they_were_converted_are_not_called_untrained(model, tmp_path, caplog):
+    """As a trainer that saves into the folder leaves it."""
+    values = load_file(model / "model.safetensors")
+    values["model.norm.weight"][0] += 1
+    save_file(values, model / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING):
+        assert "it was not trained since" not in dry_run(model, tmp_path / "up").text
+    assert "conversion.json belongs to other weights" in caplog.text
+
+
 def test_training_of_a_converted_folder_names_the_dense_model(source, model, tmp_path):
     (model / "conversion.json").unlink()
     write(model / "summary.json", summary(model, base_model=str(source / "sparse"), base_commit=None))

@@ -63,8 +63,6 @@ KINDS = {
 )
 def test_compiled_is_uncompiled_and_no_step_compiles_anew(home, tmp_path, graphs, kind):
     changes = KINDS[kind] | ({"distill": str(home / "dense"), "distill_weight": 0.5} if kind == "rising" else {})
-    if kind == "match":
-        changes["loss_chunk"] = 0
     assert graphs("plain", steps=4, **changes) == 0
     few = graphs("compiled", steps=4, compile=True, **changes)
     assert few > 0

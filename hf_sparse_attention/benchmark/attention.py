@@ -19,7 +19,7 @@ from .inputs import BLOCK, block_inputs
 from .ours import attend, attend_with_tau, difference, outputs, tolerance
 from .peers import PEERS, make_peers
 from .rows import table, write_rows
-from .timing import calls, kernel_times, measure, measured
+from .timing import calls, kernel_times, measure, measured, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,11 @@ def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> li
                     row = (measured if name == "ours" else measure)(attention, tensors, arguments.repeats)
                     if name in variants and "refused" not in row:
                         try:
-                            row["error"] = ours if name == "ours" else _describe(arguments, tensors)[0]
+                            row |= ours if name == "ours" else _describe(arguments, tensors)[0]
                         except RuntimeError as wrong:
                             row = {"refused": str(wrong)}
                     if name in PEERS and "refused" not in row:
-                        found = _peer_error(attention, tensors, 1.0 if PEERS[name].softmax else arguments.alpha)
+                        found = _peer_errors(attention, tensors, 1.0 if PEERS[name].softmax else arguments.alpha)
                         row = found if "refused" in found else row | found
                     if name in variants and "refused" not in row and arguments.kernel_times:
                         row["kernels_ms"] = kernel_times(calls(attention, tensors)["training"])
@@ -92,39 +92,61 @@ def time_attention(arguments: BenchmarkArguments, *, device: str = "cuda") -> li
     return rows
 
 
-def _error(out, tensors, alpha: float) -> float:
-    """How far the last queries of a head are from the reference in float64; alpha 1 is softmax."""
+def _errors(attention, tensors, alpha: float) -> dict[str, float]:
+    """How far the last queries of two heads, and the gradients of what is made of them alone, are from the reference
+    in float64; alpha 1 is softmax. Two heads, as a kernel may take another key head for the second.
+
+    Raises:
+        RuntimeError: where anything that is computed of these tensors is not finite.
+    """
     query, key, value = tensors
-    last = (query[:1, :1, -CHECKED_ROWS:].double(), key[:1, :1].double(), value[:1, :1].double())
-    exact, _ = reference.attention(*last, alpha=alpha)
-    return difference([out[:1, :1, -CHECKED_ROWS:]], [exact])
+    everything = outputs(attention, tensors, torch.ones_like(query))
+    difference(everything, everything)
+    heads = torch.arange(min(2, query.shape[1]), device=query.device)
+    shared = heads * key.shape[1] // query.shape[1]
+
+    def last(tensor):
+        return tensor[:1, : len(heads), -CHECKED_ROWS:]
+
+    gradient = torch.zeros_like(query)
+    last(gradient).normal_()
+    out, *gradients = outputs(attention, tensors, gradient)
+
+    def exact(query, key, value):
+        return reference.attention(query, key[:, shared], value[:, shared], alpha=alpha)[0]
+
+    inputs = (last(query).double(), key[:1].double(), value[:1].double())
+    wanted, *exact_gradients = outputs(exact, inputs, last(gradient).double())
+    found = [last(gradients[0]), *(each[:1] for each in gradients[1:])]
+    return {"error": difference([last(out)], [wanted]), "gradient_error": difference(found, exact_gradients)}
 
 
-def _peer_error(attention, tensors, alpha: float) -> dict:
+def _peer_errors(attention, tensors, alpha: float) -> dict:
     """What a peer computes is shown, right or wrong; what is not finite is no result."""
-    with torch.no_grad():
-        out = attention(*tensors)
-    if not bool(torch.isfinite(out).all()):
-        return {"refused": "its output is not finite"}
-    return {"error": _error(out, tensors, alpha)}
+    try:
+        return _errors(attention, tensors, alpha)
+    except Exception as error:
+        return {"refused": refusal(error)}
 
 
-def _describe(arguments, tensors) -> tuple[float, float, float]:
-    """Relative error against float64 of the last rows of a head, share of empty blocks, keys with weight per query."""
+def _describe(arguments, tensors) -> tuple[dict[str, float], float, float]:
+    """Errors against float64, share of empty blocks, keys with weight per query.
+
+    Raises:
+        RuntimeError: where the output is far from float64, or anything is not finite.
+    """
     query, key, value = tensors
-    out, tau = attend_with_tau(query, key, value, alpha=arguments.alpha)
-    error = _error(out, tensors, arguments.alpha)
-    gradients = outputs(partial(attend, alpha=arguments.alpha), tensors, torch.ones_like(query))
-    difference(gradients, gradients)
-    if not error < tolerance(query.dtype):
-        raise RuntimeError(f"the attention is {error:.1e} away from float64: what is timed is wrong")
+    _, tau = attend_with_tau(query, key, value, alpha=arguments.alpha)
+    errors = _errors(lambda *inputs: attend_with_tau(*inputs, alpha=arguments.alpha)[0], tensors, arguments.alpha)
+    if not errors["error"] < tolerance(query.dtype):
+        raise RuntimeError(f"the attention is {errors['error']:.1e} away from float64: what is timed is wrong")
     # One group of heads stands for all: the blocks are drawn alike.
     group = query.shape[1] // key.shape[1]
     head = (query[:1, :group], key[:1, :1], tau[:1, :group])
     occupied = reference.block_occupancy(*head, block=BLOCK, alpha=arguments.alpha)
     blocks = occupied.shape[-1]
     sparsity = 1 - occupied.sum().item() / (group * blocks * (blocks + 1) / 2)
-    return error, sparsity, reference.support_size(*head, alpha=arguments.alpha).double().mean().item()
+    return errors, sparsity, reference.support_size(*head, alpha=arguments.alpha).double().mean().item()
 
 
 COLUMNS = (
@@ -138,6 +160,7 @@ COLUMNS = (
     ("training_ratio", "ratio", "{:.2f}"),
     ("training_peak_mib", "MiB", "{:.0f}"),
     ("error", "error", "{:.1e}"),
+    ("gradient_error", "of gradients", "{:.1e}"),
     ("refused", "", "{}"),
 )
 

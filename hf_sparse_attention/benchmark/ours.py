@@ -37,7 +37,7 @@ def difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float
     errors = []
     for one, other in zip(found, expected, strict=True):
         if not bool(torch.isfinite(one).all()):
-            raise RuntimeError("the kernels gave values that are not finite: what was measured is worth nothing")
+            raise RuntimeError("values are not finite: what was measured is worth nothing")
         errors.append(((one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30)).item())
     return max(errors)
 

@@ -54,9 +54,11 @@ def _flex(arguments):
 def _adasplash_1(arguments):
     if importlib.util.find_spec("adasplash") is None:
         return None
-    from adasplash import adasplash_v1
 
     def attention(query, key, value):
+        # Here, so that a version without it, or one that cannot be imported, refuses like any other.
+        from adasplash import adasplash_v1
+
         if not 1 < arguments.alpha <= 2:
             raise ValueError(f"its alpha is in (1, 2], not {arguments.alpha}")
         # Whoever has grouped heads must repeat keys and values for it, and add up their gradients.
@@ -70,9 +72,10 @@ def _adasplash_1(arguments):
 def _adasplash_2(arguments):
     if importlib.util.find_spec("adasplash") is None:
         return None
-    from adasplash import adasplash_v2
 
     def attention(query, key, value):
+        from adasplash import adasplash_v2
+
         if arguments.alpha != 1.5:
             raise ValueError(f"its alpha is 1.5, not {arguments.alpha}")
         # Grouped heads it reads as they are.

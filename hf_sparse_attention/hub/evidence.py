@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint
+from ..files import fingerprint
 from ..results import lacking, remarks, sections
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,9 @@ def gather(
             out with a warning.
     """
     folder = Path(checkpoint.path)
-    conversion = _found([folder / "conversion.json"], "conversion", lambda content: _check_block(content, checkpoint))
+    conversion = _found(
+        [folder / "conversion.json"], "conversion", lambda content: _check_conversion(content, checkpoint)
+    )
     run = [folder / "summary.json"] + ([] if conversion else [folder.absolute().parent / "summary.json"])
     beside = folder.absolute().parent
     training = _read(summary, run, "summary", lambda content: _check_summary(content, checkpoint))
@@ -203,6 +206,13 @@ def _check_block(content: dict, checkpoint: Checkpoint) -> None:
             "belongs to another model: "
             + ", ".join(f"{name} is {block.get(name)!r} there and {own[name]!r} here" for name in different)
         )
+
+
+def _check_conversion(content: dict, checkpoint: Checkpoint) -> None:
+    _check_block(content, checkpoint)
+    # The card would say that nothing was trained.
+    if content.get("weights") not in (None, fingerprint(checkpoint.source.weights)):
+        raise ValueError("belongs to other weights: they changed since they were converted")
 
 
 def _check_summary(content: dict, checkpoint: Checkpoint) -> None:

@@ -134,7 +134,10 @@ class TrainArguments:
     )
     loss_chunk: int = field(
         default=0,
-        metadata=_help("labels whose logits exist at once, which bounds their memory; 0: those of the whole batch"),
+        metadata=_help(
+            "labels whose logits exist at once, which bounds their memory (in stage match that of evaluations); 0: "
+            "those of the whole batch"
+        ),
     )
     batch_size: int = field(default=8, metadata=_help("blocks in a forward pass of one process"))
     gradient_accumulation: int = field(default=1, metadata=_help("forward passes of one process in a step"))
@@ -314,8 +317,6 @@ def _check_stage(arguments: TrainArguments) -> None:
         raise ValueError("distill learns from logits, which stage 'match' has none of: use it in stage pretrain")
     if arguments.trained == "all":
         raise ValueError("trained is 'all', but in stage 'match' everything beside the attention is frozen")
-    if arguments.loss_chunk:
-        raise ValueError(f"loss_chunk is {arguments.loss_chunk}, but stage 'match' computes no logits: leave it out")
 
 
 def _check_numbers(arguments: TrainArguments) -> None:

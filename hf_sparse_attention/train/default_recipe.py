@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import SparseAttentionConfig
-from ..loading import Source
-from ..maps import MAPS
+from ..loading import RECORD, Source
+from ..maps import MAPS, ASEntmaxScale
 from .arguments import RECIPES, TrainArguments
 from .head import scales_logits
 from .lengths import parse_block_sizes
-from .plan import changed_rope
+from .plan import alpha_schedule_of, changed_rope
 
 MATCH_DISTILL, ANNEAL = RECIPES
 # Of examples/conversion/match-distill.yaml, whose rates are those of a learning_rate of 3e-4: the share of the tokens
@@ -30,7 +30,8 @@ _OF_ONE_STAGE = ("alpha_schedule", "alpha_start", "alpha_plateaus", "alpha_share
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe and why it is that one; no recipe (None) for a control, for stages by hand, and for a trained model."""
+    """A recipe and why it is that one; no recipe (None) for a control, for a stage by its name, and for a trained
+    model, which has a reason."""
 
     name: str | None
     reason: str = ""
@@ -62,12 +63,19 @@ def choose(arguments: TrainArguments, source: Source, settings: SparseAttentionC
         )
     against = [] if settings is None else against_match_distill(arguments, source, settings)
     asked = begun or arguments.recipe
-    if settings is None or arguments.stage is not None or not (source.is_untrained or arguments.recipe):
+    if settings is None or arguments.stage is not None:
         return Choice(None)
     if asked == MATCH_DISTILL and against:
+        other = f"use --recipe {ANNEAL}, or write --stages of your own (examples/conversion)"
+        if begun:
+            other = f"{arguments.output} holds such a run. Go on as it was begun, replace it, or name another --output"
+        raise ValueError(f"recipe is {MATCH_DISTILL!r}, but {against[0]}: {other}")
+    if not source.is_untrained and arguments.recipe is None:
+        return Choice(None, against[0])
+    if not source.is_untrained and alpha_schedule_of(arguments, source, settings) == "none":
         raise ValueError(
-            f"recipe is {MATCH_DISTILL!r}, but {against[0]}: use --recipe {ANNEAL}, or write --stages of your own "
-            "(examples/conversion)"
+            f"recipe is {ANNEAL!r}, but {against[0]}, and alpha stays {settings.alpha:g}: leave recipe out, or let "
+            "alpha rise once more with --alpha_schedule linear"
         )
     if asked is not None:
         return Choice(asked, f"{arguments.output} holds such a run" if begun else "asked for", begun is not None)
@@ -101,7 +109,7 @@ def against_match_distill(arguments: TrainArguments, source: Source, settings: S
     """Why the two stages are not what these options ask for, most telling first; empty if they can be."""
     found = []
     if not source.is_untrained:
-        found.append(f"{arguments.model} was trained since it was converted")
+        found.append(f"{arguments.model} was trained since it was converted (it has no {RECORD})")
     if own := [name for name in _OF_ONE_STAGE if getattr(arguments, name) is not None]:
         found.append(f"{', '.join(own)} {'is' if len(own) == 1 else 'are'} of a run in one stage")
     if arguments.lora_rank:
@@ -112,8 +120,10 @@ def against_match_distill(arguments: TrainArguments, source: Source, settings: S
         found.append(f"{arguments.model} was converted with {changed}, and its layers are no longer the dense ones")
     if arguments.block_size is not None and len(parse_block_sizes(arguments.block_size)) > 1:
         found.append(f"blocks that grow ({arguments.block_size}) would grow in each stage anew")
-    if settings.alpha == 1 and MAPS[settings.map].scale is None:
-        found.append(f"{settings.map} at alpha 1 is the dense attention, and there is nothing to match")
+    # Gradients would be rounding alone, which AdamW makes steps of.
+    neutral = MAPS[settings.map].scale in (None, ASEntmaxScale) and arguments.scale_start != "normal"
+    if settings.alpha == 1 and settings.position == "rope" and neutral:
+        found.append(f"{settings.map} begins as the dense attention at alpha 1, and there is nothing to match")
     if scales_logits(source.config):
         found.append(f"{source.config.model_type} scales or bounds its logits, which distillation does not compute")
     if arguments.steps < FEWEST_STEPS:
@@ -129,7 +139,7 @@ def stages_of_recipe(arguments: TrainArguments, settings: SparseAttentionConfig)
     match = max(1, round(MATCH_SHARE * arguments.steps))
     rises = settings.alpha > 1
     first = {
-        "stage": "match", "steps": match, "trained": "attention", "loss_chunk": 0,
+        "stage": "match", "steps": match, "trained": "attention",
         **_rates(arguments, settings, MATCH_RATES),
         **({"alpha_schedule": "linear", "alpha_share": 0.8} if rises else {}),
     }  # fmt: skip
@@ -164,12 +174,14 @@ def _short(rate: float) -> float:
     return float(f"{rate:.6g}")
 
 
-def said(choice: Choice, arguments: TrainArguments, settings: SparseAttentionConfig) -> str:
+def said(choice: Choice, arguments: TrainArguments, source: Source, settings: SparseAttentionConfig) -> str:
     """One line for the user: which recipe, why, and how to get the other."""
-    if choice.name == ANNEAL:
-        raises = f"one stage, {'in which alpha rises' if settings.alpha > 1 else 'on the text alone'}"
-        other = "" if choice.begun else f". The other: --recipe {MATCH_DISTILL}"
-        return f"recipe {ANNEAL} ({raises}): {choice.reason}{other}"
+    if choice.name != MATCH_DISTILL:
+        rises = alpha_schedule_of(arguments, source, settings) != "none"
+        alpha = f"in which alpha rises to {settings.alpha:g}" if rises else f"alpha {settings.alpha:g} throughout"
+        recipe = "no recipe" if choice.name is None else f"recipe {choice.name}"
+        other = "" if choice.begun or not source.is_untrained else f". The other: --recipe {MATCH_DISTILL}"
+        return f"{recipe} (one stage, {alpha}): {choice.reason}{other}"
     first, second = (json.loads(stage) for stage in stages_of_recipe(arguments, settings).stages)
     teacher = arguments.distill or arguments.model
     return (

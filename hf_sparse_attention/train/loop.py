@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,15 @@ from .lengths import parse_block_sizes, phase_at, phases_of
 from .matching import begin_matching, end_matching, match_errors, matched, measure_scales, set_matching
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
-from .plan import check_block_size, check_fit, find_source, find_teacher, positions_of, settings_of
+from .plan import (
+    alpha_schedule_of,
+    check_block_size,
+    check_fit,
+    default_block_size,
+    find_source,
+    find_teacher,
+    settings_of,
+)
 from .recipe import (
     LOWEST_ALPHA,
     alpha_at,
@@ -68,12 +77,19 @@ from .throughput import flops_per_token, peak_flops
 from .zero import GradientWatch, in_working_precision, is_zero
 
 
-def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path | None = None) -> dict:
+def train_stage(
+    arguments: TrainArguments,
+    *,
+    first_token: int = 0,
+    packed: Path | None = None,
+    begin: Callable[[], None] | None = None,
+) -> dict:
     """Trains; writes the model to `output/model`; returns the summary, which is also in `output/summary.json`.
 
     Args:
         first_token: how many tokens of the data an earlier stage has seen.
         packed: folder of encoded text that several stages share (default: `output/packed`).
+        begin: called by every process before anything else is written, when nothing is left to be refused.
 
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
@@ -106,17 +122,15 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     with state.local_main_process_first():
         source = find_source(arguments)
         dense_source = find_teacher(arguments, source)
-    sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
+    sizes = parse_block_sizes(arguments.block_size or default_block_size(source))
     phases = phases_of(sizes, arguments.steps, arguments.batch_size)
     block_size = phases[-1].block_size
     settings = settings_of(source, arguments, phases[0].block_size)
     check_fit(source, settings, arguments)
-    if arguments.alpha_schedule is None and settings is not None:
-        rises = source.is_untrained or arguments.alpha_start is not None or arguments.alpha_plateaus is not None
-        arguments = replace(arguments, alpha_schedule="linear" if rises and settings.alpha > 1 else "none")
-    check_block_size(source, settings, block_size)
-    tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
+    arguments = replace(arguments, alpha_schedule=alpha_schedule_of(arguments, source, settings))
     matches = arguments.stage == "match"
+    check_block_size(source, settings, block_size, matches=matches)
+    tokenizer = load_tokenizer(source.folder, source.config.get_text_config().vocab_size)
     # At 1 a layer is the dense one, and there is nothing to match.
     first_alpha = arguments.alpha_start or (LOWEST_ALPHA if matches else 1.0)
     if settings is not None and arguments.alpha_schedule == "none":
@@ -127,7 +141,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     passes, processes = arguments.gradient_accumulation, accelerator.num_processes
     step_tokens = phases[0].batch_size * phases[0].block_size * passes * processes
     lengths = block_size if len(sizes) == 1 else sizes
-    identity = identity_of(arguments, step_tokens // phases[0].block_size, lengths, tokenizer, source)
+    identity = identity_of(arguments, step_tokens // phases[0].block_size, lengths, tokenizer, source, dense_source)
     if arguments.resume == "auto" and (finished := finished_summary(output, identity)) is not None:
         accelerator.print(f"{output} holds this run, finished: nothing to do")
         return finished
@@ -215,6 +229,10 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
     begins = 0 if checkpoint is None else read_state(checkpoint)["step"]
     phase = phase_at(phases, max(0, begins - 1))
     data = walk(phase)
+    # Of a stream, which counts from its beginning, those of earlier stages.
+    passed = data.epochs if arguments.streaming else 0.0
+    if begin is not None:
+        begin()
     start, run = begin_run(output, arguments, identity, checkpoint, accelerator, model, optimizer, data)
     earlier = run["seconds"]
     metrics = Metrics(output / "metrics.jsonl", start, accelerator)
@@ -378,7 +396,7 @@ def train_stage(arguments: TrainArguments, *, first_token: int = 0, packed: Path
             window_begun += time.perf_counter() - pause
 
     begin_step(arguments.steps)
-    epochs = data.epochs if arguments.streaming else run["tokens"] / (len(blocks) * block_size)
+    epochs = data.epochs - passed if arguments.streaming else run["tokens"] / (len(blocks) * block_size)
     summary = summary_of(source, settings, arguments, accelerator, counts, run, identity, epochs)
     # Losses at different alphas are of different functions.
     summary["eval_alpha"] = None if target is None else [alpha_of(step) for step, _ in run["held_out"]]
@@ -407,8 +425,8 @@ def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, acce
     plain = model.get_base_model() if arguments.lora_rank else model
     distillation = None
     if dense_source is not None:
-        # Of a converted folder without what its map added.
-        teacher, _ = load_model(dense_source, None, arguments.dtype, without=dense_source.record.get("new", ()))
+        # Of a converted folder without what its map added, which may be nothing.
+        teacher, _ = load_model(dense_source, None, arguments.dtype, without=dense_source.record.get("new"))
         teacher = in_working_precision(accelerator, teacher.requires_grad_(False).eval().to(accelerator.device))
         distillation = Distillation(teacher, arguments.distill_weight, arguments.distill_temperature)
     chunk_loss(plain, arguments.loss_chunk, distillation)

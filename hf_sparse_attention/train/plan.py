@@ -8,20 +8,25 @@ from dataclasses import replace
 from transformers import PreTrainedConfig
 
 from ..config import SparseAttentionConfig
-from ..loading import Source, check_settings, find_model, make_settings
+from ..loading import Source, check_record, check_settings, companions_of, find_model, make_settings
 from ..maps import MAPS, ASEntmaxScale
 from ..models import check_convertible, dense_config, sparse_config, sparse_layers, with_rope
+from ..text import load_tokenizer
 from .arguments import TrainArguments
 from .head import scales_logits
+from .lengths import parse_block_sizes
 
 
 def find_source(arguments: TrainArguments) -> Source:
     """The folder of the model, with the rotary positions that are asked for.
 
     Raises:
-        ValueError: for a family that cannot be converted, or one whose loss is not that of its tokens alone.
+        ValueError: for a family that cannot be converted, one whose loss is not that of its tokens alone, or a
+            converted folder whose weights changed.
     """
     source = find_model(arguments.model, arguments.revision, _check_family)
+    if source.is_sparse:
+        check_record(source)
     if getattr(source.config, "output_router_logits", False):
         raise ValueError(
             f"{arguments.model} has output_router_logits: its auxiliary loss would be added to every part of a batch. "
@@ -58,6 +63,7 @@ def find_teacher(arguments: TrainArguments, source: Source) -> Source | None:
         return None
     teacher = find_model(name, arguments.distill_revision, _check_family)
     if teacher.is_sparse:
+        check_record(teacher)
         if not teacher.is_untrained:
             raise ValueError(f"distill is {name}, which is sparse and was trained: name a dense model")
         if changed := changed_rope(teacher):
@@ -78,7 +84,37 @@ def find_teacher(arguments: TrainArguments, source: Source) -> Source | None:
                 f"{each.name} ({each.config.model_type}) scales or bounds its logits, which distill does not compute: "
                 "leave it out"
             )
+    _check_same_tokens(teacher, source)
+    longest = parse_block_sizes(arguments.block_size or default_block_size(source))[-1][0]
+    if longest > (limit := positions_of(teacher) or longest):
+        raise ValueError(
+            f"block_size is {longest}, but distill is {name}, which has rotary positions up to {limit} "
+            "(max_position_embeddings): use shorter blocks, or learn from it in a stage that has them"
+        )
     return teacher
+
+
+def _check_same_tokens(teacher: Source, source: Source) -> None:
+    """Two vocabularies of one size can be of different tokens. Added ones may differ, as chat models rename them."""
+    folders = [each.folder for each in (teacher, source)]
+    if not all(any(file.name.startswith("tokenizer") for file in companions_of(folder)) for folder in folders):
+        return
+    tokens = []
+    for each in (teacher, source):
+        tokenizer = load_tokenizer(each.folder, each.config.get_text_config().vocab_size)
+        added = tokenizer.get_added_vocab()
+        tokens.append({number: token for token, number in tokenizer.get_vocab().items() if token not in added})
+    one, other = tokens
+    if different := [number for number in one.keys() & other.keys() if one[number] != other[number]]:
+        first = min(different)
+        raise ValueError(
+            f"distill is {teacher.name}, whose token {first} is {one[first]!r} where the model's is {other[first]!r} "
+            f"({len(different):,} differ): it has another tokenizer, and their logits cannot be compared"
+        )
+
+
+def default_block_size(source: Source) -> int:
+    return min(positions_of(source) or 2048, 2048)
 
 
 def positions_of(source: Source) -> int | None:
@@ -130,6 +166,14 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
     return SparseAttentionConfig.from_dict({**saved.to_dict(), "alpha": asked.alpha})
 
 
+def alpha_schedule_of(arguments: TrainArguments, source: Source, settings: SparseAttentionConfig | None) -> str | None:
+    """How alpha rises where that was not said: linear for a model that only knows softmax, else none."""
+    if arguments.alpha_schedule is not None or settings is None:
+        return arguments.alpha_schedule
+    rises = source.is_untrained or arguments.alpha_start is not None or arguments.alpha_plateaus is not None
+    return "linear" if rises and settings.alpha > 1 else "none"
+
+
 def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments: TrainArguments) -> None:
     """Raises ValueError for options that this model and map have no use for."""
     row = None if settings is None else MAPS[settings.map]
@@ -171,8 +215,11 @@ def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments:
         raise ValueError("lora_save is 'adapter', but stage 'match' leaves a whole model to go on from: use merge")
 
 
-def check_block_size(source: Source, settings: SparseAttentionConfig | None, block_size: int) -> None:
-    rotates = settings is None or settings.position == "rope"
+def check_block_size(
+    source: Source, settings: SparseAttentionConfig | None, block_size: int, *, matches: bool = False
+) -> None:
+    """matches: whether layers learn from the dense model's, which rotate whatever the sparse ones do."""
+    rotates = matches or settings is None or settings.position == "rope"
     if not rotates:
         config = source.config if source.is_sparse else sparse_config(source.config, settings)
         rotates = len(sparse_layers(config)) < config.num_hidden_layers
@@ -180,5 +227,6 @@ def check_block_size(source: Source, settings: SparseAttentionConfig | None, blo
     if rotates and limit is not None and block_size > limit:
         raise ValueError(
             f"block_size is {block_size}, but {source.name} has rotary positions up to {limit} "
-            "(max_position_embeddings): use shorter blocks, --rope_theta or --rope_yarn, or --position nape"
+            "(max_position_embeddings): use shorter blocks"
+            + ("" if matches else ", --rope_theta or --rope_yarn, or --position nape")
         )

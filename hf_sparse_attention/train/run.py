@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint import examine
 from ..config import VERSION
-from ..files import flush_file, remove_partial, whole_folder, write_json
+from ..files import fingerprint, flush_file, remove_partial, whole_folder, write_json
 from ..loading import Source, companions_of
 from ..text import find_texts
 from .arguments import DEFAULTS, TrainArguments
@@ -88,7 +87,9 @@ def check_output(output: Path, arguments: TrainArguments) -> None:
         raise FileExistsError(f"output {output} is not empty and holds no training run (it has no run.json)")
 
 
-def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list, tokenizer, source: Source) -> dict:
+def identity_of(
+    arguments: TrainArguments, per_step: int, block_size: int | list, tokenizer, source: Source, teacher: Source | None
+) -> dict:
     """What must be the same for a run to go on: everything its numbers follow from."""
     options = {name: value for name, value in asdict(arguments).items() if name not in FREE}
     files = [
@@ -103,26 +104,14 @@ def identity_of(arguments: TrainArguments, per_step: int, block_size: int | list
         "data": files,
         "vocabulary": len(tokenizer),
         "weights": fingerprint(source.weights),
+        **({} if teacher is None else {"teacher": fingerprint(teacher.weights)}),
     }
 
 
-def fingerprint(weights: tuple[Path, ...], *, pieces: int = 256, size: int = 2**14) -> str:
-    """Of files: their sizes and pieces spread over them, which training or new text changes; of a small file all."""
-    digest = hashlib.sha256()
-    for file in weights:
-        total = file.stat().st_size
-        digest.update(f"{file.name} {total} ".encode())
-        places = [0] if total <= pieces * size else [index * (total - size) // (pieces - 1) for index in range(pieces)]
-        with file.open("rb") as opened:
-            for place in places:
-                opened.seek(place)
-                digest.update(opened.read(size if len(places) > 1 else -1))
-    return digest.hexdigest()[:32]
-
-
 def _different(identity: dict, saved: dict) -> str:
-    # What was saved went through JSON, which knows no tuples.
-    names = [name for name, value in json.loads(json.dumps(identity)).items() if saved.get(name) != value]
+    # What was saved went through JSON, which knows no tuples; runs from before do not know their teacher.
+    known = {"teacher": identity.get("teacher"), **saved}
+    names = [name for name, value in json.loads(json.dumps(identity)).items() if known.get(name) != value]
     return ", ".join(f"{name} {saved.get(name)!r} then, {identity[name]!r} now" for name in names)
 
 
@@ -257,7 +246,11 @@ def command_of(arguments: TrainArguments, processes: int) -> str:
         if option.name == "stage" and arguments.recipe is None and arguments.map != "none" and not arguments.stages:
             default = None
         if value not in (default, None) and option.name not in ("resume", "overwrite"):
-            words += [f"--{option.name}", *map(str, value if isinstance(value, list) else [value])]
+            values = value if isinstance(value, list) else [value]
+            words += [
+                f"--{option.name}",
+                *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values),
+            ]
     return shlex.join(words)
 
 

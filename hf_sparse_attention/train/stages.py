@@ -13,11 +13,11 @@ from transformers import HfArgumentParser
 
 from ..files import write_json
 from .arguments import TrainArguments, check_arguments
-from .default_recipe import MATCH_DISTILL, choose, said, stages_of_recipe
+from .default_recipe import ANNEAL, MATCH_DISTILL, choose, said, stages_of_recipe
 from .distributed import check_launch, join_processes
 from .lengths import parse_block_sizes
 from .loop import train_stage
-from .plan import find_source, find_teacher, positions_of, settings_of
+from .plan import default_block_size, find_source, find_teacher, settings_of
 from .publish import check_push, push_run
 from .run import check_output, command_of, print_summary
 
@@ -60,18 +60,21 @@ def _with_recipe(arguments: TrainArguments) -> tuple[TrainArguments, TrainArgume
     """The arguments with the name of their recipe, and what is to be run: the same, or the recipe's stages."""
     if arguments.stages:
         return arguments, arguments
-    checked = check_arguments(arguments)
+    # The two stages have a teacher, whose weight and temperature may be given alone.
+    own = not arguments.stage and arguments.recipe != ANNEAL and arguments.map != "none"
+    checked = check_arguments(replace(arguments, distill=arguments.distill or (arguments.model if own else None)))
     check_launch(arguments)
     state = join_processes(arguments)
     check_output(Path(arguments.output).expanduser(), arguments)
     with state.local_main_process_first():
         source = find_source(arguments)
-    sizes = parse_block_sizes(arguments.block_size or min(positions_of(source) or 2048, 2048))
+    sizes = parse_block_sizes(arguments.block_size or default_block_size(source))
     settings = settings_of(source, checked, sizes[0][0])
     choice = choose(arguments, source, settings)
+    if choice.reason:
+        state.print(said(choice, arguments, source, settings))
     if choice.name is None:
         return arguments, arguments
-    state.print(said(choice, arguments, settings))
     asked = replace(arguments, recipe=choice.name)
     if choice.name != MATCH_DISTILL:
         return asked, asked
@@ -94,6 +97,9 @@ def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
         stage = replace(stage, stage=stage.stage or "pretrain")
         folder = output / "stages" / f"{number}-{stage.stage}"
         stage = replace(stage, output=str(folder), run_name=f"{arguments.run_name}-{folder.name}")
+        # It is of the model at the end: what a stage goes on from is not rounded.
+        if number < len(arguments.stages) and "save_dtype" not in changes:
+            stage = replace(stage, save_dtype=None)
         if found:
             before = found[-1]
             none = {name: None for name in _CONVERSION if name not in changes}
@@ -175,29 +181,37 @@ def _train_stages(arguments: TrainArguments, asked: TrainArguments) -> dict:
         known = json.loads((output / "run.json").read_text(encoding="utf-8"))
         if known.get("stages") != names:
             raise ValueError(f"{output} holds a run of other stages: {known.get('stages')} then, {names} now")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        if arguments.overwrite:
-            for name in ("stages", "model", "checkpoints", "logs"):
-                shutil.rmtree(output / name, ignore_errors=True)
-            for name in ("summary.json", "metrics.jsonl"):
-                (output / name).unlink(missing_ok=True)
-        write_json(output / "run.json", {"stages": names, **({"recipe": asked.recipe} if asked.recipe else {})})
-    state.wait_for_everyone()
+
+    def begin() -> None:
+        """When the first stage has read all it needs: what is wrong with that costs no earlier run."""
+        state.wait_for_everyone()
+        if state.is_main_process:
+            if arguments.overwrite:
+                for name in ("stages", "model", "checkpoints", "logs"):
+                    shutil.rmtree(output / name, ignore_errors=True)
+                for name in ("summary.json", "metrics.jsonl"):
+                    (output / name).unlink(missing_ok=True)
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "run.json", {"stages": names, **({"recipe": asked.recipe} if asked.recipe else {})})
+        state.wait_for_everyone()
+
     summaries, tokens = [], 0
     for stage in stages:
-        state.print(f"stage {Path(stage.output).name}")
+        folder, first = Path(stage.output), stage is stages[0]
+        state.print(f"stage {folder.name}")
         # A stage that was never begun has nothing to go on from, which auto takes for the beginning.
-        there = (Path(stage.output) / "run.json").is_file()
-        stage = replace(stage, overwrite=False, resume="auto" if there else "never")
-        last = stage.output == stages[-1].output
-        if last and (output / "model").is_dir() and not (Path(stage.output) / "model").is_dir():
+        there = (folder / "run.json").is_file() and not (first and arguments.overwrite)
+        stage = replace(stage, overwrite=first and arguments.overwrite, resume="auto" if there else "never")
+        moved = not stage.overwrite and (output / "model").is_dir() and not (folder / "model").is_dir()
+        if moved and stage.output == stages[-1].output:
             # It was finished and its model moved, but the end of the run was not written: move it back.
             state.wait_for_everyone()
             if state.is_main_process:
-                os.rename(output / "model", Path(stage.output) / "model")
+                os.rename(output / "model", folder / "model")
             state.wait_for_everyone()
-        summaries.append(train_stage(stage, first_token=tokens, packed=output / "packed"))
+        summaries.append(
+            train_stage(stage, first_token=tokens, packed=output / "packed", begin=begin if first else None)
+        )
         tokens += summaries[-1]["tokens"]
     summary = _joined(asked, summaries, state.num_processes)
     if state.is_main_process:
