@@ -51,7 +51,9 @@ def home(tmp_path_factory):
 
 def asked(home, **changes):
     """Arguments of a run that is long enough for two stages."""
-    values = {"steps": 12, "checkpoint_every": 3, "eval_every": 6, "log_every": 1, "learning_rate": 3e-3}
+    values = {"checkpoint_every": 3, "eval_every": 6, "log_every": 1, "learning_rate": 3e-3}
+    if not changes.get("stages"):
+        values["steps"] = 12
     return options(home, **{**values, **changes})
 
 
@@ -90,7 +92,7 @@ def test_it_is_the_two_stages_written_out(here, home, tmp_path, capsys):
     summary = here(save_dtype="float32")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recipe "))
     assert "match_distill (3 steps that match" in line and "9 that learn from text" in line
-    assert "dense has the dense weights" in line and "--recipe anneal" in line
+    assert "dense was only trained with softmax" in line and "--recipe anneal" in line
     assert summary["recipe"] == "match_distill" and summary["steps"] == 12 and summary["tokens"] == 12 * 4 * 32
     assert [stage["stage"] for stage in summary["stages"]] == ["match", "pretrain"]
     assert "--recipe match_distill" in summary["command"] and "--stages" not in summary["command"]

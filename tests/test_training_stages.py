@@ -232,15 +232,25 @@ def test_stages_that_go_on_are_the_same(here, tmp_path, monkeypatch, stopped):
         assert metrics(tmp_path / "run" / "stages" / stage) == metrics(tmp_path / "whole" / "stages" / stage)
 
 
+def test_steps_that_no_stage_takes_are_refused(home):
+    own = ["{stage: match, steps: 3}", "{steps: 4}"]
+    with pytest.raises(ValueError, match="steps is 40, but every stage has steps of its own, 7 in all"):
+        stages_of(TrainArguments(**options(home, steps=40, stages=own)))
+    assert [stage.steps for stage in stages_of(TrainArguments(**options(home, steps=7, stages=own)))] == [3, 4]
+    # One without takes them.
+    found = stages_of(TrainArguments(**options(home, steps=40, stages=[own[0], "{alpha_schedule: none}"])))
+    assert [stage.steps for stage in found] == [3, 40]
+
+
 def test_distillation_of_a_run_is_of_its_stages_with_text(home):
-    values = options(home, distill="teacher", distill_weight=0.7)
     stages = ["{stage: match, steps: 1}", "{steps: 2}", "{steps: 3, distill: null}", "{steps: 4, distill_weight: 0.2}"]
-    found = [(stage.distill, stage.distill_weight) for stage in stages_of(TrainArguments(**values, stages=stages))]
+    values = options(home, distill="teacher", distill_weight=0.7, stages=stages)
+    found = [(stage.distill, stage.distill_weight) for stage in stages_of(TrainArguments(**values))]
     assert found == [(None, None), ("teacher", 0.7), (None, None), ("teacher", 0.2)]
     # What a stage says of itself is never dropped.
     for stage in ("{stage: match, distill: other}", "{distill: null, distill_weight: 0.2}"):
         with pytest.raises(ValueError, match="distill learns from logits|distill_weight needs distill"):
-            stages_of(TrainArguments(**values, stages=[stage]))
+            stages_of(TrainArguments(**{**values, "stages": [stage]}))
     with pytest.raises(ValueError, match="distill_weight needs distill"):
         stages_of(TrainArguments(**options(home), stages=["{distill_weight: 0.2}"]))
 

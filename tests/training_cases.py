@@ -56,6 +56,9 @@ def options(folder: Path, **changes) -> dict:
         "eval_data": [str(folder / "eval.txt")], "block_size": 32, "batch_size": 4, "steps": 8, "eval_every": 4,
         "eval_blocks": 4, "log_every": 2, "checkpoint_every": 4, "learning_rate": 1e-2, "cpu": True,
     }  # fmt: skip
+    if changes.get("stages"):
+        # They have their own.
+        del values["steps"]
     return {**values, **changes}
 
 

@@ -6,6 +6,7 @@
 #   RATES="3e-4 1e-3" with each learning rate too, in NAME-lr3e-4-s0; not of files whose stages have rates of their own
 #   CARDS="0 1 2 3"   spreads the runs over several GPUs, one at a time on each
 #   TEXT              what perplexity by length is measured on (HELD)
+#   LENGTHS, LIMIT    of the evaluation (1024 2048 4096 8192 16384; 20 windows, and needles of each depth)
 #   OUT               folder of the runs (runs)      OPTIONS  further options of train
 set -eu
 model=$1 train=$2 held=$3
@@ -29,8 +30,10 @@ row() { # NAME SEED [RATE]
     # OPTIONS are words on purpose.
     # shellcheck disable=SC2086
     hf-sparse-attention train "$@" ${OPTIONS:-} || return 1
+    # shellcheck disable=SC2086
     hf-sparse-attention evaluate --models "$model" "$run/model" --data "${TEXT:-$held}" --tasks perplexity passkey needle \
-        --lengths 1024 2048 4096 8192 16384 --dtype bfloat16 --output_dir "$run/evaluation" || return 1
+        --lengths ${LENGTHS:-1024 2048 4096 8192 16384} --limit "${LIMIT:-20}" --dtype bfloat16 \
+        --output_dir "$run/evaluation" || return 1
     # Of a dense model there is nothing to report: every key carries weight.
     grep -q "^map: none" "$recipe" ||
         hf-sparse-attention report --model "$run/model" --dense "$model" --data "$held" --output_dir "$run/report"

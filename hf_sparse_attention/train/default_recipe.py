@@ -79,7 +79,11 @@ def choose(arguments: TrainArguments, source: Source, settings: SparseAttentionC
         )
     if asked is not None:
         return Choice(asked, f"{arguments.output} holds such a run" if begun else "asked for", begun is not None)
-    return Choice(ANNEAL, against[0]) if against else Choice(MATCH_DISTILL, f"{source.name} has the dense weights")
+    return (
+        Choice(ANNEAL, against[0])
+        if against
+        else Choice(MATCH_DISTILL, f"{source.name} was only trained with softmax")
+    )
 
 
 def begun_recipe(arguments: TrainArguments) -> str | None:

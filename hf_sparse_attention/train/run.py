@@ -121,7 +121,10 @@ def finished_summary(output: Path, identity: dict) -> dict | None:
         return None
     saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
     if different := _different(identity, saved):
-        raise ValueError(f"{output} holds another run, finished: {different}")
+        raise ValueError(
+            f"{output} holds another run, finished: {different}. To train its model further name it as --model, and "
+            "another --output"
+        )
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
 
 

@@ -113,7 +113,19 @@ def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
         found.append(stage)
     for stage in found:
         check_arguments(stage)
+    _check_steps(arguments, found)
     return found
+
+
+def _check_steps(arguments: TrainArguments, stages: list[TrainArguments]) -> None:
+    """Raises ValueError for `steps` that no stage takes: all have their own, which add up to something else."""
+    own = all("steps" in _changes(text, number) for number, text in enumerate(arguments.stages, start=1))
+    total = sum(stage.steps for stage in stages)
+    if own and arguments.steps not in (total, TrainArguments.steps):
+        raise ValueError(
+            f"steps is {arguments.steps}, but every stage has steps of its own, {total:,} in all: change those, or "
+            "leave --steps out"
+        )
 
 
 def _without_distillation(stage: TrainArguments, changes: dict) -> TrainArguments:
