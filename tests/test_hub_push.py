@@ -598,7 +598,7 @@ def test_the_whole_cycle(client, server, texts, tmp_path):
     same numbers."""
     sparse, folder = texts / "sparse", texts / "run"
     convert_model(ConvertArguments(model=str(texts / "dense"), output=str(sparse)))
-    summary = run(texts, model=str(sparse), steps=12, new_learning_rate=0.05)
+    summary = run(texts, model=str(sparse), steps=12, new_learning_rate=0.05, recipe="anneal")
     data = [str(texts / "eval.txt")]
     results = evaluate_models(
         EvaluateArguments(
