@@ -161,7 +161,11 @@ def test_a_call_that_was_interrupted_leaves_no_cache_to_go_on_from(kind, tokens,
                 model(ids[:, tokens:], past_key_values=cache)
         with pytest.raises(ValueError, match=f"holds 40 tokens in layer 0 and {tokens} in layer 1: a call was inter"):
             model(ids[:, tokens:], past_key_values=cache)
-        cache.reset()
+        # Older releases of Transformers keep the lengths of their own layers.
+        if kind == "plain":
+            cache = DynamicCache()
+        else:
+            cache.reset()
         found = model(ids, past_key_values=cache).logits
         torch.testing.assert_close(found, model(ids, past_key_values=DynamicCache()).logits)
 
