@@ -24,7 +24,7 @@ from .generation import BOUNDED, ONE_BILLION, OURS, generation_table, time_gener
 from .inputs import BLOCK
 from .ours import difference, tolerance
 from .rows import unfinished_rows, write_rows
-from .timing import median, replay
+from .timing import median, refusal, replay
 
 logger = logging.getLogger(__name__)
 
@@ -190,8 +190,8 @@ def _timed_or_refused(timer: Callable, call: Callable) -> dict:
     """Of another's kernel, which says in errors of its own kind what it does not compute."""
     try:
         return {"ms": timer(call)}
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        return {"refused": str(error).splitlines()[0][:200]}
+    except Exception as error:
+        return {"refused": refusal(error)}
 
 
 def _sdpa(backend, query, key, value):
