@@ -5,7 +5,7 @@ leave a factor on the query and an alpha. Formulas: Peters et al. 2019 (arXiv 19
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import lgamma, log
+from math import expm1, lgamma, log
 
 import torch
 from torch import nn
@@ -118,6 +118,13 @@ class ASEntmaxScale(nn.Module):
         nn.init.normal_(self.gamma_bias_weight, std=0.02, generator=generator)
         self.beta_bias.fill_(-NEUTRAL_BETA_BIAS)
         self.gamma_bias.zero_()
+
+    @torch.no_grad()
+    def start_beta(self) -> None:
+        """delta 0 and beta 1 instead of 0.95 and 0.05: 1 as well, to the rounding of the parameters, but all of it is
+        beta's, which can fall for a token as well as rise."""
+        self.delta_bias.fill_(NEUTRAL_BETA - 1)
+        self.beta_bias.fill_(log(expm1(1)) - NEUTRAL_BETA_BIAS)
 
 
 class AdaptiveAlpha(nn.Module):

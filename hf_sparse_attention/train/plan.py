@@ -148,10 +148,10 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
         "all",
         saved.train_length,
     )
-    if arguments.scale_start is not None:
+    if arguments.scale_start is not None and not source.is_untrained:
         raise ValueError(
-            f"scale_start is {arguments.scale_start!r}, but {arguments.model} is sparse already and has its factors: "
-            "leave it out, or start from the dense model"
+            f"scale_start is {arguments.scale_start!r}, but {arguments.model} was trained with its factors: leave it "
+            "out, or start from the dense model"
         )
     different = [name for name in ("map", "position") if getattr(asked, name) != getattr(saved, name)]
     if different or arguments.layers is not None:

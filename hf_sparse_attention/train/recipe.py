@@ -14,7 +14,7 @@ from ..models import FAMILIES, attention_layers, new_parameter_names
 TRAINED = ("all", "map", "attention")
 SCHEDULES = ("cosine", "linear", "constant")
 ALPHA_SCHEDULES = ("linear", "cosine", "none")
-SCALE_STARTS = ("neutral", "normal")
+SCALE_STARTS = ("neutral", "normal", "beta")
 # Entmax is sound in float32 from here; below it lies only softmax itself, alpha 1.
 LOWEST_ALPHA = 1.01
 # Names in an attention layer of the modules that hold a map's parameters.
@@ -82,17 +82,17 @@ def parameter_groups(
 
 
 def start_factors(model: nn.Module, start: str | None, seed: int | None = None) -> None:
-    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, or `normal`.
+    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, `normal` or `beta`.
 
     Args:
         seed: of the draws; None draws from torch's own numbers.
     """
-    if start != "normal":
-        return
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, ASEntmaxScale):
+        if isinstance(module, ASEntmaxScale) and start == "normal":
             module.start_normal(generator)
+        elif isinstance(module, ASEntmaxScale) and start == "beta":
+            module.start_beta()
 
 
 def freeze(model: nn.Module, trained: str) -> None:
