@@ -137,7 +137,7 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
             )
         settings = make_settings(
             arguments.map or "asentmax", arguments.alpha, arguments.position or "rope", arguments.layers or "all",
-            block_size,
+            block_size, arguments.heads or "all",
         )  # fmt: skip
         return check_settings(source, settings)
     saved = SparseAttentionConfig.from_model_config(source.config)
@@ -154,8 +154,9 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
             "out, or start from the dense model"
         )
     different = [name for name in ("map", "position") if getattr(asked, name) != getattr(saved, name)]
-    if different or arguments.layers is not None:
-        names = ", ".join(different or ["layers"])
+    different += [name for name in ("layers", "heads") if getattr(arguments, name) is not None]
+    if different:
+        names = ", ".join(different)
         raise ValueError(
             f"{arguments.model} is already sparse ({saved.map}, {saved.position}): its {names} cannot change"
         )
