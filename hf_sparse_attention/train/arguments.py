@@ -58,8 +58,8 @@ class TrainArguments:
         default=None,
         metadata=_help(
             "start of ASEntmax's factor where a dense model is converted: neutral (exactly 1: delta 0.95, beta 0.05), "
-            "beta (exactly 1: delta 0, beta 1, which can fall too), or normal (weights N(0, 0.02), biases 0, delta 1: "
-            "about 1.7; default: neutral)"
+            "beta (1 but for rounding: delta 0, beta 1, which can fall too), or normal (weights N(0, 0.02), biases 0, "
+            "delta 1: about 1.7; default: neutral)"
         ),
     )
     revision: str | None = field(default=None, metadata=_help("branch, tag or commit of a model on the Hub"))

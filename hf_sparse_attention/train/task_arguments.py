@@ -38,8 +38,8 @@ class TrainTaskArguments:
     scale_start: str = field(
         default="neutral",
         metadata=_help(
-            "start of ASEntmax's factor: neutral (exactly 1: delta 0.95, beta 0.05), beta (exactly 1: delta 0, beta "
-            "1), or normal (weights N(0, 0.02), biases 0, delta 1: about 1.7)"
+            "start of ASEntmax's factor: neutral (exactly 1: delta 0.95, beta 0.05), beta (1: delta 0, beta 1), "
+            "or normal (weights N(0, 0.02), biases 0, delta 1: about 1.7)"
         ),
     )
     layers: int = field(default=2, metadata=_help("layers of the model"))
