@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
-    torch.uint8: "*u8", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
@@ -111,7 +111,8 @@ def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, k
         decode.decode_call, query, key, key, float(alpha), None if alpha else torch.ones(heads), dim**-0.5,
         True, visible, torch.ones(heads) if slopes else None,
         torch.ones(1, 1, queries, keys, dtype=torch.bool) if mask else None, bounds, bounds,
-        None if bounds is None else torch.empty(bounds.shape[:3]),
+        None if bounds is None else bounds.to(torch.int8),
+        None if bounds is None else torch.empty(*bounds.shape[:3], 3),
         torch.zeros(3, dtype=torch.int32) if pages else None,
     )  # fmt: skip
     return launches(call)
