@@ -242,7 +242,6 @@ def test_a_step_of_generate_does_not_look_at_the_padding(padding, cache, mode, m
     def watched(*args, **kwargs):
         with _Waits() as waits:
             found = own(*args, **kwargs)
-        print(kwargs["q_length"], None if kwargs["attention_mask"] is None else kwargs["attention_mask"].shape, waits.count)
         waited.append((kwargs["q_length"], waits.count))
         # What is known of the mask is what is there.
         if kwargs["attention_mask"] is not None:

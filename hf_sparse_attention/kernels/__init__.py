@@ -69,9 +69,10 @@ def entmax_attention(
         per-channel minimum and maximum of every page of 64 keys; codes int8 of the same shape and ball (batch,
         kv_heads, pages, 3) in float32 a ball that holds the page's keys: ball[..., 0] * codes is its middle, with
         ball[..., 0] a power of two, ball[..., 1] its radius, ball[..., 2] at least its middle's length. Not read of a
-        page that ends after the last key a query of its sequence sees. state, contiguous int32 (3,), starts at zeros and is written, so no two calls may have it at a
-        time: for how many calls the bounds rest still, 31 where so many pages must be read that they do not pay,
-        and two counters of a launch, zero again at its end. Without it they never rest.
+        page that ends after the last key a query of its sequence sees. state, contiguous int32 (3,), starts at zeros
+        and is written, so no two calls may have it at a time: for how many calls the bounds rest still, 31 where so
+        many pages must be read that they do not pay, and two counters of a launch, zero again at its end. Without it
+        they never rest.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.

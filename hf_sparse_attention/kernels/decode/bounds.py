@@ -1,4 +1,4 @@
-"""Keys of every page of TILE -> its bounds: the minimum and maximum of every channel, and a small ball around the keys.
+"""Keys of every page of TILE -> its bounds: the minimum and maximum of every channel, and a small ball around them.
 
 The ball's middle takes a byte a channel, a quarter of what the minimum and maximum take; its radius is that of the
 keys around the middle as it is kept, so that all of them lie in it. Badoiu, Clarkson 2003, "Smaller core-sets for

@@ -61,7 +61,7 @@ def run_passes(call, pages=None, work=None):
 
     pages: None, or the bounds of the keys' pages, as `pages.bounds_of_pages` takes them; without a state they never
         rest.
-    work: with them, int32 (row tiles of all key heads, splits, 2) for how many tiles each program reads and would read.
+    work: with them, int32 (row tiles of all key heads, splits, 2) for the tiles each program reads and has.
     """
     query, key, value = call.query, call.key, call.value
     batch, heads, queries, head_dim = query.shape

@@ -45,7 +45,7 @@ def _margin(head_dim):
 
 
 def page_margin(query):
-    """The same for bounds: of float32 they take one tf32 product, as a bound may be coarse if it is said how coarse."""
+    """The same for bounds: of float32 they take one tf32 product, as a bound may be coarse."""
     return _margin(query.shape[-1]) + (2.0**-8 if query.element_size() == 4 else 0.0)
 
 
