@@ -214,7 +214,7 @@ def check_cache(
     Raises:
         TypeError: for something that is not a decoder's cache.
         ValueError: for a cache with another number of layers, on another device, for another batch, of layers that
-            differ, or one that does not hold what the 2-D attention mask speaks of.
+            differ, or one that does not hold what the attention mask, (B, K) or (B, H or 1, N, K), speaks of.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"past_key_values is a {type(cache).__name__}; sparse attention takes a decoder's Cache")
@@ -230,7 +230,8 @@ def check_cache(
         if not isinstance(layer, CacheLayerMixin):
             raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
     _check_layers(cache, expected, inputs, model)
-    if attention_mask is not None and attention_mask.ndim == 2:
+    # A range says where it ends on its device, which is not waited for.
+    if attention_mask is not None and (attention_mask.ndim == 2 or attention_mask.dtype != torch.int32):
         _check_length(cache, inputs, attention_mask)
 
 
@@ -276,13 +277,17 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _check_length(cache: Cache, inputs: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    length, covered = cache.get_seq_length(), attention_mask.shape[1]
+    length, covered, sliding = cache.get_seq_length(), attention_mask.shape[-1], any(cache.is_sliding)
     most = max(layer.max_cache_len for layer in cache.layers) if isinstance(cache, StaticCache) else None
-    if most is not None and not any(cache.is_sliding) and covered > most:
+    if attention_mask.ndim == 4 and sliding:
+        # What of it a layer holds differs from layer to layer.
+        return
+    if most is not None and not sliding and covered > most:
         raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
     if isinstance(length, torch.Tensor):
-        # A static cache counts on the device: a step of one token does not wait for it.
-        if length.is_cuda and (inputs.shape[1] == 1 or torch.cuda.is_current_stream_capturing()):
+        # A static cache counts on its device. This waits for it, as whoever asks what a caller's padding looks like;
+        # the masks of `generate` for such a cache are ranges.
+        if length.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         length = int(length)
     # A static cache may be described whole: its keys that are not written yet are after every query.

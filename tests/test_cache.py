@@ -392,3 +392,11 @@ def test_a_static_cache_does_not_recompile_as_it_fills(model):
             if index > 126:
                 torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
     check_bounds(cache, 130)
+
+
+@pytest.mark.parametrize("covered", [5, 7, 33])
+def test_a_matrix_for_other_keys_than_the_cache_holds_is_refused(covered, filled, model):
+    """Before the first layer is written, whatever its dtype says."""
+    matrix = torch.ones(2, 1, 1, covered, dtype=torch.bool)
+    for mask in (matrix, torch.zeros(matrix.shape), matrix.to(torch.uint8)):
+        refuses(model, filled(), ValueError, f"attention_mask covers {covered} tokens", attention_mask=mask)

@@ -205,24 +205,27 @@ def scores_kernel(
         tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
     else:
         floor = tl.load(bound_ptr + row_scratch, mask=inside, other=float("inf"))
-        _, _, _, _, exists = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
-        few_scratch = group_tile.to(tl.int64) * rows + tl.arange(0, ROWS)
-        few_floor = tl.load(bound_ptr + few_scratch, mask=exists, other=float("inf"))
         lists = list_ptr + group_tile.to(tl.int64) * (tiles + splits) + split * share
-        count = dealt_tiles(
-            lists, bounds_ptr, few_scratch, exists, few_floor, low, high, split, splits, tiles, SCAN=SCAN
-        )
-        tl.debug_barrier()
-        if count > ASKED:
-            lower_row = lower_ptr + batch.to(tl.int64) * stride_lb + group.to(tl.int64) * stride_lg
-            upper_row = upper_ptr + batch.to(tl.int64) * stride_ub + group.to(tl.int64) * stride_ug
-            count = ask_pages(
-                lists, count, floor, maxima_rows, q, end, inside, factor, slope, lower_row, upper_row,
-                stride_ln, stride_un, head_dim,
-                HAS_SLOPES=HAS_SLOPES, TILE=TILE, PAGES=PAGES, BLOCK_D=BLOCK_D, PRECISION=BOUND_PRECISION,
-                MARGIN=MARGIN,
-            )  # fmt: skip
+        count = 0
+        # Not one condition: without pages there is nothing to compile.
+        if HAS_PAGES:
+            _, _, _, _, exists = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
+            few_scratch = group_tile.to(tl.int64) * rows + tl.arange(0, ROWS)
+            few_floor = tl.load(bound_ptr + few_scratch, mask=exists, other=float("inf"))
+            count = dealt_tiles(
+                lists, bounds_ptr, few_scratch, exists, few_floor, low, high, split, splits, tiles, SCAN=SCAN
+            )
             tl.debug_barrier()
+            if count > ASKED:
+                lower_row = lower_ptr + batch.to(tl.int64) * stride_lb + group.to(tl.int64) * stride_lg
+                upper_row = upper_ptr + batch.to(tl.int64) * stride_ub + group.to(tl.int64) * stride_ug
+                count = ask_pages(
+                    lists, count, floor, maxima_rows, q, end, inside, factor, slope, lower_row, upper_row,
+                    stride_ln, stride_un, head_dim,
+                    HAS_SLOPES=HAS_SLOPES, TILE=TILE, PAGES=PAGES, BLOCK_D=BLOCK_D, PRECISION=BOUND_PRECISION,
+                    MARGIN=MARGIN,
+                )  # fmt: skip
+                tl.debug_barrier()
         slots = _walk(
             0, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
             mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
