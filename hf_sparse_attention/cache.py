@@ -279,8 +279,9 @@ def _devices(model: nn.Module) -> set[torch.device]:
 def _check_length(cache: Cache, inputs: torch.Tensor, attention_mask: torch.Tensor) -> None:
     length, covered, sliding = cache.get_seq_length(), attention_mask.shape[-1], any(cache.is_sliding)
     most = max(layer.max_cache_len for layer in cache.layers) if isinstance(cache, StaticCache) else None
-    if attention_mask.ndim == 4 and sliding:
-        # What of it a layer holds differs from layer to layer.
+    # A static cache may be described whole: its keys that are not written yet are after every query. And what a matrix
+    # says of layers that slide differs from layer to layer.
+    if covered == most or (attention_mask.ndim == 4 and sliding):
         return
     if most is not None and not sliding and covered > most:
         raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
@@ -290,8 +291,7 @@ def _check_length(cache: Cache, inputs: torch.Tensor, attention_mask: torch.Tens
         if length.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         length = int(length)
-    # A static cache may be described whole: its keys that are not written yet are after every query.
-    if covered not in (length + inputs.shape[1], most):
+    if covered != length + inputs.shape[1]:
         raise ValueError(
             f"attention_mask covers {covered} tokens, but the cache holds {length} and the input {inputs.shape[1]}: "
             "it must cover the cached tokens and the new ones"
