@@ -84,13 +84,16 @@ class SparsePreTrainedModel:
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
         """As in Transformers; of the mask that new tokens are appended to it stays known what it looks like."""
         mask = model_kwargs.get("attention_mask")
-        # Not appended to by Transformers, so that what it looks like is right whatever they append.
         own = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        if own:
+            # Not appended to by Transformers, so that what it looks like is right whatever they append.
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "attention_mask"}
         model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs | {"attention_mask": None} if own else model_kwargs, *args,
-            num_new_tokens=num_new_tokens, **kwargs,
-        )  # fmt: skip
-        return model_kwargs | {"attention_mask": with_new_tokens(mask, num_new_tokens)} if own else model_kwargs
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+        if own:
+            model_kwargs["attention_mask"] = with_new_tokens(mask, num_new_tokens)
+        return model_kwargs
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, *args, **kwargs):
         """As in Transformers, of a padding mask that it will not copy."""
