@@ -115,6 +115,7 @@ def test_random_calls(seed, how, poisoned, monkeypatch):  # noqa: F811
         # rows of a program have few keys, others many.
         monkeypatch.setattr(scores, "LEAST_TILES", 1)
         monkeypatch.setattr(output, "AT_ONCE", 256)
+        monkeypatch.setattr(scores, "AT_ONCE", 64)
         monkeypatch.setattr(threshold, "HELD", 2)
         monkeypatch.setattr(threshold, "SEARCHED", 4)
         monkeypatch.setattr(threshold, "SEARCH", 2)
@@ -264,7 +265,7 @@ def test_pages_are_dealt_out_evenly_wherever_they_lie(pages, poisoned, monkeypat
     """A step lasts as long as its longest program, and the bounds rest by what that one reads."""
     monkeypatch.setattr(launch, "MOST_SPLITS", 2)
     monkeypatch.setattr(launch, "WORTH", 0)
-    monkeypatch.setattr(threshold, "SCAN", 4)
+    monkeypatch.setattr(scores, "AT_ONCE", 4)
     codes = torch.eye(16, device=DEVICE).to(HALF)[None, None] * 4
     key = codes.repeat_interleave(TILE, 2)
     query = codes[:, :, pages].sum(2, keepdim=True)

@@ -113,7 +113,7 @@ def run_passes(call, pages=None, work=None):
         SLACK=scores.SLACK,
         LEAST_TILES=scores.LEAST_TILES,
         STEPS=threshold.STEPS,
-        SCAN=min(threshold.SCAN, output.AT_ONCE // existing),
+        SCAN=max(1, scores.AT_ONCE // existing),
         ASKED=ASKED,
         PAGES=ASKED_AT_ONCE,
         BOUND_PRECISION=PRECISION,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configurations import TILE
+from ..configurations import TILE, processors
 from ..tiles import entmax_parameters, masked_scores, row_ranges
 from .rows import locate
 from .threshold import STEPS, subset_threshold
@@ -17,9 +17,8 @@ from .threshold import STEPS, subset_threshold
 # Pages whose keys give the lower bound of tau: the newest one, and the best of what so many programs bounded.
 SEEDS = 4
 PAGES = 64
-SHARES = 1
 # Where a program of the first pass over the keys has more pages to read, it asks for their minimum and maximum first.
-ASKED = 4
+ASKED = 8
 ASKED_AT_ONCE = 32
 # Where so many pages are read that it does not pay, the bounds are left alone for as many calls.
 REST = 31
@@ -30,7 +29,7 @@ WORTH = 7
 # Of products that give bounds.
 PRECISION = "tf32"
 # Channels read at once where scores are summed without a tensor core.
-CHANNELS = 32
+CHANNELS = 64
 # Numbers of the state that a layer keeps: for how many calls its bounds rest, and the tickets that programs have taken
 # and how many have arrived, both zero between calls.
 STATE = 3
@@ -108,6 +107,16 @@ def ask_pages(
 
 
 @triton.jit
+def _ball(ball_row, stride_rn, page, tiles, written, TILE: tl.constexpr):
+    """Unit, radius and size of pages; zeros of those that have none."""
+    known = ((page + 1) * TILE <= written) & (page < tiles)
+    ball = ball_row + page.to(tl.int64) * stride_rn
+    unit = tl.load(ball, mask=known, other=0.0)
+    radius = tl.load(ball + 1, mask=known, other=0.0)
+    return unit, radius, tl.load(ball + 2, mask=known, other=0.0)
+
+
+@triton.jit
 def _bound_pages(
     group_tile, part, programs,
     q_ptr, codes_ptr, ball_ptr, alpha_ptr, slopes_ptr, visible_ptr,
@@ -155,21 +164,24 @@ def _bound_pages(
     codes_row = codes_ptr + batch.to(tl.int64) * stride_cb + group.to(tl.int64) * stride_cg
     ball_row = ball_ptr + batch.to(tl.int64) * stride_rb + group.to(tl.int64) * stride_rg
     row = group_tile.to(tl.int64) * rows + local
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    chosen = tl.full((BLOCK_M,), -1, tl.int32)
+    # Of every place among those taken at once: to find the best of them once is enough.
+    best = tl.full((BLOCK_M, PAGES), float("-inf"), tl.float32)
+    chosen = tl.full((BLOCK_M, PAGES), -1, tl.int32)
+    page = part * PAGES + tl.arange(0, PAGES)
+    unit, radius, size = _ball(ball_row, stride_rn, page, tiles, written, TILE=TILE)
     for base in range(part * PAGES, tiles, programs * PAGES):
         page = base + tl.arange(0, PAGES)
         known = ((page + 1) * TILE <= written) & (page < tiles)
         page_mask = known[:, None] & (dims < head_dim)[None, :]
         code_rows = codes_row + page.to(tl.int64) * stride_cn
         codes = tl.load(code_rows[:, None] + dims[None, :], mask=page_mask, other=0)
-        ball = ball_row + page.to(tl.int64) * stride_rn
-        unit = tl.load(ball, mask=known, other=0.0)
-        radius = tl.load(ball + 1, mask=known, other=0.0)
-        radius += MARGIN * tl.load(ball + 2, mask=known, other=0.0)
+        # Asked for a round ahead, as the codes are: nobody waits for them.
+        next_unit, next_radius, next_size = _ball(
+            ball_row, stride_rn, page + programs * PAGES, tiles, written, TILE=TILE
+        )
         # Codes are whole numbers below 128, of which nothing is rounded in any dtype.
         middle = tl.dot(q, tl.trans(codes.to(q.dtype)), input_precision=PRECISION) * unit[None, :]
-        bound = middle + length[:, None] * radius[None, :]
+        bound = middle + length[:, None] * (radius + MARGIN * size)[None, :]
         x = scaled_bounds(bound, page, end, factor, slope, HAS_SLOPES=HAS_SLOPES, TILE=TILE)
         # What is not a number, in the queries or in the keys, hides nothing; nor does a page without bounds.
         x = tl.where((tl.abs(x) < float("inf")) & known & (broken == 0)[:, None], x, float("inf"))
@@ -182,14 +194,13 @@ def _bound_pages(
         # A seed is the page with a bound whose middle scores best: a ball may reach high because it is large.
         near = scaled_bounds(middle, page, end, factor, slope, HAS_SLOPES=HAS_SLOPES, TILE=TILE)
         near = tl.where((tl.abs(x) < float("inf")) & (tl.abs(near) < float("inf")), near, float("-inf"))
-        greatest = tl.max(near, 1)
-        found = tl.max(tl.where(near == greatest[:, None], page[None, :], 0), 1)
-        better = greatest > best
-        chosen = tl.where(better, found, chosen)
-        best = tl.maximum(best, greatest)
+        chosen = tl.where(near > best, page[None, :], chosen)
+        best = tl.maximum(best, near)
+        unit, radius, size = next_unit, next_radius, next_size
+    greatest = tl.max(best, 1)
     place = row * programs + part
-    tl.store(best_ptr + place, best, mask=inside)
-    tl.store(chosen_ptr + place, chosen, mask=inside)
+    tl.store(best_ptr + place, greatest, mask=inside)
+    tl.store(chosen_ptr + place, tl.max(tl.where(best == greatest[:, None], chosen, -1), 1), mask=inside)
 
 
 @triton.jit
@@ -402,7 +413,7 @@ def bounds_of_pages(call, pages, bounds, maxima, tau, sizes, block, launch):
     head_dim = query.shape[-1]
     group_tiles = maxima.shape[0]
     device = query.device
-    programs = min(SHARES * splits, triton.cdiv(tiles, PAGES))
+    programs = min(splits, triton.cdiv(tiles, PAGES))
     best = torch.empty((group_tiles, rows, programs), dtype=torch.float32, device=device)
     chosen = torch.empty((group_tiles, rows, programs), dtype=torch.int32, device=device)
     seeds = torch.empty((group_tiles, rows, SEEDS), dtype=torch.int32, device=device)
@@ -426,5 +437,5 @@ def bounds_of_pages(call, pages, bounds, maxima, tau, sizes, block, launch):
         STEPS=STEPS,
         PAGE_MARGIN=page_margin(query),
         SEED_MARGIN=_margin(head_dim),
-        **launch,
+        **{**launch, "num_warps": 8 if group_tiles * rows <= processors(device.index) else launch["num_warps"]},
     )  # fmt: skip
