@@ -12,7 +12,7 @@ from kernel_cases import random_case  # noqa: E402
 from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, compiled_kernels, poisoned, randn, same_products  # noqa: E402, F401
 
 from hf_sparse_attention import reference  # noqa: E402
-from hf_sparse_attention.kernels import compiling, entmax_attention, operators, short  # noqa: E402
+from hf_sparse_attention.kernels import compiling, entmax_attention, operators, short, softmax_of_few_keys  # noqa: E402
 from hf_sparse_attention.kernels.configurations import configured  # noqa: E402
 
 # NumPy, which the interpreter computes with, warns where a masked score of -inf meets arithmetic; the GPU does not.
@@ -233,3 +233,24 @@ def test_cuda_graph_replays_on_new_inputs():
         query.copy_(randn(8, 4, 91, 32, seed=9))
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+SOFTMAX_SEEDS = range(800, 860) if CUDA else (800, 803, 805, 806, 809, 811)
+
+
+@pytest.mark.parametrize("seed", SOFTMAX_SEEDS)
+def test_softmax_of_few_keys(seed, taken, poisoned):  # noqa: F811
+    dtypes = (torch.bfloat16, torch.float16) if CUDA else (torch.float16,)
+    case = random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=dtypes, budget=1 << (30 if CUDA else 15))
+    arguments = {name: value for name, value in case.arguments.items() if name != "alpha"}
+
+    def softmax(query, key, value, **arguments):
+        assert arguments.pop("alpha") == 1.0
+        out = softmax_of_few_keys(query, key, value, **arguments)
+        # Its threshold is not given away.
+        with torch.no_grad():
+            _, tau = reference.attention(query, key, value, alpha=1.0, **arguments)
+        return out, tau
+
+    check_against_reference(softmax, case.query, case.key, case.value, case.gradient, alpha=1.0, **arguments)
+    assert taken == ["attend_short", "short_gradients"]
