@@ -36,7 +36,7 @@ class TaskStep:
 
     def __init__(self, model: PreTrainedModel, arguments: TrainTaskArguments, layout: Layout, device: torch.device):
         self.model, self.device, self.clip = model, device, arguments.clip or math.inf
-        self.called = torch.compile(model) if arguments.compile else model
+        self.compiled = torch.compile(self._loss) if arguments.compile else self._loss
         self.arguments = arguments
         self.wants_graph, self.graph, self.eager_steps = arguments.cuda_graph, None, 0
         groups = parameter_groups(
@@ -116,9 +116,9 @@ class TaskStep:
         with self._on_stream():
             if self.other is not None:
                 batch = self.other.index_select(0, self.turn)[0].long()
-                self._step(self.model, batch)
+                self._step(self._loss, batch)
             elif self.stream is None:
-                self._step(self.called, self._next())
+                self._step(self.compiled, self._next())
             else:
                 self._graphed_step()
         self.left -= 1
@@ -127,14 +127,17 @@ class TaskStep:
     def _next(self) -> torch.Tensor:
         return self.batch.copy_(self.chunk.index_select(0, self.turn)[0])
 
-    def _step(self, model: Callable, batch: torch.Tensor) -> None:
+    def _loss(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        return answer_loss(logits, targets)
+
+    def _step(self, loss_of: Callable, batch: torch.Tensor) -> None:
         for parameter in self.parameters:
             parameter.grad = None
         self.rate.copy_(self.rates.index_select(0, self.turn)[0])
         tokens, targets, *positions = batch
         with working_precision(self.arguments, self.device):
-            logits = model(input_ids=tokens, position_ids=positions[0] if positions else None, use_cache=False).logits
-        loss = answer_loss(logits, targets)
+            loss = loss_of(tokens, targets, positions[0] if positions else None)
         loss.backward()
         self.norm.copy_(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
         self.optimizer.step()
@@ -145,12 +148,12 @@ class TaskStep:
         if self.graph is not None:
             self.graph.replay()
         elif self.eager_steps < _WARM_UP:
-            self._step(self.called, self._next())
+            self._step(self.compiled, self._next())
             self.eager_steps += 1
         else:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream):
-                self._step(self.called, self._next())
+                self._step(self.compiled, self._next())
             self.graph = graph
             # Capturing computes nothing.
             graph.replay()

@@ -13,7 +13,7 @@ from ..tiles import ENTMAX15, SOFTMAX, entmax_parameters, key_scores, load_block
 from .spans import load_keys, seen_span
 
 # Keys a kernel is compiled for are a multiple of this: lengths in between take the same kernel.
-BUCKET = 64
+BUCKET = 32
 # The most steps to a threshold. Alpha 1.5 takes 3 or 4, a bracket that is halved every third step the most.
 STEPS, BRACKET_STEPS = 20, 90
 
