@@ -260,6 +260,17 @@ def test_normal_start_is_the_papers_and_neutral_is_exactly_one():
         assert (start == "neutral") == bool((factor == 1).all())
 
 
+@torch.no_grad()
+def test_the_logarithmic_start_is_ssmax():
+    task, scales = options("unused").chosen_task(), []
+    lengths = torch.arange(2, 5002)[None]
+    for changes in ({"scale_start": "logarithm"}, {"map": "ssmax"}):
+        model = new_model(options("unused", hidden_size=64, **changes), task, 0)
+        scales.append(model.model.layers[1].self_attn.sparse_scale(torch.randn(4, 5000, 64), lengths))
+    torch.testing.assert_close(scales[0], scales[1].expand_as(scales[0]), rtol=1e-5, atol=0)
+    assert scales[0][:, :, : task.width(6)].mean() == pytest.approx(1, rel=1e-5)
+
+
 def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level("INFO", logger="hf_sparse_attention")
     changes = {"steps": 30, "checkpoint_every": 10, "validate_every": 15, "log_every": 7, "seeds": [1, 2]}

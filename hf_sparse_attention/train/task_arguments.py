@@ -13,6 +13,7 @@ from .recipe import SCALE_STARTS, SCHEDULES
 MAPS = ("softmax", *SPECIFICATIONS)
 PRECISIONS = ("float32", "bfloat16")
 TESTED = ("best", "all")
+TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -38,8 +39,8 @@ class TrainTaskArguments:
     scale_start: str = field(
         default="neutral",
         metadata=_help(
-            "start of ASEntmax's factor: neutral (exactly 1), or normal (weights N(0, 0.02), biases 0, delta 1: about "
-            "1.7)"
+            "start of ASEntmax's factor: neutral (exactly 1), normal (weights N(0, 0.02), biases 0, delta 1: about "
+            "1.7), or logarithm (SSMax's, log n over its mean in training)"
         ),
     )
     layers: int = field(default=2, metadata=_help("layers of the model"))
@@ -156,7 +157,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
             raise ValueError(f"{name} is {value}; it must be from 0 to 1")
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
-        "scale_start": SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
+        "scale_start": TASK_SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
