@@ -560,6 +560,22 @@ def test_a_captured_step_gives_the_same_losses(tmp_path, name, compiled):
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
+@pytest.mark.gpu
+def test_a_batch_that_does_not_fit_a_captured_step_is_a_step_too():
+    losses = []
+    for device in ("cpu", "cuda"):
+        arguments = options("unused", map="asentmax", cuda_graph=device == "cuda")
+        task, layout = arguments.chosen_task(), Layout(8, 26, packed=True)
+        step = TaskStep(new_model(arguments, task, 0).to(device), arguments, layout, torch.device(device))
+        losses.append([])
+        for batches in Stream(task, 0, 16, (4, 6), layout, 0, 30):
+            step.hand_over(batches, [1e-2] * len(batches))
+            while step.left:
+                step()
+                losses[-1].append(step.read_loss()[0])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
+
+
 FOLDER = Path(__file__).parent.parent / "examples" / "reproduction"
 RECIPES = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "published.yaml"})
 
