@@ -254,3 +254,25 @@ def test_softmax_of_few_keys(seed, taken, poisoned):  # noqa: F811
 
     check_against_reference(softmax, case.query, case.key, case.value, case.gradient, alpha=1.0, **arguments)
     assert taken == ["attend_short", "short_gradients"]
+
+
+@pytest.mark.gpu
+def test_softmax_layers_take_it_where_sdpa_would_read_a_matrix(taken):
+    from hf_sparse_attention.attention import sparse_attention_forward
+
+    tensors = [randn(2, heads, 70, 16, dtype=torch.bfloat16, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    layer, slopes = torch.nn.Linear(1, 1), torch.tensor([0.0, 0.0, 1.0, 0.5], device=DEVICE)
+    found = []
+    for few in (256, 0):
+        with configured(short_keys=few):
+            out, _ = sparse_attention_forward(layer, *tensors, None, alpha=1.0, slopes=slopes)
+            found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
+    assert taken == ["attend_short", "short_gradients"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        sparse_attention_forward(layer, *tensors, None, alpha=1.0, slopes=slopes)
+    # Without a matrix SDPA is as fast; float32 has its own digits.
+    sparse_attention_forward(layer, *tensors, None, alpha=1.0)
+    sparse_attention_forward(layer, *[tensor.float() for tensor in tensors], None, alpha=1.0, slopes=slopes)
+    assert taken == ["attend_short", "short_gradients"]
