@@ -27,6 +27,7 @@ from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_model import answer_loss, new_model
 from hf_sparse_attention.train.task_run import _layout
 from hf_sparse_attention.train.task_step import TaskStep
+from hf_sparse_attention.train.task_table import TableArguments, table_of_runs
 
 TINY = {
     "task": "copy", "task_settings": ["symbols=6"], "lengths": [4, 6], "layers": 2, "hidden_size": 32, "heads": 4,
@@ -441,9 +442,24 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
     assert cli.main([*words, "--overwrite"]) == 0
 
 
+def test_a_test_in_another_precision_is_another_test(tmp_path):
+    changes = {"steps": 4, "precision": "bfloat16", "test_lengths": [6], "test_samples": 20, "resume": "auto"}
+    found, output = [], tmp_path / "runs"
+    for precision in (None, "float32", "float32", None):
+        summary = train_task(options(output, **changes, test_precision=precision))
+        found.append(summary["tests"][summary["best"]][0])
+    assert [line["precision"] for line in found] == ["bfloat16", "float32", "float32", "bfloat16"]
+    assert found[0]["loss"] != found[1]["loss"] and found[0]["loss"] == found[3]["loss"]
+    assert found[1]["span"] == found[2]["span"]
+    train_task(options(output, **changes, test_precision="float32"))
+    table_of_runs(TableArguments([str(output)], output_dir=str(tmp_path / "table"), figure=False))
+    assert "unless it is 0.0, computed in float32; validation" in (tmp_path / "table" / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"test_precision": "half"}, "test_precision is 'half'; choose one of float32, bfloat16"),
         ({"task": "count"}, "task is 'count'"),
         ({"task_settings": ["symbols"]}, "write name=number"),
         ({"task_settings": ["symbols=many"]}, "write name=number"),

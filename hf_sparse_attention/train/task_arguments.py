@@ -89,6 +89,9 @@ class TrainTaskArguments:
     tested: str = field(
         default="best", metadata=_help("what is tested: best (the run that validation prefers), or all of the grid")
     )
+    test_precision: str | None = field(
+        default=None, metadata=_help("precision of the test, float32 or bfloat16 (default: that of training)")
+    )
     test_samples: int = field(default=1000, metadata=_help("test samples of a length, from the fixed set's beginning"))
     batch_tokens: int = field(default=65_536, metadata=_help("tokens per batch of validation and test"))
     checkpoint_every: int = field(default=1000, metadata=_help("steps between checkpoints; 0: none"))
@@ -158,10 +161,11 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
         "scale_start": TASK_SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
+        "test_precision": (None, *PRECISIONS),
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(filter(None, allowed))}")
     if not arguments.learning_rates or not all(0 < rate < math.inf for rate in arguments.learning_rates):
         raise ValueError(f"learning_rates is {arguments.learning_rates}; give at least one, all above 0")
     if not arguments.seeds or min(arguments.seeds) < 0:

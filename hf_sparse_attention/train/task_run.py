@@ -162,7 +162,7 @@ def _validate(model, arguments: TrainTaskArguments, task: SyntheticTask) -> list
     found = []
     for length in arguments.validated_lengths():
         blocks = task.fixed_blocks(length, arguments.validation_samples, split="validation")
-        with working_precision(arguments, model.device):
+        with working_precision(arguments.precision, model.device):
             found.append({"length": length, **score(model, blocks, batch_tokens=arguments.batch_tokens)})
     return found
 

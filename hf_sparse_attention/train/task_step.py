@@ -21,9 +21,9 @@ from .task_model import answer_loss
 _WARM_UP = 3
 
 
-def working_precision(arguments: TrainTaskArguments, device: torch.device) -> torch.autocast:
-    """The context in which the model computes, in training, validation and test alike."""
-    low = torch.bfloat16 if arguments.precision == "bfloat16" else None
+def working_precision(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a model computes in float32 or bfloat16."""
+    low = torch.bfloat16 if precision == "bfloat16" else None
     # A cast kept from an earlier step would be of old parameters when a graph is replayed.
     return torch.autocast(device.type, dtype=low, enabled=low is not None, cache_enabled=False)
 
@@ -136,7 +136,7 @@ class TaskStep:
             parameter.grad = None
         self.rate.copy_(self.rates.index_select(0, self.turn)[0])
         tokens, targets, *positions = batch
-        with working_precision(self.arguments, self.device):
+        with working_precision(self.arguments.precision, self.device):
             loss = loss_of(tokens, targets, positions[0] if positions else None)
         loss.backward()
         self.norm.copy_(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
