@@ -192,9 +192,21 @@ def sparse_attention_forward(
 def _attend(query, key, value, *, alpha, page_bounds, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and tau; where alpha is 1 on SDPA, without tau."""
     if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
-        return softmax_attention(query, key, value, **arguments), None
+        output = _softmax_of_few_keys(query, key, value, **arguments)
+        return softmax_attention(query, key, value, **arguments) if output is None else output, None
     pages = None if page_bounds is None else page_bounds.bounds()
     return sparse_attention(query, key, value, alpha=alpha, pages=pages, **arguments)
+
+
+def _softmax_of_few_keys(query, key, value, **arguments) -> torch.Tensor | None:
+    """Softmax on the kernels where SDPA would be given a matrix for it and they are faster, or None."""
+    if not query.is_cuda or all(arguments[name] is None for name in ("visible", "slopes", "mask")):
+        return None
+    try:
+        from . import kernels
+    except ImportError:
+        return None
+    return kernels.softmax_of_few_keys(query, key, value, **arguments)
 
 
 def _attend_in_parts(query, key, value, heads, looked_at, *, alpha, mask, page_bounds, **arguments):

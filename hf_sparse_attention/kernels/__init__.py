@@ -12,9 +12,9 @@ from .configurations import TILE
 from .decode import entmax_decode, is_decoding
 from .decode.bounds import BALL
 from .decode.pages import STATE
-from .operators import entmax_forward
+from .operators import entmax_forward, takes_softmax
 
-__all__ = ["entmax_attention", "supports"]
+__all__ = ["entmax_attention", "softmax_of_few_keys", "supports"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -118,6 +118,25 @@ def entmax_attention(
         query, key, value, float(alpha), alpha_tensor, float(scaling), causal, visible, slopes, mask, save
     )
     return out.to(dtype), tau.detach()
+
+
+def softmax_of_few_keys(query, key, value, *, scaling=None, causal=True, visible=None, slopes=None, mask=None):
+    """Softmax over the keys each query sees, as `entmax_attention` describes them, or None where it is not computed.
+
+    SDPA reads slopes and ranges as a matrix of all queries times all keys; a training call of few keys in half
+    precision is faster here. Returns out alone.
+    """
+    tensors = [query, key, value]
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        tensors = [tensor.to(dtype) for tensor in tensors]
+    call = {"scaling": scaling, "causal": causal, "visible": visible, "slopes": slopes, "mask": mask}
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not trains or supports(*tensors, **call) is not None or not takes_softmax(*tensors, slopes):
+        return None
+    scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else float(scaling)
+    out, *_ = entmax_forward(*tensors, 1.0, None, scaling, causal, visible, slopes, mask, True)
+    return out.to(query.dtype)
 
 
 def _checked_pages(pages, key):

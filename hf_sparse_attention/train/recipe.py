@@ -82,17 +82,18 @@ def parameter_groups(
 
 
 def start_factors(model: nn.Module, start: str | None, seed: int | None = None) -> None:
-    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, or `normal`.
+    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, `normal` or `logarithm`.
 
     Args:
         seed: of the draws; None draws from torch's own numbers.
     """
-    if start != "normal":
-        return
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, ASEntmaxScale):
-            module.start_normal(generator)
+            if start == "normal":
+                module.start_normal(generator)
+            elif start == "logarithm":
+                module.start_logarithm(model.config.sparse_attention["train_length"])
 
 
 def freeze(model: nn.Module, trained: str) -> None:
