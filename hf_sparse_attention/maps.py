@@ -120,6 +120,13 @@ class ASEntmaxScale(nn.Module):
         self.gamma_bias.zero_()
 
     @torch.no_grad()
+    def start_beta(self) -> None:
+        """delta 0 and beta 1 instead of 0.95 and 0.05: 1 as well, to the rounding of the parameters, but all of it is
+        beta's, which can fall for a token as well as rise."""
+        self.delta_bias.fill_(NEUTRAL_BETA - 1)
+        self.beta_bias.fill_(log(expm1(1)) - NEUTRAL_BETA_BIAS)
+
+    @torch.no_grad()
     def start_logarithm(self, train_length: int) -> None:
         """SSMax's factor `log(n) / mean(log n)`, which grows beyond the training length before anything is learned:
         delta 0, gamma 1 and beta the same for all, in the distances that are stored."""

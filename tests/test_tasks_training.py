@@ -253,12 +253,13 @@ def test_what_is_behind_a_sample_and_before_its_answer_teaches_nothing():
 
 
 def test_normal_start_is_the_papers_and_neutral_is_exactly_one():
-    for start, low, high in (("neutral", 1.0, 1.0), ("normal", 1.6, 1.8)):
+    for start, low, high in (("neutral", 1.0, 1.0), ("normal", 1.6, 1.8), ("beta", 1 - 1e-6, 1 + 1e-6)):
         arguments = options("unused", scale_start=start, hidden_size=64)
         model = new_model(arguments, arguments.chosen_task(), 0)
         factor = model.model.layers[0].self_attn.sparse_scale(torch.randn(4, 50, 64), torch.arange(2, 52)[None])
         assert low <= factor.median() <= high
-        assert (start == "neutral") == bool((factor == 1).all())
+        assert (start != "normal") == bool(((factor - 1).abs() < 1e-6).all())
+        assert start != "neutral" or (factor == 1).all()
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse_attention as hsa
 from hf_sparse_attention.convert import ConvertArguments, convert_model
+from hf_sparse_attention.maps import ASEntmaxScale
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.text import encode_documents, read_documents
 from hf_sparse_attention.train import TrainArguments, train_model
@@ -287,10 +288,45 @@ def test_a_run_goes_on_with_the_start_it_had(here, tmp_path):
 
 def test_a_sparse_model_has_its_start(here, home, tmp_path):
     convert_model(ConvertArguments(model=str(home / "dense"), output=str(tmp_path / "sparse")))
-    for start in ("neutral", "normal"):
-        with pytest.raises(ValueError, match=f"scale_start is '{start}', but .* is sparse already"):
-            here(model=str(tmp_path / "sparse"), scale_start=start)
-    assert not (tmp_path / "run").exists()
+    here(model=str(tmp_path / "sparse"), steps=1, stage="pretrain")
+    for start in ("neutral", "normal", "beta"):
+        with pytest.raises(ValueError, match=f"scale_start is '{start}', but .* was trained with its factors"):
+            here(model=str(tmp_path / "run" / "model"), output=str(tmp_path / "on"), scale_start=start)
+    assert not (tmp_path / "on").exists()
+
+
+def test_a_factor_of_beta_alone_is_the_dense_model_and_can_fall(here, home, tmp_path):
+    """The dense loss in step 0, of the dense folder and of one that was converted; a gradient that neutral has not."""
+    convert_model(ConvertArguments(model=str(home / "dense"), output=str(tmp_path / "sparse")))
+    still = {"learning_rate": 0.0, "steps": 1, "statistics_blocks": 0, "stage": "pretrain", "alpha_schedule": "linear"}
+    losses = []
+    for number, model in enumerate((home / "dense", tmp_path / "sparse")):
+        changes = {} if number else {"map": "asentmax"}
+        run = here(model=str(model), output=str(tmp_path / f"run{number}"), scale_start="beta", **still, **changes)
+        losses.append(run["eval_loss"][0][1])
+        saved = weights(tmp_path / f"run{number}")
+        for name, value in (
+            ("delta_bias", -0.95),
+            ("beta_bias", math.log(math.expm1(1)) - math.log(math.expm1(0.05))),
+        ):
+            found = saved[f"model.layers.1.self_attn.sparse_scale.{name}"]
+            torch.testing.assert_close(found, torch.full_like(found, value))
+    dense = here(map="none", output=str(tmp_path / "control"), **{**still, "alpha_schedule": None})["eval_loss"][0][1]
+    assert losses == pytest.approx([dense, dense], rel=1e-6)
+    scale = ASEntmaxScale(2, 8, 64)
+    hidden, lengths = torch.randn(3, 40, 8), torch.arange(2, 42)[None]
+    slopes = []
+    for start in (None, scale.start_beta):
+        if start is not None:
+            start()
+        factor = scale(hidden, lengths)
+        assert (factor - 1).abs().max() < 1e-6
+        factor.sum().backward()
+        slopes.append(scale.beta_bias.grad.clone())
+        scale.zero_grad()
+    assert (slopes[1] > 10 * slopes[0]).all()
+    scale.beta_bias.data -= 9
+    assert (scale(hidden, lengths) < 0.1).all()
 
 
 def test_control_is_plain_training(here, home, tmp_path):
@@ -593,7 +629,7 @@ def _remove(name):
         (None, {"map": "none", "scale_start": "normal"}, ValueError, "scale_start has no place with map 'none'"),
         (None, {"map": "entmax", "scale_start": "neutral"}, ValueError, "only asentmax has; map is 'entmax'"),
         (None, {"map": "ssmax", "scale_start": "normal"}, ValueError, "only asentmax has; map is 'ssmax'"),
-        (None, {"scale_start": "zero"}, ValueError, "scale_start is 'zero'; choose one of neutral, normal"),
+        (None, {"scale_start": "zero"}, ValueError, "scale_start is 'zero'; choose one of neutral, normal, beta"),
         (None, {"steps": 0}, ValueError, "steps is 0"),
         (None, {"learning_rate": math.nan}, ValueError, "learning_rate is nan"),
         (None, {"alpha_share": 1.5}, ValueError, "alpha_share is 1.5"),

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -242,6 +244,53 @@ def test_accelerate_configs(name, monkeypatch):
     way, _, stage = name.partition("_zero")
     assert config["distributed_type"] == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[way]
     assert not stage or config["deepspeed_config"]["zero_stage"] == int(stage)
+
+
+def test_efficiency_is_of_settled_steps(tmp_path):
+    """Twice the tokens on two processes are all of it; what the first steps took does not count; a few are no rate."""
+    for name, rate, steps in (("one", 100.0, 36), ("ddp", 150.0, 36), ("fsdp2", 200.0, 14)):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"step": step, "kind": "train", "timing": {"tokens_per_second": rate if step > 12 else 1.0}}
+            for step in range(1, steps + 1)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "summary.json").write_text(json.dumps({"hardware": f"some, {name}"}))
+
+    def called(*ways):
+        words = [sys.executable, str(EXAMPLES / "scaling.py"), str(tmp_path), "--kept", "--ways", *ways]
+        return subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+
+    found = called("ddp")
+    assert found.stdout.splitlines()[2:] == [
+        "| one | 1 | some, one | 100 | - | 1.000 |",
+        "| ddp | 2 | some, ddp | 150 | - | 0.750 |",
+    ]
+    found = called("ddp", "fsdp2")
+    assert found.returncode == 1 and "2 steps after the first 12; give more: --steps 36" in found.stderr
+
+
+@pytest.mark.slow
+def test_scaling_trains_what_it_tells(home, tmp_path):
+    """As many blocks for each process as for one, on the options that are given."""
+    words = [
+        "--model",
+        str(home / "dense"),
+        "--train_data",
+        str(home / "train.txt"),
+        "--map",
+        "asentmax",
+        "--block_size",
+        "32",
+    ]
+    words += ["--batch_size", "2", "--steps", "15", "--cpu"]
+    command = [sys.executable, str(EXAMPLES / "scaling.py"), str(tmp_path), "--ways", "ddp", "--mixed_precision", "no"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent.parent), "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run([*command, "--", *words], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split(" | ")[:2] for line in ended.stdout.splitlines()[-2:]] == [["| one", "1"], ["| ddp", "2"]]
+    tokens = [json.loads((tmp_path / name / "summary.json").read_text())["tokens"] for name in ("one", "ddp")]
+    assert tokens == [15 * 2 * 32, 2 * 15 * 2 * 32]
 
 
 @pytest.mark.slow

@@ -172,6 +172,22 @@ def test_match_stage(here, home, tmp_path, changes):
     assert all(after[name].count_nonzero() for name in new)
 
 
+def test_some_heads_alone(here, home, tmp_path):
+    """Matched and trained, the heads that were left out keep softmax, and there is no factor for them."""
+    stages = [{"stage": "match", "steps": 2, "trained": "attention"}, {"steps": 2, "alpha_schedule": "none"}]
+    changes = {"stages": [json.dumps(stage) for stage in stages], "heads": "0:0,1 1:2,3"}
+    summary = here(output=str(tmp_path / "two"), **changes)
+    saved = json.loads((tmp_path / "two" / "model" / "config.json").read_text())["sparse_attention"]
+    assert saved["heads"] == {"0": [0, 1], "1": [2, 3]} == summary["sparse_attention"]["heads"]
+    factors = weights(tmp_path / "two")
+    assert factors["model.layers.1.self_attn.sparse_scale.beta_bias"].shape == (2,)
+    with pytest.raises(ValueError, match="is already sparse .*: its heads cannot change"):
+        here(model=str(tmp_path / "two" / "model"), output=str(tmp_path / "on"), heads="0")
+    with pytest.raises(ValueError, match="layer 0 has 4 heads|head 7"):
+        here(output=str(tmp_path / "on"), heads="7")
+    assert not (tmp_path / "on").exists()
+
+
 @pytest.mark.parametrize("name", ["adaptive_entmax", "ssmax"])
 def test_every_map_with_parameters_matches(here, tmp_path, name):
     here(map=name, stage="match", steps=4, position="nape")

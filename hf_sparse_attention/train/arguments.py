@@ -47,11 +47,19 @@ class TrainArguments:
         default=None,
         metadata=_help(f"layers that are converted: {', '.join(LAYERS)}, or numbers such as 0,2,5 (default: all)"),
     )
+    heads: str | None = field(
+        default=None,
+        metadata=_help(
+            "heads that are converted in those layers: all, numbers such as 0,1,4, or layer:heads words such as "
+            "'0:0,1 3:2' (layers left out: all); the others keep softmax (default: all)"
+        ),
+    )
     scale_start: str | None = field(
         default=None,
         metadata=_help(
-            "start of ASEntmax's factor where a dense model is converted: neutral (exactly 1), or normal (weights "
-            "N(0, 0.02), biases 0, delta 1: about 1.7; default: neutral)"
+            "start of ASEntmax's factor where a dense model is converted: neutral (exactly 1: delta 0.95, beta 0.05), "
+            "beta (1 but for rounding: delta 0, beta 1, which can fall too), or normal (weights N(0, 0.02), biases 0, "
+            "delta 1: about 1.7; default: neutral)"
         ),
     )
     revision: str | None = field(default=None, metadata=_help("branch, tag or commit of a model on the Hub"))
@@ -289,7 +297,9 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
     if arguments.alpha_schedule == "none" or arguments.map == "none":
         _refuse(arguments, ("alpha_start", "alpha_plateaus"), "needs an alpha that rises: --alpha_schedule linear")
     if arguments.map == "none":
-        names = ("alpha", "position", "layers", "scale_start", "new_learning_rate", "alpha_schedule", "recipe")
+        names = (
+            "alpha", "position", "layers", "heads", "scale_start", "new_learning_rate", "alpha_schedule", "recipe",
+        )  # fmt: skip
         _refuse(arguments, names, "has no place with map 'none', the dense model as it is")
     if arguments.streaming and len(parse_block_sizes(arguments.block_size or 2)) > 1:
         raise ValueError(

@@ -137,7 +137,7 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
             )
         settings = make_settings(
             arguments.map or "asentmax", arguments.alpha, arguments.position or "rope", arguments.layers or "all",
-            block_size,
+            block_size, arguments.heads or "all",
         )  # fmt: skip
         return check_settings(source, settings)
     saved = SparseAttentionConfig.from_model_config(source.config)
@@ -148,14 +148,15 @@ def settings_of(source: Source, arguments: TrainArguments, block_size: int) -> S
         "all",
         saved.train_length,
     )
-    if arguments.scale_start is not None:
+    if arguments.scale_start is not None and not source.is_untrained:
         raise ValueError(
-            f"scale_start is {arguments.scale_start!r}, but {arguments.model} is sparse already and has its factors: "
-            "leave it out, or start from the dense model"
+            f"scale_start is {arguments.scale_start!r}, but {arguments.model} was trained with its factors: leave it "
+            "out, or start from the dense model"
         )
     different = [name for name in ("map", "position") if getattr(asked, name) != getattr(saved, name)]
-    if different or arguments.layers is not None:
-        names = ", ".join(different or ["layers"])
+    different += [name for name in ("layers", "heads") if getattr(arguments, name) is not None]
+    if different:
+        names = ", ".join(different)
         raise ValueError(
             f"{arguments.model} is already sparse ({saved.map}, {saved.position}): its {names} cannot change"
         )

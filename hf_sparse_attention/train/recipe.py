@@ -14,7 +14,7 @@ from ..models import FAMILIES, attention_layers, new_parameter_names
 TRAINED = ("all", "map", "attention")
 SCHEDULES = ("cosine", "linear", "constant")
 ALPHA_SCHEDULES = ("linear", "cosine", "none")
-SCALE_STARTS = ("neutral", "normal")
+SCALE_STARTS = ("neutral", "normal", "beta")
 # Entmax is sound in float32 from here; below it lies only softmax itself, alpha 1.
 LOWEST_ALPHA = 1.01
 # Names in an attention layer of the modules that hold a map's parameters.
@@ -82,7 +82,7 @@ def parameter_groups(
 
 
 def start_factors(model: nn.Module, start: str | None, seed: int | None = None) -> None:
-    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, `normal` or `logarithm`.
+    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, `normal`, `beta` or `logarithm`.
 
     Args:
         seed: of the draws; None draws from torch's own numbers.
@@ -94,6 +94,8 @@ def start_factors(model: nn.Module, start: str | None, seed: int | None = None) 
                 module.start_normal(generator)
             elif start == "logarithm":
                 module.start_logarithm(model.config.sparse_attention["train_length"])
+            elif start == "beta":
+                module.start_beta()
 
 
 def freeze(model: nn.Module, trained: str) -> None:

@@ -24,11 +24,11 @@ from .run import check_output, command_of, print_summary
 # Options that are those of the whole run: what it starts from, reads and writes.
 COMMON = {
     "model", "output", "revision", "train_data", "eval_data", "text_column", "train_split", "eval_split",
-    "blank_lines", "streaming", "map", "position", "layers", "scale_start", "stages", "resume", "overwrite", "cpu",
-    "report_to", "dtype", "compile", "mixed_precision", "push_to_hub", "hub_model_id", "hub_private", "recipe",
+    "blank_lines", "streaming", "map", "position", "layers", "heads", "scale_start", "stages", "resume", "overwrite",
+    "cpu", "report_to", "dtype", "compile", "mixed_precision", "push_to_hub", "hub_model_id", "hub_private", "recipe",
 }  # fmt: skip
 # What a dense model is converted with: the first stage does it, the later ones find it done.
-_CONVERSION = ("position", "layers", "scale_start", "revision", "rope_theta", "rope_yarn", "max_positions")
+_CONVERSION = ("position", "layers", "heads", "scale_start", "revision", "rope_theta", "rope_yarn", "max_positions")
 
 
 def train_model(arguments: TrainArguments) -> dict:

@@ -39,8 +39,9 @@ class TrainTaskArguments:
     scale_start: str = field(
         default="neutral",
         metadata=_help(
-            "start of ASEntmax's factor: neutral (exactly 1), normal (weights N(0, 0.02), biases 0, delta 1: about "
-            "1.7), or logarithm (SSMax's, log n over its mean in training)"
+            "start of ASEntmax's factor: neutral (exactly 1: delta 0.95, beta 0.05), beta (1: delta 0, beta 1), "
+            "normal (weights N(0, 0.02), biases 0, delta 1: about 1.7), or logarithm (SSMax's, log n over its mean in "
+            "training)"
         ),
     )
     layers: int = field(default=2, metadata=_help("layers of the model"))
