@@ -16,7 +16,7 @@ from ..operators import _block_dim
 # the point they stand for, and that point's own length, both rounded up.
 BALL = 3
 # How often the middle, at first the mean, is moved. At noise 0.2 of the benchmark and 128 K keys 51 % of the pages are
-# to be read with 0 moves, 42 with 4, 39 with 8, 36 with 16, 33 with 64.
+# to be read with 0 moves, 41 with 4, 38 with 8, 36 with 12, 35 with 16, 33 with 32.
 MOVES = 12
 
 
