@@ -95,13 +95,10 @@ class SparsePreTrainedModel:
             model_kwargs["attention_mask"] = with_new_tokens(mask, num_new_tokens)
         return model_kwargs
 
-    def create_masks_for_generate(self, *args, **kwargs):
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, *args, **kwargs):
         """As in Transformers, of a padding mask that it will not copy."""
-        # Its name was another in older releases.
-        inputs = kwargs.get("inputs_embeds", kwargs.get("input_embeds"))
-        if inputs is not None:
-            kwargs["attention_mask"] = _looked_at(kwargs.get("attention_mask"), inputs)
-        return getattr(super(), "create_masks_for_generate", create_masks_for_generate)(*args, **kwargs)
+        create = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return create(config, inputs_embeds, _looked_at(attention_mask, inputs_embeds), *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
         return self.get_correct_attn_implementation(attn_implementation)
