@@ -331,15 +331,16 @@ def test_a_run_interrupted_in_its_last_validation_has_each_line_once(tmp_path, m
     assert lines(tmp_path / "whole" / name) == lines(tmp_path / "cut" / name)
 
 
-def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
-    summary = train_task(options(tmp_path / "out", steps=20, learning_rates=[1e30, 1e-3], warmup_steps=0, clip=0.0))
+@pytest.mark.parametrize(("name", "reason"), [("asentmax", "loss"), ("adaptive_entmax", "alpha=[nan")])
+def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path, name, reason):
+    """Also where a learned alpha that is no number is refused before the loss is read."""
+    changes = {"map": name, "steps": 20, "warmup_steps": 0, "clip": 0.0}
+    summary = train_task(options(tmp_path / "out", **changes, learning_rates=[1e30, 1e-3]))
     sound, broken = summary["runs"]
-    assert sound["failed"] is None and "loss" in broken["failed"] and broken["validation"] == []
+    assert sound["failed"] is None and reason in broken["failed"] and broken["validation"] == []
     assert summary["best"] == sound["name"] == "rate-0.001-seed-0"
     assert not (tmp_path / "out" / broken["name"] / "model").exists()
-    alone = train_task(
-        options(tmp_path / "out", steps=20, learning_rates=[1e30], warmup_steps=0, clip=0.0, resume="auto")
-    )
+    alone = train_task(options(tmp_path / "out", **changes, learning_rates=[1e30], resume="auto"))
     assert alone["best"] is None and alone["tests"] == {}
 
 

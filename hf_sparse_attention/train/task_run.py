@@ -77,7 +77,15 @@ def train_run(
             if not step.left:
                 batches = next(arrays)
                 step.hand_over(batches, [_rate(arguments, rate, done + ahead) for ahead in range(len(batches))])
-            step()
+            try:
+                step()
+            except ValueError as error:
+                # Where numbers can be looked at, a learned alpha that is none is refused.
+                if step.is_finite():
+                    raise
+                failed = f"{error}, in step {done}"
+                bar.total -= arguments.steps - done
+                break
             window += 1
             bar.update()
             last = done == arguments.steps

@@ -166,6 +166,11 @@ class TaskStep:
         self.steps_summed = 0
         return loss, norm
 
+    def is_finite(self) -> bool:
+        """Whether all parameters are numbers; waits for them."""
+        self.wait()
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
+
     def wait(self) -> None:
         """Returns when the steps so far are done: before anything else reads the parameters."""
         if self.stream is not None:
