@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -18,6 +17,7 @@ from . import reference
 from .heads import merge_heads, other_heads, take_heads, take_key_heads
 from .maps import MAPS
 from .softmax import softmax_attention
+from .visible import Padding, padding_of
 
 # Shapes: B batch, H heads, G key heads, N queries, K keys, D head size. A mask is one of
 #   None                        causal over the first N keys (keys after them are unwritten cache)
@@ -192,9 +192,21 @@ def sparse_attention_forward(
 def _attend(query, key, value, *, alpha, page_bounds, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output and tau; where alpha is 1 on SDPA, without tau."""
     if isinstance(alpha, float) and alpha == 1.0 and _switches.implementation != "reference":
-        return softmax_attention(query, key, value, **arguments), None
+        output = _softmax_of_few_keys(query, key, value, **arguments)
+        return softmax_attention(query, key, value, **arguments) if output is None else output, None
     pages = None if page_bounds is None else page_bounds.bounds()
     return sparse_attention(query, key, value, alpha=alpha, pages=pages, **arguments)
+
+
+def _softmax_of_few_keys(query, key, value, **arguments) -> torch.Tensor | None:
+    """Softmax on the kernels where SDPA would be given a matrix for it and they are faster, or None."""
+    if not query.is_cuda or all(arguments[name] is None for name in ("visible", "slopes", "mask")):
+        return None
+    try:
+        from . import kernels
+    except ImportError:
+        return None
+    return kernels.softmax_of_few_keys(query, key, value, **arguments)
 
 
 def _attend_in_parts(query, key, value, heads, looked_at, *, alpha, mask, page_bounds, **arguments):
@@ -325,19 +337,14 @@ def sparse_attention_mask(
     compiling = torch.compiler.is_compiling()
     causal = "allow_is_bidirectional_skip" not in kwargs
     structured = not use_vmap and (causal or local_size is None) and (compiling or _is_structured(mask_function))
-    padding = None
+    known, last = Padding.NONE, kv_length
     if attention_mask is not None:
-        padding = F.pad(attention_mask, (0, max(0, kv_length + kv_offset - attention_mask.shape[-1])))
-        padding = padding[:, kv_offset : kv_offset + kv_length]
         # While compiling the padding's values cannot be looked at: it could have holes, which a range cannot hold.
         structured = structured and not compiling
-    first = last = None
-    if structured and padding is not None and not bool(padding.all()):
-        first = padding.int().argmax(-1)
-        last = kv_length - padding.flip(-1).int().argmax(-1)
-        count = padding.sum(-1)
-        last = torch.where(count > 0, last, first)
-        structured = bool((last - first == count).all())
+        known = padding_of(attention_mask) if structured else Padding.ANY
+        structured = known != Padding.ANY
+        # Keys after those it speaks of are not written yet.
+        last = min(max(attention_mask.shape[-1] - kv_offset, 0), kv_length)
     if not structured:
         matrix = sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -347,15 +354,17 @@ def sparse_attention_mask(
         return matrix.to(torch.uint8)
     window = local_size if local_size is not None and kv_length >= local_size else None
     from_start = causal and window is None and q_length > 1 and kv_offset == 0 and _is_zero(q_offset, compiling)
-    if from_start and (first is None or bool(padding[:, :q_length].all())):
+    if from_start and last >= q_length and (known == Padding.NONE or bool(attention_mask[:, :q_length].all())):
         return None
     own = (torch.arange(q_length, device=device) + (q_offset - kv_offset))[None]
     end = own + 1 if causal else torch.full_like(own, kv_length)
     start = torch.zeros_like(own) if window is None else own - (window - 1)
-    if first is not None:
-        start = torch.maximum(start, first[:, None])
-        end = torch.minimum(end, last[:, None])
-    start, end = torch.broadcast_tensors(start.clamp(0, kv_length), end.clamp(0, kv_length))
+    if known != Padding.NONE:
+        padding = attention_mask[:, kv_offset : kv_offset + kv_length]
+        count = padding.sum(-1, keepdim=True)
+        first = last - count if known == Padding.LEFT else padding.int().argmax(-1, keepdim=True)
+        start, end = torch.maximum(start, first), torch.minimum(end, first + count)
+    start, end = torch.broadcast_tensors(start.clamp(0, last), end.clamp(0, last))
     return torch.stack([start, end], dim=-1).to(torch.int32)[:, None]
 
 

@@ -15,6 +15,8 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, EncoderDecod
 # Keys of a page: the tile of the kernels.
 PAGE = 64
 _CPU = torch.device("cpu")
+# Numbers that are kept with the codes of a page.
+BALL = 3
 # Numbers of the state that the kernels keep with the bounds of a layer, zeros at first.
 STATE = 3
 # A growing cache is copied whenever it is full: every 1/32 of its length, so that the room costs 3 % of its memory.
@@ -26,30 +28,36 @@ class _BoundedLayer:
     """Mixin before a layer of Transformers: bounds of every page of 64 keys.
 
     They are the smallest and the largest value of every channel, the keys' own and in their dtype, so nothing is
-    rounded; and the largest distance of a key from the middle between them, rounded up. A page has bounds from the
-    moment it is whole; keys after the last whole page are always read.
+    rounded; and a ball that holds the keys: its middle as codes of a byte a channel, and three numbers: their unit, a
+    power of two, the largest distance of a key from the middle and the middle's length, both rounded up. A page has
+    bounds from the moment it is whole; keys after the last whole page are always read.
     """
 
     lower: torch.Tensor | None = None
     upper: torch.Tensor | None = None
-    radius: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    ball: torch.Tensor | None = None
     # For how many calls the bounds rest, as they did not help, and two counters of the kernel that reads them, zero
     # between calls; on the device, where decoding finds that out.
     state: torch.Tensor | None = None
 
     def bounds(self) -> tuple[torch.Tensor, ...] | None:
-        """(lower, upper, radius, state), bounds (B, G, P, D), radius (B, G, P); None before the first key."""
-        return None if self.lower is None else (self.lower, self.upper, self.radius, self.state)
+        """(lower, upper, codes, ball, state): (B, G, P, D) and ball (B, G, P, 3); None before the first key."""
+        return None if self.lower is None else (self.lower, self.upper, self.codes, self.ball, self.state)
 
     def _make_bounds(self, key_states: torch.Tensor, keys: int) -> None:
         shape = (*key_states.shape[:2], max(keys // PAGE, 1), key_states.shape[-1])
         self.lower, self.upper = key_states.new_zeros(shape), key_states.new_zeros(shape)
-        self.radius = torch.zeros(shape[:3], dtype=torch.float32, device=key_states.device)
+        self.codes = torch.zeros(shape, dtype=torch.int8, device=key_states.device)
+        self.ball = torch.zeros((*shape[:3], BALL), dtype=torch.float32, device=key_states.device)
         self.state = torch.zeros(STATE, dtype=torch.int32, device=key_states.device)
 
     def _reorder_bounds(self, take) -> None:
         if self.lower is not None:
-            self.lower, self.upper, self.radius = take(self.lower), take(self.upper), take(self.radius)
+            self.lower, self.upper, self.codes, self.ball = (take(tensor) for tensor in self.bounds()[:4])
+
+    def _drop_bounds(self) -> None:
+        self.lower = self.upper = self.codes = self.ball = self.state = None
 
     def offload(self) -> None:
         raise ValueError(f"{type(self).__name__} does not move to the CPU: use a DynamicCache with offloading=True")
@@ -80,14 +88,14 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
         old = bounded = self.get_seq_length()
         new = old + key_states.shape[-2]
         if self._is_replaced():
-            self._room = self.lower = self.upper = self.radius = self.state = None
-            bounded = 0
+            self._room, bounded = None, 0
+            self._drop_bounds()
         self._reserve(old, new, key_states, value_states)
         keys, values = self._room
         keys[:, :, old:new] = key_states
         values[:, :, old:new] = value_states
         self.keys, self.values = keys[:, :, :new], values[:, :, :new]
-        update_page_bounds(self.keys, self.lower, self.upper, self.radius, None, bounded, new)
+        update_page_bounds(self.keys, *self.bounds()[:4], None, bounded, new)
         return self.keys, self.values
 
     def _is_replaced(self) -> bool:
@@ -106,9 +114,9 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
         known = self.bounds()
         self._make_bounds(key_states, size)
         if known is not None:
-            for tensor, before in zip(self.bounds()[:3], known[:3], strict=True):
+            for tensor, before in zip(self.bounds()[:4], known[:4], strict=True):
                 tensor[:, :, : before.shape[2]] = before
-            self.state = known[3]
+            self.state = known[4]
         room = []
         for held, states in ((self.keys, key_states), (self.values, value_states)):
             room.append(states.new_empty((*states.shape[:2], size, states.shape[-1])))
@@ -138,7 +146,8 @@ class BoundedDynamicLayer(_BoundedLayer, DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         super().reset()
-        self._room = self.lower = self.upper = self.radius = self.state = None
+        self._room = None
+        self._drop_bounds()
 
 
 class BoundedStaticLayer(_BoundedLayer, StaticLayer):
@@ -154,7 +163,7 @@ class BoundedStaticLayer(_BoundedLayer, StaticLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes (B, G, N, D) behind what was written and returns the whole cache, (B, G, max_cache_len, D)."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        update_page_bounds(keys, self.lower, self.upper, self.radius, self.cumulative_length, 0, key_states.shape[-2])
+        update_page_bounds(keys, *self.bounds()[:4], self.cumulative_length, 0, key_states.shape[-2])
         return keys, values
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -205,7 +214,7 @@ def check_cache(
     Raises:
         TypeError: for something that is not a decoder's cache.
         ValueError: for a cache with another number of layers, on another device, for another batch, of layers that
-            differ, or one that does not hold what the 2-D attention mask speaks of.
+            differ, or one that does not hold what the attention mask, (B, K) or (B, H or 1, N, K), speaks of.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"past_key_values is a {type(cache).__name__}; sparse attention takes a decoder's Cache")
@@ -221,7 +230,8 @@ def check_cache(
         if not isinstance(layer, CacheLayerMixin):
             raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
     _check_layers(cache, expected, inputs, model)
-    if attention_mask is not None and attention_mask.ndim == 2:
+    # A range says where it ends on its device, which is not waited for.
+    if attention_mask is not None and (attention_mask.ndim == 2 or attention_mask.dtype != torch.int32):
         _check_length(cache, inputs, attention_mask)
 
 
@@ -267,17 +277,21 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _check_length(cache: Cache, inputs: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    length, covered = cache.get_seq_length(), attention_mask.shape[1]
+    length, covered, sliding = cache.get_seq_length(), attention_mask.shape[-1], any(cache.is_sliding)
     most = max(layer.max_cache_len for layer in cache.layers) if isinstance(cache, StaticCache) else None
-    if most is not None and not any(cache.is_sliding) and covered > most:
+    # A static cache may be described whole: its keys that are not written yet are after every query. And what a matrix
+    # says of layers that slide differs from layer to layer.
+    if covered == most or (attention_mask.ndim == 4 and sliding):
+        return
+    if most is not None and not sliding and covered > most:
         raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
     if isinstance(length, torch.Tensor):
-        # A static cache counts on the device: a step of one token does not wait for it.
-        if length.is_cuda and (inputs.shape[1] == 1 or torch.cuda.is_current_stream_capturing()):
+        # A static cache counts on its device. This waits for it, as whoever asks what a caller's padding looks like;
+        # the masks of `generate` for such a cache are ranges.
+        if length.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         length = int(length)
-    # A static cache may be described whole: its keys that are not written yet are after every query.
-    if covered not in (length + inputs.shape[1], most):
+    if covered != length + inputs.shape[1]:
         raise ValueError(
             f"attention_mask covers {covered} tokens, but the cache holds {length} and the input {inputs.shape[1]}: "
             "it must cover the cached tokens and the new ones"
@@ -329,15 +343,16 @@ def _update_page_bounds(
     keys: torch.Tensor,
     lower: torch.Tensor,
     upper: torch.Tensor,
-    radius: torch.Tensor,
+    codes: torch.Tensor,
+    ball: torch.Tensor,
     length: torch.Tensor | None,
     old: int,
     new: int,
 ) -> None:
     if keys.is_cuda:
-        from .kernels.decode.pages import update_bounds
+        from .kernels.decode.bounds import update_bounds
 
-        update_bounds(keys, lower, upper, radius, length, old, new)
+        update_bounds(keys, lower, upper, codes, ball, length, old, new)
         return
     if length is not None:
         old, new = int(length) - new, int(length)
@@ -346,19 +361,31 @@ def _update_page_bounds(
         pages = keys[:, :, first * PAGE : last * PAGE].unflatten(2, (last - first, PAGE))
         torch.amin(pages, 3, out=lower[:, :, first:last])
         torch.amax(pages, 3, out=upper[:, :, first:last])
-        middle = (lower[:, :, first:last].float() + upper[:, :, first:last].float()) * 0.5
-        distance = pages.float() - middle.to(keys.dtype).float().unsqueeze(3)
-        # Rounded up, and in units of the largest difference, as in the kernel.
-        unit = distance.abs().amax((-2, -1))
-        unit = torch.where(unit > 0, unit, 1.0)
-        length = (distance / unit[..., None, None]).square().sum(-1).amax(-1).sqrt()
-        radius[:, :, first:last] = length * unit * 1.0001
+        codes[:, :, first:last], ball[:, :, first:last] = _balls(pages.float())
+
+
+def _balls(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (..., D) and numbers (..., 3) of pages (..., PAGE, D) in float32, as in the kernel but around the mean."""
+    broken = ~torch.isfinite(pages).flatten(-2).all(-1)
+    pages = pages.masked_fill(broken[..., None, None], 0.0)
+    exponent = torch.frexp(pages.abs().amax((-2, -1)) / 127).exponent.clamp(min=-125)
+    unit = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+    pages = pages / unit[..., None, None]
+    codes = pages.mean(-2).round()
+    distance = pages - codes.unsqueeze(-2)
+    # Squares of the smallest numbers would vanish: in units of the largest.
+    largest = distance.abs().amax((-2, -1))
+    largest = torch.where(largest > 0, largest, 1.0)
+    farthest = (distance / largest[..., None, None]).square().sum(-1).amax(-1).sqrt() * largest
+    radius = (farthest * unit * 1.0001).masked_fill(broken, torch.nan)
+    return codes.to(torch.int8), torch.stack([unit, radius, codes.norm(dim=-1) * unit * 1.0001], -1)
 
 
 # Bounds of the pages that became whole when the keys grew from `old` to `new`. With a length tensor, as a static cache
 # counts, it says how many keys there are now and `new` how many were appended: nothing waits for its value.
 _SCHEMA = (
-    "(Tensor keys, Tensor(a!) lower, Tensor(b!) upper, Tensor(c!) radius, Tensor? length, int old, int new) -> ()"
+    "(Tensor keys, Tensor(a!) lower, Tensor(b!) upper, Tensor(c!) codes, Tensor(d!) ball, Tensor? length, int old, "
+    "int new) -> ()"
 )
 torch.library.define("hf_sparse_attention::update_page_bounds", _SCHEMA)
 torch.library.impl("hf_sparse_attention::update_page_bounds", "CompositeExplicitAutograd", _update_page_bounds)

@@ -5,7 +5,7 @@ leave a factor on the query and an alpha. Formulas: Peters et al. 2019 (arXiv 19
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import expm1, lgamma, log
+from math import atanh, expm1, lgamma, log
 
 import torch
 from torch import nn
@@ -125,6 +125,18 @@ class ASEntmaxScale(nn.Module):
         beta's, which can fall for a token as well as rise."""
         self.delta_bias.fill_(NEUTRAL_BETA - 1)
         self.beta_bias.fill_(log(expm1(1)) - NEUTRAL_BETA_BIAS)
+
+    @torch.no_grad()
+    def start_logarithm(self, train_length: int) -> None:
+        """SSMax's factor `log(n) / mean(log n)`, which grows beyond the training length before anything is learned:
+        delta 0, gamma 1 and beta the same for all, in the distances that are stored."""
+        slope = train_length / lgamma(train_length + 2)
+        self.delta_bias.fill_(NEUTRAL_BETA - 1)
+        self.beta_bias_weight.zero_()
+        self.beta_bias.fill_(log(expm1(slope)) - NEUTRAL_BETA_BIAS)
+        self.gamma_bias_weight.zero_()
+        # 2 tanh of it is 1.
+        self.gamma_bias.fill_(atanh(0.5))
 
 
 class AdaptiveAlpha(nn.Module):

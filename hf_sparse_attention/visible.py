@@ -1,9 +1,13 @@
 """Padding, packed documents, windows and caches -> the range of keys each query may see.
 
 A range is an integer tensor (batch or 1, queries, 2): query i sees the keys start <= j < end, none if start >= end.
+Of a padding mask (batch, keys) what its rows look like, which a device is not asked of while `generate` appends to it.
 """
 
+from enum import IntEnum
+
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def visible_range(
@@ -74,3 +78,62 @@ def _per_row(value, name: str, batch: int, device) -> torch.Tensor:
     if value.is_floating_point() or value.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {value.dtype}; key positions are integers")
     return value.to(device).view(-1, 1)
+
+
+class Padding(IntEnum):
+    """Of the rows of a mask the one with least structure."""
+
+    NONE = 0
+    # All that is seen comes after all that is not.
+    LEFT = 1
+    # What is seen has no holes.
+    RANGES = 2
+    ANY = 3
+
+
+# Mask that was made here -> its version, which counts what is written to it, and what its rows look like. Nobody else
+# knows these masks; of one that a caller has nothing is remembered, as it may be written in ways that do not count.
+_made = WeakTensorKeyDictionary()
+
+
+def padding_of(mask: torch.Tensor) -> Padding:
+    """What the rows of a mask (B, K) look like; waits for its device unless the mask was made here."""
+    version, padding = _made.get(mask, (None, None))
+    if padding is not None and version == mask._version:
+        return padding
+    seen, keys = mask != 0, mask.shape[1]
+    count = seen.sum(-1)
+    first = seen.int().argmax(-1)
+    last = keys - seen.flip(-1).int().argmax(-1)
+    whole, some = count == keys, count > 0
+    ranges = ~some | (last - first == count)
+    left = ranges & (~some | (last == keys))
+    # One number, for which is waited once.
+    return Padding(int(torch.stack([whole.all(), left.all(), ranges.all()]).logical_not().int().cumprod(0).sum()))
+
+
+def with_new_tokens(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The mask (B, K) of a prompt or of earlier steps -> (B, K + tokens), in which new tokens are seen."""
+    padding = padding_of(mask)
+    if tokens and padding == Padding.RANGES:
+        # Some row had padding after its last token.
+        padding = Padding.ANY
+    return _remember(torch.cat([mask, mask.new_ones((mask.shape[0], tokens))], -1), padding)
+
+
+def as_bool(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The mask in the dtype and on the device in which Transformers looks at it; what is known of it stays known."""
+    version, padding = _made.get(mask, (None, None))
+    converted = mask.to(device=device, dtype=torch.bool)
+    if padding is None or version != mask._version or converted is mask:
+        return converted
+    return _remember(converted, padding)
+
+
+def _remember(mask: torch.Tensor, padding: Padding) -> torch.Tensor:
+    if mask.is_inference():
+        # Writes to tensors of inference mode are not counted.
+        with torch.inference_mode(False):
+            mask = mask.clone()
+    _made[mask] = (mask._version, padding)
+    return mask

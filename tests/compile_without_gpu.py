@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16",
-    torch.uint8: "*u8", torch.int64: "*i64",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
@@ -97,22 +97,24 @@ def launches(call, look=_resources):
     return found
 
 
-def decoding(name, dim, heads, key_heads, queries, alpha, pages, slopes, mask, keys=4096):
+def decoding(name, dim, heads, key_heads, queries, alpha, with_pages, slopes, mask, keys=4096):
     """The launches of a decoding call; alpha 0 stands for one alpha per head."""
     from hf_sparse_attention.kernels import decode
+    from hf_sparse_attention.kernels.decode import launch, pages
 
-    decode.run_passes.__globals__["processors"] = lambda index: 132
+    launch.processors = pages.processors = lambda index: 132
     dtype = getattr(torch, name)
     query = torch.empty(1, heads, queries, dim, dtype=dtype)
     key = torch.empty(1, key_heads, keys, dim, dtype=dtype)
-    bounds = torch.empty(1, key_heads, keys // 64, dim, dtype=dtype) if pages else None
+    bounds = torch.empty(1, key_heads, keys // 64, dim, dtype=dtype) if with_pages else None
     visible = torch.tensor([0, keys], dtype=torch.int32).expand(1, queries, 2).contiguous()
     call = functools.partial(
         decode.decode_call, query, key, key, float(alpha), None if alpha else torch.ones(heads), dim**-0.5,
         True, visible, torch.ones(heads) if slopes else None,
         torch.ones(1, 1, queries, keys, dtype=torch.bool) if mask else None, bounds, bounds,
-        None if bounds is None else torch.empty(bounds.shape[:3]),
-        torch.zeros(3, dtype=torch.int32) if pages else None,
+        None if bounds is None else bounds.to(torch.int8),
+        None if bounds is None else torch.empty(*bounds.shape[:3], 3),
+        torch.zeros(3, dtype=torch.int32) if bounds is not None else None,
     )  # fmt: skip
     return launches(call)
 

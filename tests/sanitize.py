@@ -29,7 +29,7 @@ def run_calls(device="cuda", half=None):
 
     from hf_sparse_attention.kernels import decode, entmax_attention
     from hf_sparse_attention.kernels.configurations import configured
-    from hf_sparse_attention.kernels.decode import pages as page_kernels
+    from hf_sparse_attention.kernels.decode import bounds as bounds_kernel
 
     half = half or torch.bfloat16
 
@@ -70,8 +70,9 @@ def run_calls(device="cuda", half=None):
     train(60, 111, 16, torch.float32, alpha=heads)
     query, key, value = (one.detach() for one in tensors(1, 1000, 64, half))
     lower = torch.empty(1, 2, 16, 64, dtype=key.dtype, device=device)
-    bounds = (lower, torch.empty_like(lower), torch.empty(1, 2, 16, device=device))
-    page_kernels.update_bounds(key, *bounds, None, 0, 1000)
+    codes, ball = torch.empty_like(lower, dtype=torch.int8), torch.empty(1, 2, 16, 3, device=device)
+    bounds = (lower, torch.empty_like(lower), codes, ball)
+    bounds_kernel.update_bounds(key, *bounds, None, 0, 1000)
     with torch.no_grad(), decode.decoding(True):
         entmax_attention(query, key, value)
         entmax_attention(query, key, value, pages=bounds)

@@ -33,10 +33,13 @@ def small(tmp_path, **changes):
 def test_rows_tables_and_files(tmp_path, capsys):
     arguments, timed = small(tmp_path), []
 
-    def timer(call):
-        call()
-        timed.append(call)
-        return float(len(timed))
+    def timer(calls):
+        times = {}
+        for name, call in calls.items():
+            call()
+            timed.append(name)
+            times[name] = float(len(timed))
+        return times
 
     rows = decode.benchmark_decoding(arguments, device="cpu", timer=timer, shape=families.COMMON)
     saved = json.loads((tmp_path / "out" / "decode.json").read_text())
@@ -65,13 +68,14 @@ def test_bounds_at_rest_are_timed_at_rest(tmp_path, monkeypatch):
 
     def watched(*tensors, pages=None, **arguments):
         out = attend(*tensors, pages=pages, **arguments)
-        states.append("plain" if pages is None else "at rest" if pages[3][0] > page_kernels.REST else "as it is")
+        states.append("plain" if pages is None else "at rest" if pages[4][0] > page_kernels.REST else "as it is")
         return out
 
-    def timer(call):
-        outputs.append(call())
-        states.append("timed")
-        return 1.0
+    def timer(calls):
+        for call in calls.values():
+            outputs.append(call())
+            states.append("timed")
+        return dict.fromkeys(calls, 1.0)
 
     monkeypatch.setattr(kernels, "entmax_attention", watched)
     outputs = []
@@ -90,7 +94,7 @@ def test_memory_is_that_of_what_the_caches_hold(tmp_path):
     ]  # fmt: skip
     plain, growing, static, bounded = (row["bytes"] for row in rows)
     assert plain == 2 * 16384 * 16 * 8 and static - plain < 64
-    assert bounded - static == 2 * 256 * (2 * 16 * 4 + 4) + 12
+    assert bounded - static == 2 * 256 * (2 * 16 * 4 + 16 + 3 * 4) + 12
     assert rows[1]["ratio"] == growing / plain < 1.07 and rows[3]["ratio"] == bounded / static < 1.02
 
 
@@ -131,7 +135,9 @@ def test_what_our_kernels_do_not_compute_raises(tmp_path, monkeypatch, fault):
 
     monkeypatch.setattr("hf_sparse_attention.kernels.entmax_attention", attend)
     with pytest.raises(RuntimeError, match="out of resource" if fault == "refusal" else "away from float64"):
-        decode.benchmark_decoding(small(tmp_path, new_tokens=0), device="cpu", timer=lambda call: float(len(call())))
+        decode.benchmark_decoding(
+            small(tmp_path, new_tokens=0), device="cpu", timer=lambda calls: dict.fromkeys(calls, 1)
+        )
 
 
 @pytest.mark.slow
@@ -141,9 +147,11 @@ def test_what_others_do_not_compute_stands_in_the_table(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(decode, "_eager", refuse)
     rows = decode.benchmark_decoding(
-        small(tmp_path, new_tokens=0), device="cpu", timer=lambda call: float(len(call()))
+        small(tmp_path, new_tokens=0), device="cpu", timer=lambda calls: dict.fromkeys(calls, 1.0)
     )
-    assert [row.get("refused") for row in rows if row.get("implementation") == "eager"] == ["No available kernel"] * 4
+    assert [row.get("refused") for row in rows if row.get("implementation") == "eager"] == [
+        "RuntimeError: No available kernel"
+    ] * 4
     assert "No available kernel" in capsys.readouterr().out
 
 
@@ -170,11 +178,14 @@ def test_a_run_that_was_cut_short_goes_on(tmp_path, monkeypatch):
     arguments, file, timed = small(tmp_path, **sizes), tmp_path / "out" / "decode.json", []
     whole = generation._generation_row
 
-    def timer(call):
-        timed.append(call())
-        if len(timed) == 8:
-            raise KeyboardInterrupt
-        return float(len(timed))
+    def timer(calls):
+        times = {}
+        for name, call in calls.items():
+            timed.append(call())
+            if len(timed) == 8:
+                raise KeyboardInterrupt
+            times[name] = float(len(timed))
+        return times
 
     def generate(arguments, length, model, kind):
         if length == 128 and len(known()["generation"]) == 3:

@@ -43,14 +43,25 @@ def check_bounds(cache, length):
     for layer in cache.layers:
         if not isinstance(layer, (BoundedDynamicLayer, BoundedStaticLayer)):
             continue
-        lower, upper, radius, _ = layer.bounds()
+        lower, upper, codes, ball, _ = layer.bounds()
         assert int(layer.get_seq_length()) == length
         whole = length // PAGE
         pages = layer.keys[:, :, : whole * PAGE].unflatten(2, (whole, PAGE))
         assert torch.equal(lower[:, :, :whole], pages.amin(3)) and torch.equal(upper[:, :, :whole], pages.amax(3))
-        middle = (lower + upper)[:, :, :whole, None] / 2
-        farthest = (pages - middle).norm(dim=-1).amax(-1)
-        assert (radius[:, :, :whole] >= farthest).all() and (radius[:, :, :whole] <= farthest * 1.001 + 1e-6).all()
+        check_balls(pages, codes[:, :, :whole], ball[:, :, :whole])
+
+
+def check_balls(pages, codes, ball):
+    """Every key of a page lies in its ball, which is no larger than one around the page's mean, but for rounding."""
+    unit, radius, size = ball.double().unbind(-1)
+    assert (unit.log2() == unit.log2().round()).all()
+    middle = codes.double() * unit[..., None]
+    farthest = (pages.double() - middle.unsqueeze(-2)).norm(dim=-1).amax(-1)
+    assert (radius >= farthest).all() and (radius <= farthest * 1.001).all()
+    assert (size >= middle.norm(dim=-1)).all() and (size <= middle.norm(dim=-1) * 1.001).all()
+    mean = pages.double().mean(-2, keepdim=True)
+    coarse = unit * (pages.shape[-1] / 4) ** 0.5
+    assert (radius <= ((pages.double() - mean).norm(dim=-1).amax(-1) + coarse) * 1.001).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -381,3 +392,11 @@ def test_a_static_cache_does_not_recompile_as_it_fills(model):
             if index > 126:
                 torch.testing.assert_close(found[:, 0], expected[:, index], atol=1e-4, rtol=1e-4)
     check_bounds(cache, 130)
+
+
+@pytest.mark.parametrize("covered", [5, 7, 33])
+def test_a_matrix_for_other_keys_than_the_cache_holds_is_refused(covered, filled, model):
+    """Before the first layer is written, whatever its dtype says."""
+    matrix = torch.ones(2, 1, 1, covered, dtype=torch.bool)
+    for mask in (matrix, torch.zeros(matrix.shape), matrix.to(torch.uint8)):
+        refuses(model, filled(), ValueError, f"attention_mask covers {covered} tokens", attention_mask=mask)

@@ -12,7 +12,7 @@ from kernel_cases import random_case  # noqa: E402
 from test_kernels import CUDA, DEVICE, DTYPES, HALF, check, compiled_kernels, poisoned, randn, same_products  # noqa: E402, F401
 
 from hf_sparse_attention import reference  # noqa: E402
-from hf_sparse_attention.kernels import compiling, entmax_attention, operators, short  # noqa: E402
+from hf_sparse_attention.kernels import compiling, entmax_attention, operators, short, softmax_of_few_keys  # noqa: E402
 from hf_sparse_attention.kernels.configurations import configured  # noqa: E402
 
 # NumPy, which the interpreter computes with, warns where a masked score of -inf meets arithmetic; the GPU does not.
@@ -233,3 +233,46 @@ def test_cuda_graph_replays_on_new_inputs():
         query.copy_(randn(8, 4, 91, 32, seed=9))
     graph.replay()
     assert all(torch.equal(*pair) for pair in zip(captured, step(), strict=True))
+
+
+SOFTMAX_SEEDS = range(800, 860) if CUDA else (800, 803, 805, 806, 809, 811)
+
+
+@pytest.mark.parametrize("seed", SOFTMAX_SEEDS)
+def test_softmax_of_few_keys(seed, taken, poisoned):  # noqa: F811
+    dtypes = (torch.bfloat16, torch.float16) if CUDA else (torch.float16,)
+    case = random_case(seed, device=DEVICE, lengths=LENGTHS, dtypes=dtypes, budget=1 << (30 if CUDA else 15))
+    arguments = {name: value for name, value in case.arguments.items() if name != "alpha"}
+
+    def softmax(query, key, value, **arguments):
+        assert arguments.pop("alpha") == 1.0
+        out = softmax_of_few_keys(query, key, value, **arguments)
+        # Its threshold is not given away.
+        with torch.no_grad():
+            _, tau = reference.attention(query, key, value, alpha=1.0, **arguments)
+        return out, tau
+
+    check_against_reference(softmax, case.query, case.key, case.value, case.gradient, alpha=1.0, **arguments)
+    assert taken == ["attend_short", "short_gradients"]
+
+
+@pytest.mark.gpu
+def test_softmax_layers_take_it_where_sdpa_would_read_a_matrix(taken):
+    from hf_sparse_attention.attention import sparse_attention_forward
+
+    tensors = [randn(2, heads, 70, 16, dtype=torch.bfloat16, seed=heads).requires_grad_() for heads in (4, 2, 2)]
+    layer, slopes = torch.nn.Linear(1, 1), torch.tensor([0.0, 0.0, 1.0, 0.5], device=DEVICE)
+    found = []
+    for few in (256, 0):
+        with configured(short_keys=few):
+            out, _ = sparse_attention_forward(layer, *tensors, None, alpha=1.0, slopes=slopes)
+            found.append([out, *torch.autograd.grad(out.float().square().sum(), tensors)])
+    assert taken == ["attend_short", "short_gradients"]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        sparse_attention_forward(layer, *tensors, None, alpha=1.0, slopes=slopes)
+    # Without a matrix SDPA is as fast; float32 has its own digits.
+    sparse_attention_forward(layer, *tensors, None, alpha=1.0)
+    sparse_attention_forward(layer, *[tensor.float() for tensor in tensors], None, alpha=1.0, slopes=slopes)
+    assert taken == ["attend_short", "short_gradients"]

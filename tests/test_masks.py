@@ -3,6 +3,8 @@
 import families
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -12,8 +14,10 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from hf_sparse_attention.attention import is_range, sparse_attention_mask, split_mask, visible_entries
+import hf_sparse_attention as hsa
+from hf_sparse_attention.attention import is_range, register, sparse_attention_mask, split_mask, visible_entries
 from hf_sparse_attention.models.layers import document_starts, visible_lengths, within_documents
+from hf_sparse_attention.visible import Padding, as_bool, padding_of, with_new_tokens
 
 
 def matrix(mask, queries, keys, batch):
@@ -79,6 +83,8 @@ def test_the_same_keys_as_sdpa(case):
 def test_through_the_functions_of_transformers(create):
     config = families.dense_config("mistral")
     config._attn_implementation, config.sparse_attention = "entmax", {"map": "entmax"}
+    # A model of ours does so when its class is made.
+    register()
     embeddings = torch.zeros(2, 9, 32)
     padding = torch.ones(2, 9, dtype=torch.long)
     padding[0, :4] = 0
@@ -179,3 +185,76 @@ def test_a_matrix_of_the_caller_equals_the_range(map_name, position, kind):
         found = model(ids, attention_mask=matrix_, use_cache=False).logits
         expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows, looks",
+    [
+        ([[1, 1, 1], [1, 1, 1]], Padding.NONE),
+        ([[0, 1, 1], [0, 0, 0]], Padding.LEFT),
+        ([[0, 1, 0], [1, 1, 1]], Padding.RANGES),
+        ([[1, 0, 1], [1, 1, 1]], Padding.ANY),
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_padding_looks_like_as_tokens_are_appended(rows, looks, mode):
+    """As looked at anew; what is written to a mask on the way is seen, also where writes are not counted."""
+    for written in (None, 2, 4):
+        with mode():
+            mask = torch.tensor(rows)
+            assert padding_of(mask) == looks
+            for step in range(6):
+                mask = with_new_tokens(mask, 1 + step % 2)
+                if step == written:
+                    mask[0, mask.shape[1] - 2] = 0
+                converted = as_bool(mask, mask.device)
+                for one in (mask, converted):
+                    assert padding_of(one) == padding_of(one.clone())
+            assert torch.equal(converted, mask.bool()) and mask.shape[1] == 12
+            # As Transformers would append them.
+            if written is None:
+                assert torch.equal(mask, torch.cat([torch.tensor(rows), torch.ones(2, 9, dtype=torch.long)], -1))
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what a device would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache, hsa.BoundedDynamicCache, hsa.BoundedStaticCache])
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+def test_a_step_of_generate_does_not_look_at_the_padding(padding, cache, mode, monkeypatch):
+    """The masks of a prompt are looked at, those of its steps are made without; and they show the same keys."""
+    model = families.stir(families.sparse_model(families.dense_model("gemma3_text", max_position_embeddings=512)))
+    mask, ids = torch.ones(2, 20, dtype=torch.long), families.tokens(2, 20)
+    mask[0, {"none": [], "left": range(7), "right": range(15, 20), "holes": [3, 9]}[padding]] = 0
+    room = {"max_cache_len": 40} if "Static" in cache.__name__ else {}
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "disable_compile": True}
+    waited, own = [], sparse_attention_mask
+
+    def watched(*args, **kwargs):
+        with _Waits() as waits:
+            found = own(*args, **kwargs)
+        waited.append((kwargs["q_length"], waits.count))
+        # What is known of the mask is what is there.
+        if kwargs["attention_mask"] is not None:
+            fresh = own(*args, **{**kwargs, "attention_mask": kwargs["attention_mask"].clone()})
+            assert (found is None) == (fresh is None) and (found is None or torch.equal(found, fresh))
+        return found
+
+    with mode():
+        plain = model.generate(ids, attention_mask=mask, past_key_values=cache(config=model.config, **room), **how)
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, model.config._attn_implementation, watched)
+        again = model.generate(ids, attention_mask=mask, past_key_values=cache(config=model.config, **room), **how)
+    assert torch.equal(plain, again)
+    # Full attention and windows: a mask of each for every step.
+    assert [count for queries, count in waited if queries == 1] == [0] * 22
+    # Newer releases of Transformers drop a mask of ones themselves.
+    assert padding == "none" or sum(count for queries, count in waited if queries > 1) > 0

@@ -23,7 +23,7 @@ ALLOWED = {
     "softmax": {"visible", "heads"},
     "attention": {"maps", "reference", "kernels", "softmax", "visible", "heads"},
     "cache": {"kernels"},
-    "models": {"attention", "cache", "maps", "config", "heads"},
+    "models": {"attention", "cache", "maps", "config", "visible", "heads"},
 }
 # Commands whose parts another one uses: a run is pushed when it is done, the benchmark times a step of training.
 USES = {"train": {"hub"}, "benchmark": {"train"}}

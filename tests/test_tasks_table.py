@@ -316,7 +316,7 @@ def commands(tmp_path, *words, **environment):
 @pytest.mark.parametrize("task", SYNTHETIC)
 def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
     found, code = commands(tmp_path, task, "maps", "rope", "ablations")
-    assert code == 1 and {words[0] for words in found[:-1]} == {"0"} and len(found) == 11
+    assert code == 1 and {words[0] for words in found[:-1]} == {"0"} and len(found) == 12
     outputs = []
     for words in found[:-1]:
         assert words[1] == "train-task"
@@ -328,12 +328,13 @@ def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
         assert plain.learning_rates[0] == pytest.approx(arguments.learning_rates[1])
         assert arguments.warmup_steps == (0 if "no-warmup" in arguments.output else arguments.steps // 20)
         outputs.append((arguments.output, arguments.map, arguments.position, arguments.scale_start))
-    assert outputs[1:3] + outputs[5:8] == [
+    assert outputs[1:3] + outputs[5:9] == [
         (f"runs/{task}/ssmax", "ssmax", "nape", "neutral"),
         (f"runs/{task}/entmax", "entmax", "nape", "neutral"),
         (f"runs/{task}/softmax-rope", "softmax", "rope", "neutral"),
         (f"runs/{task}/asentmax-rope", "asentmax", "rope", "neutral"),
         (f"runs/{task}/asentmax-normal", "asentmax", "nape", "normal"),
+        (f"runs/{task}/asentmax-logarithm", "asentmax", "nape", "logarithm"),
     ]
     assert found[-1][:3] == ["table", "--runs", f"runs/{task}"]
 

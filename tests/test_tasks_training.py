@@ -19,12 +19,15 @@ from hf_sparse_attention.maps import alibi_slopes
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
+from hf_sparse_attention.tasks.streams import Layout, Stream
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
 from hf_sparse_attention.train import TrainTaskArguments, task_record, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_model import answer_loss, new_model
+from hf_sparse_attention.train.task_run import _layout
 from hf_sparse_attention.train.task_step import TaskStep
+from hf_sparse_attention.train.task_table import TableArguments, table_of_runs
 
 TINY = {
     "task": "copy", "task_settings": ["symbols=6"], "lengths": [4, 6], "layers": 2, "hidden_size": 32, "heads": 4,
@@ -169,9 +172,15 @@ def test_every_map_and_position_trains_every_parameter(name, position):
         return
     model = new_model(arguments, task, 0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    step = TaskStep(model, arguments, (32, task.width(6)), torch.device("cpu"))
-    for number in range(3):
-        step(task.training_batch(number, batch=32, lengths=(4, 6)), 1e-2)
+    layout = _layout(arguments, task)
+    assert layout.packed == (name not in ("softmax", "ssmax"))
+    step = TaskStep(model, arguments, layout, torch.device("cpu"))
+    (batches,) = Stream(task, 0, 32, (4, 6), layout, 0, 3)
+    step.hand_over(batches, [1e-2] * 3)
+    for _ in range(3):
+        step()
+    with pytest.raises(ValueError, match="no batch is left"):
+        step()
     loss, norm = step.read_loss()
     assert 0.5 < loss < 4 and norm > 0
     still = [key for key, value in model.named_parameters() if torch.equal(before[key], value)]
@@ -180,12 +189,19 @@ def test_every_map_and_position_trains_every_parameter(name, position):
         assert new_parameter_names(model)
 
 
-def test_a_step_is_a_plain_step_of_adamw():
-    """Against a loop written out: warm-up and cosine, clipping, loss on the answer alone."""
-    arguments = options("unused", steps=12, warmup_steps=4, clip=0.3, map="asentmax", weight_decay=0.1)
+@pytest.mark.parametrize("width", [15, 32, 26])
+@pytest.mark.parametrize("position", ["nape", "rope"])
+def test_a_step_is_a_plain_step_of_adamw(position, width):
+    """Against a loop written out: warm-up and cosine, clipping, loss on the answer alone. One sample in a row, two,
+    and rows that some batches do not fit in."""
+    arguments = options(
+        "unused", steps=12, warmup_steps=4, clip=0.3, map="asentmax", weight_decay=0.1, position=position
+    )
+    layout = Layout(16 if width == 15 else 8, width, packed=width > 15)
     task = arguments.chosen_task()
     model, plain = new_model(arguments, task, 3), new_model(arguments, task, 3)
-    step = TaskStep(model, arguments, (16, task.width(6)), torch.device("cpu"))
+    step = TaskStep(model, arguments, layout, torch.device("cpu"))
+    arrays, shapes = iter(Stream(task, 0, 16, (4, 6), layout, 0, 12)), set()
     new = set(new_parameter_names(plain))
     named = list(plain.named_parameters())
     groups = [
@@ -197,7 +213,14 @@ def test_a_step_is_a_plain_step_of_adamw():
     for number in range(12):
         batch = task.training_batch(number, batch=16, lengths=(4, 6))
         rate = 1e-2 * rate_at(number, steps=12, schedule="cosine", warmup=4, final=0.0)
-        step(batch, rate)
+        if not step.left:
+            batches = next(arrays)
+            shapes.add(batches.shape[2:])
+            ahead = range(number, number + len(batches))
+            step.hand_over(
+                batches, [1e-2 * rate_at(each, steps=12, schedule="cosine", warmup=4, final=0.0) for each in ahead]
+            )
+        step()
         logits = plain(input_ids=torch.from_numpy(batch.tokens), use_cache=False).logits
         loss = (
             sum(
@@ -213,6 +236,7 @@ def test_a_step_is_a_plain_step_of_adamw():
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+    assert shapes == {15: {(16, 15)}, 32: {(8, 32)}, 26: {(8, 26), (16, 15)}}[width]
     assert step.read_loss()[0] == pytest.approx(np.mean(losses), rel=1e-4)
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3, msg=name)
@@ -238,17 +262,28 @@ def test_normal_start_is_the_papers_and_neutral_is_exactly_one():
         assert start != "neutral" or (factor == 1).all()
 
 
+@torch.no_grad()
+def test_the_logarithmic_start_is_ssmax():
+    task, scales = options("unused").chosen_task(), []
+    lengths = torch.arange(2, 5002)[None]
+    for changes in ({"scale_start": "logarithm"}, {"map": "ssmax"}):
+        model = new_model(options("unused", hidden_size=64, **changes), task, 0)
+        scales.append(model.model.layers[1].self_attn.sparse_scale(torch.randn(4, 5000, 64), lengths))
+    torch.testing.assert_close(scales[0], scales[1].expand_as(scales[0]), rtol=1e-5, atol=0)
+    assert scales[0][:, :, : task.width(6)].mean() == pytest.approx(1, rel=1e-5)
+
+
 def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch, capsys, caplog):
     caplog.set_level("INFO", logger="hf_sparse_attention")
     changes = {"steps": 30, "checkpoint_every": 10, "validate_every": 15, "log_every": 7, "seeds": [1, 2]}
     whole = train_task(options(tmp_path / "whole", **changes))
     call, calls = TaskStep.__call__, []
 
-    def interrupted(self, batch, rate):
-        calls.append(rate)
+    def interrupted(self):
+        calls.append(self)
         if len(calls) == 49:
             raise KeyboardInterrupt
-        call(self, batch, rate)
+        call(self)
 
     monkeypatch.setattr(TaskStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -296,15 +331,16 @@ def test_a_run_interrupted_in_its_last_validation_has_each_line_once(tmp_path, m
     assert lines(tmp_path / "whole" / name) == lines(tmp_path / "cut" / name)
 
 
-def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path):
-    summary = train_task(options(tmp_path / "out", steps=20, learning_rates=[1e30, 1e-3], warmup_steps=0, clip=0.0))
+@pytest.mark.parametrize(("name", "reason"), [("asentmax", "loss"), ("adaptive_entmax", "alpha=[nan")])
+def test_a_run_that_diverges_is_listed_and_not_the_best(tmp_path, name, reason):
+    """Also where a learned alpha that is no number is refused before the loss is read."""
+    changes = {"map": name, "steps": 20, "warmup_steps": 0, "clip": 0.0}
+    summary = train_task(options(tmp_path / "out", **changes, learning_rates=[1e30, 1e-3]))
     sound, broken = summary["runs"]
-    assert sound["failed"] is None and "loss" in broken["failed"] and broken["validation"] == []
+    assert sound["failed"] is None and reason in broken["failed"] and broken["validation"] == []
     assert summary["best"] == sound["name"] == "rate-0.001-seed-0"
     assert not (tmp_path / "out" / broken["name"] / "model").exists()
-    alone = train_task(
-        options(tmp_path / "out", steps=20, learning_rates=[1e30], warmup_steps=0, clip=0.0, resume="auto")
-    )
+    alone = train_task(options(tmp_path / "out", **changes, learning_rates=[1e30], resume="auto"))
     assert alone["best"] is None and alone["tests"] == {}
 
 
@@ -331,9 +367,9 @@ def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path):
 def test_side_by_side_means_a_step_of_each_in_turn(tmp_path, monkeypatch):
     call, order = TaskStep.__call__, []
 
-    def noted(self, batch, rate):
+    def noted(self):
         order.append(id(self.model))
-        call(self, batch, rate)
+        call(self)
 
     monkeypatch.setattr(TaskStep, "__call__", noted)
     train_task(options(tmp_path / "out", steps=6, seeds=[0, 1, 2], together=2))
@@ -345,11 +381,11 @@ def test_several_that_were_interrupted_go_on_exactly(tmp_path, monkeypatch):
     whole = train_task(options(tmp_path / "whole", **changes))
     call, calls = TaskStep.__call__, []
 
-    def interrupted(self, batch, rate):
-        calls.append(rate)
+    def interrupted(self):
+        calls.append(self)
         if len(calls) == 30:
             raise KeyboardInterrupt
-        call(self, batch, rate)
+        call(self)
 
     monkeypatch.setattr(TaskStep, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -408,9 +444,24 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
     assert cli.main([*words, "--overwrite"]) == 0
 
 
+def test_a_test_in_another_precision_is_another_test(tmp_path):
+    changes = {"steps": 4, "precision": "bfloat16", "test_lengths": [6], "test_samples": 20, "resume": "auto"}
+    found, output = [], tmp_path / "runs"
+    for precision in (None, "float32", "float32", None):
+        summary = train_task(options(output, **changes, test_precision=precision))
+        found.append(summary["tests"][summary["best"]][0])
+    assert [line["precision"] for line in found] == ["bfloat16", "float32", "float32", "bfloat16"]
+    assert found[0]["loss"] != found[1]["loss"] and found[0]["loss"] == found[3]["loss"]
+    assert found[1]["span"] == found[2]["span"]
+    train_task(options(output, **changes, test_precision="float32"))
+    table_of_runs(TableArguments([str(output)], output_dir=str(tmp_path / "table"), figure=False))
+    assert "unless it is 0.0, computed in float32; validation" in (tmp_path / "table" / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"test_precision": "half"}, "test_precision is 'half'; choose one of float32, bfloat16"),
         ({"task": "count"}, "task is 'count'"),
         ({"task_settings": ["symbols"]}, "write name=number"),
         ({"task_settings": ["symbols=many"]}, "write name=number"),
@@ -525,6 +576,22 @@ def test_a_captured_step_gives_the_same_losses(tmp_path, name, compiled):
         found.append([line["loss"] for line in lines(output / "rate-0.01-seed-0") if line["kind"] == "train"])
     assert all(math.isfinite(loss) for loss in found[1])
     assert found[0] == pytest.approx(found[1], rel=0.05)
+
+
+@pytest.mark.gpu
+def test_a_batch_that_does_not_fit_a_captured_step_is_a_step_too():
+    losses = []
+    for device in ("cpu", "cuda"):
+        arguments = options("unused", map="asentmax", cuda_graph=device == "cuda")
+        task, layout = arguments.chosen_task(), Layout(8, 26, packed=True)
+        step = TaskStep(new_model(arguments, task, 0).to(device), arguments, layout, torch.device(device))
+        losses.append([])
+        for batches in Stream(task, 0, 16, (4, 6), layout, 0, 30):
+            step.hand_over(batches, [1e-2] * len(batches))
+            while step.left:
+                step()
+                losses[-1].append(step.read_loss()[0])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0][-1] < losses[0][0]
 
 
 FOLDER = Path(__file__).parent.parent / "examples" / "reproduction"

@@ -1,6 +1,7 @@
 #!/bin/sh
 # sh examples/reproduction/run.sh TASK [ROW...]: trains and tests the rows of a task's table, then makes table and picture.
-# Rows: a map, MAP-rope, asentmax-normal, asentmax-no-warmup, asentmax-all-heads; several: maps (the default), rope, ablations.
+# Rows: a map, MAP-rope, asentmax-normal, asentmax-logarithm, asentmax-no-warmup, asentmax-all-heads; several at once:
+# maps (the default), rope, ablations.
 # What was interrupted goes on with the same command, and what is done is kept. From the environment:
 #   CARDS="0 1 2 3"  spreads the rows over several GPUs      TOGETHER  runs side by side on each
 #   STEPS  RATES  SEEDS  TESTED (best or all)  OUT (folder of the runs: runs)  OPTIONS (further ones of train-task)
@@ -31,7 +32,7 @@ for name in "${@:-maps}"; do
     case $name in
     maps) rows="$rows softmax ssmax entmax asentmax adaptive_entmax" ;;
     rope) rows="$rows softmax-rope asentmax-rope" ;;
-    ablations) rows="$rows asentmax-normal asentmax-no-warmup asentmax-all-heads" ;;
+    ablations) rows="$rows asentmax-normal asentmax-logarithm asentmax-no-warmup asentmax-all-heads" ;;
     *) rows="$rows $name" ;;
     esac
 done
@@ -39,6 +40,7 @@ done
 row() {
     case $1 in
     asentmax-normal) what="--map asentmax --scale_start normal" ;;
+    asentmax-logarithm) what="--map asentmax --scale_start logarithm" ;;
     asentmax-no-warmup) what="--map asentmax --warmup_steps 0" ;;
     asentmax-all-heads) what="--map asentmax --position nape_scaled" ;;
     *-rope) what="--map ${1%-rope} --position rope" ;;

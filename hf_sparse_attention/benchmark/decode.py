@@ -18,13 +18,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from .. import reference
-from ..cache import STATE, BoundedDynamicCache, BoundedStaticCache, update_page_bounds
+from ..cache import BALL, STATE, BoundedDynamicCache, BoundedStaticCache, update_page_bounds
 from ..tables import number, plain
 from .generation import BOUNDED, ONE_BILLION, OURS, generation_table, time_generation
 from .inputs import BLOCK
 from .ours import difference, tolerance
 from .rows import unfinished_rows, write_rows
-from .timing import median, refusal, replay
+from .timing import medians, refusal, replay
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,12 @@ def benchmark_decoding(arguments, *, device: str = "cuda", timer: Callable | Non
 
     Args:
         arguments: a `BenchmarkArguments`.
-        timer: a call -> its milliseconds, by default the median of replays of its CUDA graph.
+        timer: calls by name -> their milliseconds, by default the medians of replays of their CUDA graphs.
         shape: fields of the LlamaConfig that generates, by default those of a model of 1 B parameters.
     """
     from ..kernels.decode import decoding
 
-    timer = timer or (lambda call: median(replay(call), arguments.repeats))
+    timer = timer or partial(medians, repeats=arguments.repeats)
     record = _Record(arguments, device)
     with decoding(True):
         _time_steps(arguments, device, timer, record)
@@ -129,11 +129,11 @@ def cache_inputs(arguments, length: int, batch: int, noise: float, device: str) 
 
 
 def page_bounds_of(key: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(lower, upper, radius) of the pages of keys (B, G, K, D)."""
+    """(lower, upper, codes, ball) of the pages of keys (B, G, K, D)."""
     lower, upper = (key.new_zeros((*key.shape[:2], key.shape[2] // BLOCK, key.shape[3])) for _ in range(2))
-    radius = lower.new_zeros(lower.shape[:3], dtype=torch.float32)
-    update_page_bounds(key, lower, upper, radius, None, 0, key.shape[2])
-    return lower, upper, radius
+    codes, ball = torch.zeros_like(lower, dtype=torch.int8), lower.new_zeros((*lower.shape[:3], BALL)).float()
+    update_page_bounds(key, lower, upper, codes, ball, None, 0, key.shape[2])
+    return lower, upper, codes, ball
 
 
 def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[dict]:
@@ -162,12 +162,17 @@ def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[
     )
     group = query.shape[1] // key.shape[1]
     support = reference.support_size(query[:1, :group], key[:1, :1], tau[:1, :group].float(), alpha=alpha)
+    # The time of softmax does not depend on the noise.
+    timed = {name: call for name, call in calls.items() if name in STEPS or (length, batch, name) not in softmax}
+    ready, refused = _ready(timed, device)
+    times = timer(ready)
+    for name in timed.keys() - set(STEPS):
+        softmax[length, batch, name] = {"ms": times[name]} if name in ready else {"refused": refused[name]}
     rows = []
     for name, call in calls.items():
         row = {**common, "implementation": name}
         if name in STEPS:
-            # What ours do not compute raises: it is a fault here, where another kernel may have its reasons.
-            row["ms"] = timer(call)
+            row["ms"] = times[name]
             row["error"] = difference([call()[:1]], [exact])
             if not row["error"] < tolerance(query.dtype):
                 raise RuntimeError(f"{name}: the attention is {row['error']:.1e} away from float64")
@@ -176,9 +181,6 @@ def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[
             if name == BOUNDED:
                 row["pages_read"] = share_of_pages_read(query, key, pages, alpha=alpha)
         else:
-            # The time of softmax does not depend on the noise.
-            if (length, batch, name) not in softmax:
-                softmax[length, batch, name] = _timed_or_refused(timer, call)
             row |= softmax[length, batch, name]
         if row.get("ms"):
             row["keys_per_second_tb"] = bytes_of_keys / row["ms"] / 1e9
@@ -186,12 +188,22 @@ def _step_rows(arguments, length, batch, noise, device, timer, softmax) -> list[
     return rows
 
 
-def _timed_or_refused(timer: Callable, call: Callable) -> dict:
-    """Of another's kernel, which says in errors of its own kind what it does not compute."""
-    try:
-        return {"ms": timer(call)}
-    except Exception as error:
-        return {"refused": refusal(error)}
+def _ready(calls: dict[str, Callable], device: str) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The calls as replays of their CUDA graphs, and why those that another's kernel does not compute are not there.
+
+    What ours do not compute raises: it is a fault here, where another kernel may have its reasons, in errors of its
+    own kind.
+    """
+    ready, refused = {}, {}
+    for name, call in calls.items():
+        try:
+            call()
+            ready[name] = replay(call, device)
+        except Exception as error:
+            if name in STEPS:
+                raise
+            refused[name] = refusal(error)
+    return ready, refused
 
 
 def _sdpa(backend, query, key, value):

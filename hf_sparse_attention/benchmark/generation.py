@@ -83,7 +83,7 @@ def _generation_row(arguments, length: int, model, kind: type) -> dict:
         layer.keys[:, :, :length] = code + torch.randn_like(code) * math.sqrt(noise)
         layer.values[:, :, :length] = torch.randn_like(code)
         if kind is BoundedStaticCache:
-            update_page_bounds(layer.keys, *layer.bounds()[:3], None, 0, length)
+            update_page_bounds(layer.keys, *layer.bounds()[:4], None, 0, length)
     ids = torch.zeros(1, length + 1, dtype=torch.long, device=device)
     seconds = []
     # The first time compiles, and is not counted.

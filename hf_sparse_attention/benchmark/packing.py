@@ -16,7 +16,7 @@ from ..visible import visible_range
 from .inputs import BLOCK, DTYPES, block_inputs
 from .ours import attend, difference, outputs, tolerance
 from .rows import table, write_rows
-from .timing import calls, median, replay
+from .timing import calls, medians, replay
 
 
 def document_lengths(tokens: int, documents: int, *, equal: bool, seed: int) -> list[int]:
@@ -85,14 +85,14 @@ def _row(arguments, lengths: list[int], noise: float, device: str) -> dict:
         raise RuntimeError(f"packed documents differ from the same documents alone by {error:.1e}: leakage or a bug")
     row = {"documents": _words(lengths), "error": error}
     for kind in ("forward", "training"):
-        row[f"{kind}_packed_ms"] = median(calls(together, packed, gradient)[kind], arguments.repeats, device)
         each = [calls(alone, *part)[kind] for part in separate]
-        if equal:
-            row["alone"] = "one batched call"
-            row[f"{kind}_alone_ms"] = median(each[0], arguments.repeats, device)
-        else:
-            row["alone"] = f"{len(lengths)} calls in a graph"
-            row[f"{kind}_alone_ms"] = median(replay(partial(_all, each), device), arguments.repeats, device)
+        row["alone"] = "one batched call" if equal else f"{len(lengths)} calls in a graph"
+        both = {
+            "packed": calls(together, packed, gradient)[kind],
+            "alone": each[0] if equal else replay(partial(_all, each), device),
+        }
+        for name, milliseconds in medians(both, arguments.repeats, device).items():
+            row[f"{kind}_{name}_ms"] = milliseconds
         row[f"{kind}_ratio"] = row[f"{kind}_packed_ms"] / row[f"{kind}_alone_ms"]
     return row
 

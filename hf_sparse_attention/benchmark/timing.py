@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+# Seconds that a card is kept busy before what is timed.
+WARM_UP = 0.05
+
 
 def measure(attention, tensors, repeats: int) -> dict:
     """One row: forward and training of `attention(query, key, value)`, or why it refuses them.
@@ -76,36 +79,58 @@ def peak_mib(call, device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def median(call, repeats: int, device: str = "cuda", *, clear: bool = True) -> float:
-    """Median milliseconds of runs one after the other, after two that do not count.
+def median(call, repeats: int, device: str = "cuda", **how) -> float:
+    """The median of one call alone; see `medians`."""
+    return medians({"": call}, repeats, device, **how)[""]
+
+
+def medians(
+    calls: dict[str, Callable], repeats: int, device: str = "cuda", *, clear: bool = True, warm_up: float = WARM_UP
+) -> dict[str, float]:
+    """Median milliseconds of each of several calls, in rounds of one run of each, so that none is first.
+
+    Two rounds do not count, and as many more as take `warm_up` seconds: a card that waited, for a compiler or a graph,
+    starts slowly. What came first took up to 12 % longer than the same kernels in its place a moment later.
 
     clear: whether the GPU's cache is cleared between runs. That also lets the host run ahead, so that the time is the
     GPU's alone; without it a call whose launches take longer than its kernels takes as long as they do.
     """
-    call()
-    if device != "cuda":
+    host = {}
+    for call in calls.values():
         call()
-        times = sorted(seconds(call, device) * 1000 for _ in range(repeats))
-        return times[len(times) // 2]
-    torch.cuda.synchronize()
+    synchronize(device)
     started = time.perf_counter()
-    call()
-    host = (time.perf_counter() - started) * 1000
-    # What is cleared between the calls is larger than the cache, and takes longer (0.2 ms a GiB at 5 TB/s) than the
-    # host needs for the launches.
-    filler = torch.empty(1 << 30 if clear else 0, dtype=torch.uint8, device="cuda")
-    pairs = []
-    for _ in range(repeats):
-        for _ in range(2 + int(host / 0.1)):
-            filler.zero_()
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
+    for name, call in calls.items():
+        before = time.perf_counter()
         call()
-        pair[1].record()
-        pairs.append(pair)
-    torch.cuda.synchronize()
-    times = sorted(start.elapsed_time(end) for start, end in pairs)
-    return times[len(times) // 2]
+        host[name] = time.perf_counter() - before
+        synchronize(device)
+    while time.perf_counter() - started < warm_up:
+        for call in calls.values():
+            call()
+        synchronize(device)
+    times: dict[str, list] = {name: [] for name in calls}
+    if device != "cuda":
+        for _ in range(repeats):
+            for name, call in calls.items():
+                times[name].append(seconds(call, device) * 1000)
+    else:
+        # What is cleared between the calls is larger than the cache, and takes longer (0.2 ms a GiB at 5 TB/s) than
+        # the host needs for the launches.
+        filler = torch.empty(1 << 30 if clear else 0, dtype=torch.uint8, device="cuda")
+        pairs = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                for _ in range(2 + int(host[name] / 1e-4)):
+                    filler.zero_()
+                pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                pair[0].record()
+                call()
+                pair[1].record()
+                pairs[name].append(pair)
+        torch.cuda.synchronize()
+        times = {name: [start.elapsed_time(end) for start, end in taken] for name, taken in pairs.items()}
+    return {name: sorted(taken)[len(taken) // 2] for name, taken in times.items()}
 
 
 def kernel_times(call) -> dict[str, float]:

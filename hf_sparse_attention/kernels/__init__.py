@@ -10,10 +10,11 @@ import triton
 
 from .configurations import TILE
 from .decode import entmax_decode, is_decoding
+from .decode.bounds import BALL
 from .decode.pages import STATE
-from .operators import entmax_forward
+from .operators import entmax_forward, takes_softmax
 
-__all__ = ["entmax_attention", "supports"]
+__all__ = ["entmax_attention", "softmax_of_few_keys", "supports"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -63,13 +64,15 @@ def entmax_attention(
     visible: integer (batch or 1, queries, 2), the half-open range [start, end) of keys each query sees. None: if
         causal, query i sees the keys up to keys - queries + i, else all. slopes: (heads,), ALiBi slopes. mask: bool,
         broadcastable to (batch, heads, queries, keys), True = visible.
-    pages: (lower, upper, radius) or (lower, upper, radius, state), for decoding (at most 16 queries without a
-        gradient; else they are not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the
-        per-channel minimum and maximum of every page of 64 keys; radius (batch, kv_heads, pages) in float32, the
-        largest distance of a key from their middle. Not read of a page that ends after the last key a query of its
-        sequence sees. state, contiguous int32 (3,), starts at zeros and is written, so no two calls may have it at a
-        time: for how many calls the bounds rest still, 31 where so many pages must be read that they do not pay,
-        and two counters of a launch, zero again at its end. Without it they never rest.
+    pages: (lower, upper, codes, ball) or (lower, upper, codes, ball, state), for decoding (at most 16 queries without
+        a gradient; else they are not read). lower and upper (batch, kv_heads, pages, dim) in key's dtype, the
+        per-channel minimum and maximum of every page of 64 keys; codes int8 of the same shape and ball (batch,
+        kv_heads, pages, 3) in float32 a ball that holds the page's keys: ball[..., 0] * codes is its middle, with
+        ball[..., 0] a power of two, ball[..., 1] its radius, ball[..., 2] at least its middle's length. Not read of a
+        page that ends after the last key a query of its sequence sees. state, contiguous int32 (3,), starts at zeros
+        and is written, so no two calls may have it at a time: for how many calls the bounds rest still, 31 where so
+        many pages must be read that they do not pay, and two counters of a launch, zero again at its end. Without it
+        they never rest.
     Returns out in query's shape and dtype and tau (batch, heads, queries) in float32, not differentiable. A row that
     sees no key gives zeros, tau = +inf and zero gradients. Gradients for query, key, value and alpha, the same bits
     every run.
@@ -117,27 +120,48 @@ def entmax_attention(
     return out.to(dtype), tau.detach()
 
 
+def softmax_of_few_keys(query, key, value, *, scaling=None, causal=True, visible=None, slopes=None, mask=None):
+    """Softmax over the keys each query sees, as `entmax_attention` describes them, or None where it is not computed.
+
+    SDPA reads slopes and ranges as a matrix of all queries times all keys; a training call of few keys in half
+    precision is faster here. Returns out alone.
+    """
+    tensors = [query, key, value]
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        tensors = [tensor.to(dtype) for tensor in tensors]
+    call = {"scaling": scaling, "causal": causal, "visible": visible, "slopes": slopes, "mask": mask}
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not trains or supports(*tensors, **call) is not None or not takes_softmax(*tensors, slopes):
+        return None
+    scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else float(scaling)
+    out, *_ = entmax_forward(*tensors, 1.0, None, scaling, causal, visible, slopes, mask, True)
+    return out.to(query.dtype)
+
+
 def _checked_pages(pages, key):
     """The bounds of the pages, or nothing, as the decoding operator takes them."""
     if pages is None:
-        return None, None, None, None
-    least = (*key.shape[:2], key.shape[2] // TILE, key.shape[3])
-    lower, upper, radius, *state = pages
-    for name, bounds in (("lower", lower), ("upper", upper)):
+        return None, None, None, None, None
+    lower, upper, codes, ball, *state = pages
+    least = (*key.shape[:2], key.shape[2] // TILE)
+    for name, bounds, width, dtype in (
+        ("lower bounds", lower, key.shape[3], key.dtype),
+        ("upper bounds", upper, key.shape[3], key.dtype),
+        ("codes", codes, key.shape[3], torch.int8),
+        ("balls", ball, BALL, torch.float32),
+    ):
         fits = bounds.dim() == 4 and bounds.shape[2] >= least[2] and bounds.stride(3) == 1
-        if not fits or bounds.shape[:2] != least[:2] or bounds.shape[3] != least[3]:
+        if not fits or bounds.shape[:2] != least[:2] or bounds.shape[3] != width:
             raise ValueError(
-                f"the {name} bounds of pages have shape {tuple(bounds.shape)}; keys {tuple(key.shape)} need {least} "
-                "or more pages"
+                f"the {name} of pages have shape {tuple(bounds.shape)}; keys {tuple(key.shape)} need "
+                f"{(*least, width)} or more pages"
             )
-        if bounds.dtype != key.dtype or bounds.device != key.device:
+        if bounds.dtype != dtype or bounds.device != key.device:
             raise ValueError(
-                f"the {name} bounds are {bounds.dtype} on {bounds.device}, the keys {key.dtype} on {key.device}"
+                f"the {name} of pages are {bounds.dtype} on {bounds.device}, not {dtype} on {key.device} as the keys "
+                "need"
             )
-    if radius.dtype != torch.float32 or radius.shape[:2] != least[:2] or radius.shape[2] < least[2]:
-        raise ValueError(
-            f"the radius of pages is {radius.dtype} {tuple(radius.shape)}, not float32 {least[:3]} or more"
-        )
     state = state[0] if state else None
     if state is not None:
         if state.dtype != torch.int32 or state.shape != (STATE,) or not state.is_contiguous():
@@ -147,4 +171,4 @@ def _checked_pages(pages, key):
             )
         if state.device != key.device:
             raise ValueError(f"the state of the pages is on {state.device}, the keys on {key.device}")
-    return lower, upper, radius, state
+    return lower, upper, codes, ball, state

@@ -121,7 +121,8 @@ def _default(element_size, block_dim):
         # Where registers hold the scores without a spill.
         short_keys=256 if block_dim * element_size <= (64 if element_size == 4 else 256) else 128 * (block_dim == 64),
         short_rows=16 if block_dim <= 32 or element_size == 4 else TILE,
-        short_forward=Launch(1 if block_dim <= 32 else 4, 1),
+        # Two documents side by side take 8 blocks of scores: as many registers as twelve warps can have cost less.
+        short_forward=Launch(1, 1, 168 if element_size == 2 else 0) if block_dim <= 32 else Launch(4, 1),
         short_query_gradient=Launch(1 if block_dim <= 32 else 4, 1),
         short_key_gradient=Launch(1 if block_dim <= 32 else 4, 1),
     )

@@ -3,6 +3,7 @@
 Enters: tensors in the contract's shapes. Leaves: output, tau and what the backward needs: lists of tiles, map, mean.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +20,7 @@ from .refine import refined_threshold
 from .short import attend_short, is_short, short_gradients
 from .strays import Strays
 from .threshold import threshold_bound
-from .tiles import BELOW_2, CAUSAL, ENTMAX15, FULL, GENERAL, PER_HEAD, RANGE, SPARSEMAX
+from .tiles import BELOW_2, CAUSAL, ENTMAX15, FULL, GENERAL, PER_HEAD, RANGE, SOFTMAX, SPARSEMAX
 
 # Tile lists and their lengths, the same for pairs of tiles, the map of the tiles; strays, their counts and map.
 LIST_DTYPES = (torch.int16, torch.int32, torch.int16, torch.int32, torch.uint8, torch.int32, torch.int32, torch.int32)
@@ -120,7 +121,8 @@ def describable(tensor, block_dim):
 
 def _kinds(dtype, alpha, alpha_tensor):
     """The closed form of the threshold, and of the powers."""
-    kind = GENERAL if alpha_tensor is not None else {1.5: ENTMAX15, 2.0: SPARSEMAX}.get(alpha, GENERAL)
+    kinds = {1.0: SOFTMAX, 1.5: ENTMAX15, 2.0: SPARSEMAX}
+    kind = GENERAL if alpha_tensor is not None else kinds.get(alpha, GENERAL)
     if kind == GENERAL and dtype != torch.float32 and not alpha > 2:
         return kind, BELOW_2 if alpha_tensor is None else PER_HEAD
     return kind, kind
@@ -130,6 +132,13 @@ def _configuration(query, power_kind, slopes, save):
     row = configuration(query.device, query.element_size(), _block_dim(query.shape[-1]))
     alone = settles(row, power_kind, query.dtype, slopes) or (save and not row.pair_backward)
     return without_pairs(row) if alone else row
+
+
+def takes_softmax(query, key, value, slopes):
+    """Whether a training call of alpha 1 is one of few keys, in half precision: others are SDPA's."""
+    halves = all(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in (query, key, value))
+    row = _configuration(query, SOFTMAX, slopes, True)
+    return halves and is_short(row, query.shape[2], key.shape[2])
 
 
 def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save=False):
@@ -169,7 +178,8 @@ def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, s
         query=_rows(query),
         key=_rows(key),
         value=_rows(value),
-        excess=alpha - 1.0,
+        # Powers of two where it is softmax.
+        excess=1 / math.log(2) if alpha_kind == SOFTMAX else alpha - 1.0,
         alpha_tensor=alpha_tensor,
         alpha_kind=alpha_kind,
         scaling=scaling,
@@ -209,6 +219,8 @@ def _forward(
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save)
     if is_short(call.configuration, query.shape[2], key.shape[2]):
         return _forward_short(call, save)
+    if call.alpha_kind == SOFTMAX:
+        raise ValueError(f"softmax of {key.shape[2]} keys: these kernels compute that of few keys alone")
     with torch.cuda.device_of(query):
         strayed = collects(call.configuration, call.group, query.shape[2], call.key_tiles, save)
         variant = (

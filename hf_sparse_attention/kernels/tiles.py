@@ -13,6 +13,8 @@ FULL, CAUSAL, RANGE = 0, 1, 2
 # Which closed form the threshold has; the general ones take alpha at run time. For half precision the powers come from
 # the special function units: BELOW_2 where 1 < alpha < 2 is known, PER_HEAD where alpha is a tensor.
 GENERAL, BELOW_2, PER_HEAD, ENTMAX15, SPARSEMAX = 0, 1, 2, 15, 20
+# Alpha 1, of few keys alone: x is the score / log 2, tau the logarithm to base 2 of the sum, p = u = 2^(x - tau).
+SOFTMAX = 30
 
 # Channels that a tensor core adds up where a score is to have all digits of float32.
 CHANNELS = tl.constexpr(64)
@@ -145,6 +147,9 @@ def above(x, tau, CLAMPED: tl.constexpr):
 @triton.jit
 def weights(x, tau, exponent, ALPHA_KIND: tl.constexpr, CLAMPED: tl.constexpr = False):
     """p = [x - tau]_+ ^ exponent and u = p^(2 - alpha) = [x - tau]_+ ^ (exponent - 1) on the support, else 0."""
+    if ALPHA_KIND == 30:
+        p = tl.exp2(x - tau)
+        return p, p
     excess = above(x, tau, CLAMPED=CLAMPED)
     if ALPHA_KIND == 15:
         p = excess * excess

@@ -10,11 +10,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import create_masks_for_generate
 
 from ..attention import return_weights
 from ..cache import check_cache
 from ..config import ALIBI, SparseAttentionConfig
 from ..maps import MAPS, NEW_MODULES
+from ..visible import as_bool, with_new_tokens
 from .classes import family_of, sparse_class
 from .configuration import sparse_config, sparse_layers
 from .families import Family
@@ -78,6 +80,25 @@ class SparsePreTrainedModel:
                 init.zeros_(parameter)
         else:
             super()._init_weights(module)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
+        """As in Transformers; of the mask that new tokens are appended to it stays known what it looks like."""
+        mask = model_kwargs.get("attention_mask")
+        own = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        if own:
+            # Not appended to by Transformers, so that what it looks like is right whatever they append.
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "attention_mask"}
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+        if own:
+            model_kwargs["attention_mask"] = with_new_tokens(mask, num_new_tokens)
+        return model_kwargs
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, *args, **kwargs):
+        """As in Transformers, of a padding mask that it will not copy."""
+        create = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
+        return create(config, inputs_embeds, _looked_at(attention_mask, inputs_embeds), *args, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs) -> str:
         return self.get_correct_attn_implementation(attn_implementation)
@@ -236,10 +257,23 @@ class SparseModel(SparsePreTrainedModel):
         if starts is None and getattr(kwargs.get("cu_seq_lens_q"), "numel", int)() > 2:
             raise ValueError("cu_seq_lens_q has several documents, but position_ids do not restart in them")
         kwargs["document_starts"] = starts
+        if mask is not None and inputs is not None:
+            # Transformers would copy what is not there or not boolean.
+            if "attention_mask" in kwargs:
+                kwargs["attention_mask"] = _looked_at(mask, inputs)
+            else:
+                args = (args[0], _looked_at(mask, inputs), *args[2:])
         if not kwargs.get("output_attentions"):
             return super().forward(*args, **kwargs)
         with return_weights():
             return super().forward(*args, **kwargs)
+
+
+def _looked_at(mask, inputs: torch.Tensor):
+    """A padding mask as the mask function will get it; of any other mask nothing is known."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or torch.compiler.is_compiling():
+        return mask
+    return as_bool(mask, inputs.device)
 
 
 def _register_weight_conversion(family: Family) -> None:

@@ -82,17 +82,20 @@ def parameter_groups(
 
 
 def start_factors(model: nn.Module, start: str | None, seed: int | None = None) -> None:
-    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, `normal` or `beta`.
+    """Gives ASEntmax's factors of a fresh model their start: `neutral`, as they are, `normal`, `beta` or `logarithm`.
 
     Args:
         seed: of the draws; None draws from torch's own numbers.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, ASEntmaxScale) and start == "normal":
-            module.start_normal(generator)
-        elif isinstance(module, ASEntmaxScale) and start == "beta":
-            module.start_beta()
+        if isinstance(module, ASEntmaxScale):
+            if start == "normal":
+                module.start_normal(generator)
+            elif start == "logarithm":
+                module.start_logarithm(model.config.sparse_attention["train_length"])
+            elif start == "beta":
+                module.start_beta()
 
 
 def freeze(model: nn.Module, trained: str) -> None:

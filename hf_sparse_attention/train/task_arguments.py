@@ -13,6 +13,7 @@ from .recipe import SCALE_STARTS, SCHEDULES
 MAPS = ("softmax", *SPECIFICATIONS)
 PRECISIONS = ("float32", "bfloat16")
 TESTED = ("best", "all")
+TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -39,7 +40,8 @@ class TrainTaskArguments:
         default="neutral",
         metadata=_help(
             "start of ASEntmax's factor: neutral (exactly 1: delta 0.95, beta 0.05), beta (1: delta 0, beta 1), "
-            "or normal (weights N(0, 0.02), biases 0, delta 1: about 1.7)"
+            "normal (weights N(0, 0.02), biases 0, delta 1: about 1.7), or logarithm (SSMax's, log n over its mean in "
+            "training)"
         ),
     )
     layers: int = field(default=2, metadata=_help("layers of the model"))
@@ -87,6 +89,9 @@ class TrainTaskArguments:
     )
     tested: str = field(
         default="best", metadata=_help("what is tested: best (the run that validation prefers), or all of the grid")
+    )
+    test_precision: str | None = field(
+        default=None, metadata=_help("precision of the test, float32 or bfloat16 (default: that of training)")
     )
     test_samples: int = field(default=1000, metadata=_help("test samples of a length, from the fixed set's beginning"))
     batch_tokens: int = field(default=65_536, metadata=_help("tokens per batch of validation and test"))
@@ -156,11 +161,12 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
             raise ValueError(f"{name} is {value}; it must be from 0 to 1")
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
-        "scale_start": SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
+        "scale_start": TASK_SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
+        "test_precision": (None, *PRECISIONS),
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(filter(None, allowed))}")
     if not arguments.learning_rates or not all(0 < rate < math.inf for rate in arguments.learning_rates):
         raise ValueError(f"learning_rates is {arguments.learning_rates}; give at least one, all above 0")
     if not arguments.seeds or min(arguments.seeds) < 0:

@@ -130,7 +130,10 @@ def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, devi
     """Exact match of a run's model on the fixed test sets; finished lengths are kept in test.json."""
     file = folder / "test.json"
     found = read_tests(folder) if arguments.resume == "auto" else []
-    found = [line for line in found if line.get("wanted") == arguments.test_samples]
+    precision = arguments.test_precision or arguments.precision
+    # Earlier versions tested in the precision of training and did not say so.
+    same = (arguments.test_samples, precision)
+    found = [line for line in found if (line.get("wanted"), line.get("precision", arguments.precision)) == same]
     left = [length for length in sorted(set(arguments.test_lengths)) if length not in {row["length"] for row in found}]
     model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device).eval()
     with tqdm(
@@ -140,10 +143,11 @@ def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, devi
         for length in left:
             begun = time.time()
             blocks = task.fixed_blocks(length, arguments.test_samples)
-            with working_precision(arguments, device):
+            with working_precision(precision, device):
                 line = score(model, blocks, batch_tokens=arguments.batch_tokens, progress=bar.update)
             span = [begun, time.time()]
-            found.append({"length": length, "wanted": arguments.test_samples, **line, "span": span})
+            kept = {"length": length, "wanted": arguments.test_samples, "precision": precision}
+            found.append({**kept, **line, "span": span})
             write_json(file, found)
     return sorted((row for row in found if row["length"] in arguments.test_lengths), key=lambda row: row["length"])
 

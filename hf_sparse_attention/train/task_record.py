@@ -13,8 +13,8 @@ from .task_arguments import TrainTaskArguments
 # fast it goes, not what is trained.
 FREE = {
     "output", "learning_rates", "seeds", "device", "compile", "cuda_graph", "together", "log_every",
-    "validate_every", "validation_lengths", "validation_samples", "test_lengths", "test_samples", "tested",
-    "batch_tokens", "checkpoint_every", "resume", "overwrite",
+    "validate_every", "validation_lengths", "validation_samples", "test_lengths", "test_precision", "test_samples",
+    "tested", "batch_tokens", "checkpoint_every", "resume", "overwrite",
 }  # fmt: skip
 
 

@@ -5,11 +5,14 @@ Transformers for packed documents does wait, once a step.)"""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..tasks.samples import Samples
+from ..tasks.streams import CHUNK, Layout
 from .recipe import parameter_groups
 from .task_arguments import TrainTaskArguments
 from .task_model import answer_loss
@@ -18,24 +21,22 @@ from .task_model import answer_loss
 _WARM_UP = 3
 
 
-def working_precision(arguments: TrainTaskArguments, device: torch.device) -> torch.autocast:
-    """The context in which the model computes, in training, validation and test alike."""
-    low = torch.bfloat16 if arguments.precision == "bfloat16" else None
+def working_precision(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a model computes in float32 or bfloat16."""
+    low = torch.bfloat16 if precision == "bfloat16" else None
     # A cast kept from an earlier step would be of old parameters when a graph is replayed.
     return torch.autocast(device.type, dtype=low, enabled=low is not None, cache_enabled=False)
 
 
 class TaskStep:
-    """Trains a model on batches of `shape` (samples, width).
+    """Trains a model on batches of one layout, several of which are handed over at a time.
 
     `loss_sum` adds up the losses until `read_loss` is called, which is what waits for the device.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, arguments: TrainTaskArguments, shape: tuple[int, int], device: torch.device
-    ):
+    def __init__(self, model: PreTrainedModel, arguments: TrainTaskArguments, layout: Layout, device: torch.device):
         self.model, self.device, self.clip = model, device, arguments.clip or math.inf
-        self.called = torch.compile(model) if arguments.compile else model
+        self.compiled = torch.compile(self._loss) if arguments.compile else self._loss
         self.arguments = arguments
         self.wants_graph, self.graph, self.eager_steps = arguments.cuda_graph, None, 0
         groups = parameter_groups(
@@ -51,8 +52,13 @@ class TaskStep:
         self.rate = torch.zeros((), device=device)
         self._share_rate()
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
-        self.targets = torch.zeros(shape, dtype=torch.long, device=device)
+        shape = (layout.planes, layout.rows, layout.width)
+        # What a captured step reads: the batch whose turn it is, at an address that stays.
+        self.chunk = torch.zeros((CHUNK, *shape), dtype=torch.int32, device=device)
+        self.rates = torch.zeros(CHUNK, device=device)
+        self.turn = torch.zeros(1, dtype=torch.long, device=device)
+        self.batch = torch.zeros(shape, dtype=torch.long, device=device)
+        self.other, self.left = None, 0
         self.loss_sum = torch.zeros((), device=device)
         self.norm = torch.zeros((), device=device)
         self.steps_summed = 0
@@ -63,47 +69,91 @@ class TaskStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
-    def __call__(self, batch: Samples, rate: float) -> None:
-        """One step at a learning rate; returns before the device is done with it."""
+    def hand_over(self, batches: np.ndarray, rates: list[float]) -> None:
+        """Hands over the batches (batches, planes, rows, width) of the next steps, `CHUNK` at most, and their rates.
+
+        Raises:
+            ValueError: if earlier ones are left, or they are too many.
+        """
+        if self.left or len(batches) != len(rates) or not 0 < len(batches) <= CHUNK:
+            raise ValueError(
+                f"{len(batches)} batches and {len(rates)} rates are handed over while {self.left} are left; 1 to "
+                f"{CHUNK} are taken when none is"
+            )
+        values, rates = torch.from_numpy(batches), torch.tensor(rates)
+        if self.device.type == "cuda":
+            # From pinned memory a copy does not hold up the host; PyTorch keeps it until the copy is done.
+            values, rates = values.pin_memory(), rates.pin_memory()
+        with self._on_stream():
+            values = values.to(self.device, non_blocking=True)
+            # Batches of another shape are not for a captured step.
+            fits = batches.shape[1:] == self.chunk.shape[1:]
+            self.other = None if fits else values
+            if fits:
+                self.chunk[: len(values)].copy_(values)
+            self.rates[: len(values)].copy_(rates, non_blocking=True)
+            self.turn.zero_()
+        self.left = len(batches)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
         if self.stream is None:
-            self._load(batch, rate)
-            self._step()
-        else:
-            # For what was done to the parameters outside, such as their making, or a look at them.
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                self._load(batch, rate)
+            yield
+            return
+        # For what was done to the parameters outside, such as their making, or a look at them.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+
+    def __call__(self) -> None:
+        """One step; returns before the device is done with it.
+
+        Raises:
+            ValueError: if no batch is left.
+        """
+        if not self.left:
+            raise ValueError("no batch is left: hand some over")
+        with self._on_stream():
+            if self.other is not None:
+                batch = self.other.index_select(0, self.turn)[0].long()
+                self._step(self._loss, batch)
+            elif self.stream is None:
+                self._step(self.compiled, self._next())
+            else:
                 self._graphed_step()
+        self.left -= 1
         self.steps_summed += 1
 
-    def _load(self, batch: Samples, rate: float) -> None:
-        for place, array in ((self.tokens, batch.tokens), (self.targets, batch.targets)):
-            values = torch.from_numpy(array)
-            # From pinned memory the copy does not hold up the host; PyTorch keeps it until the copy is done.
-            place.copy_(values.pin_memory() if self.device.type == "cuda" else values, non_blocking=True)
-        self.rate.fill_(rate)
+    def _next(self) -> torch.Tensor:
+        return self.batch.copy_(self.chunk.index_select(0, self.turn)[0])
 
-    def _step(self) -> None:
+    def _loss(self, tokens: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        logits = self.model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+        return answer_loss(logits, targets)
+
+    def _step(self, loss_of: Callable, batch: torch.Tensor) -> None:
         for parameter in self.parameters:
             parameter.grad = None
-        with working_precision(self.arguments, self.device):
-            logits = self.called(input_ids=self.tokens, use_cache=False).logits
-        loss = answer_loss(logits, self.targets)
+        self.rate.copy_(self.rates.index_select(0, self.turn)[0])
+        tokens, targets, *positions = batch
+        with working_precision(self.arguments.precision, self.device):
+            loss = loss_of(tokens, targets, positions[0] if positions else None)
         loss.backward()
         self.norm.copy_(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
         self.optimizer.step()
         self.loss_sum += loss.detach()
+        self.turn += 1
 
     def _graphed_step(self) -> None:
         if self.graph is not None:
             self.graph.replay()
         elif self.eager_steps < _WARM_UP:
-            self._step()
+            self._step(self.compiled, self._next())
             self.eager_steps += 1
         else:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self.stream):
-                self._step()
+                self._step(self.compiled, self._next())
             self.graph = graph
             # Capturing computes nothing.
             graph.replay()
@@ -115,6 +165,11 @@ class TaskStep:
         self.loss_sum.zero_()
         self.steps_summed = 0
         return loss, norm
+
+    def is_finite(self) -> bool:
+        """Whether all parameters are numbers; waits for them."""
+        self.wait()
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
 
     def wait(self) -> None:
         """Returns when the steps so far are done: before anything else reads the parameters."""

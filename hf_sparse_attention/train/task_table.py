@@ -203,10 +203,17 @@ def _settings(groups: list[_Group]) -> str:
         )
     )
     counts = sorted({line["samples"] for run in runs for line in run["tests"].values() if "samples" in line})
+    # Earlier versions tested in the precision of training.
+    trained = {group.identity.get("precision", _UNKNOWN) for group in groups}
+    precisions = {
+        line.get("precision", group.identity.get("precision", _UNKNOWN))
+        for group in groups for run in group.runs for line in run["tests"].values()
+    }  # fmt: skip
     tested = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
     return (
         f"Trained with: {', '.join(shared)}. Exact match in %"
         + (f" of {tested} test samples a length, ± standard error unless it is 0.0" if counts else "")
+        + (f", computed in {' or '.join(sorted(precisions))}" if precisions - trained else "")
         + f"; validation, which chooses the best: its mean over {' or '.join(validated)}. {TIES}"
     )
 

@@ -56,23 +56,24 @@ def decode_call(
     mask: torch.Tensor | None,
     lower: torch.Tensor | None,
     upper: torch.Tensor | None,
-    radius: torch.Tensor | None,
+    codes: torch.Tensor | None,
+    ball: torch.Tensor | None,
     state: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask)
     with torch.cuda.device_of(query):
-        return run_passes(call, None if lower is None else (lower, upper, radius, state))
+        return run_passes(call, None if lower is None else (lower, upper, codes, ball, state))
 
 
 def share_of_pages_read(query, key, pages, *, alpha=1.5):
     """The share of the pages that one decoding step reads with these bounds, of all its keys."""
     call = describe(query, key, key, alpha, None, query.shape[-1] ** -0.5, True, None, None, None)
     with torch.cuda.device_of(query):
-        return pages_read(call, (*pages[:3], None)).double().mean().item() / call.key_tiles
+        return pages_read(call, (*pages[:4], None)).double().mean().item() / call.key_tiles
 
 
 def _decode_fake(
-    query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, lower, upper, radius, state
+    query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, lower, upper, codes, ball, state
 ):
     batch, heads, queries, head_dim = query.shape
     out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
@@ -81,8 +82,8 @@ def _decode_fake(
 
 entmax_decode = _register(
     "entmax_decode",
-    f"(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? lower, Tensor? upper, Tensor? radius,"
-    " Tensor(a!)? state) -> (Tensor, Tensor)",
+    f"(Tensor query, Tensor key, Tensor value, {_CALL}, Tensor? lower, Tensor? upper, Tensor? codes,"
+    " Tensor? ball, Tensor(a!)? state) -> (Tensor, Tensor)",
     decode_call,
     _decode_fake,
 )

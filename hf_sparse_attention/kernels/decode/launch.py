@@ -8,7 +8,7 @@ import triton
 from ..configurations import TILE, processors
 from ..tiles import ENTMAX15
 from . import output, scores, threshold
-from .pages import REST, WORTH, bounds_of_pages
+from .pages import ASKED, ASKED_AT_ONCE, PRECISION, REST, STATE, WORTH, bounds_of_pages, page_margin
 
 # Rows of one program at most.
 MOST_ROWS = 64
@@ -50,19 +50,18 @@ def division(call):
 
 def pages_read(call, pages):
     """How many of the pages a call reads, (row tiles of all key heads,)."""
-    group_tiles, block, _, sizes = division(call)
-    tiles, _, _, rows = sizes[3:]
-    maxima = torch.empty((group_tiles, rows, tiles), dtype=torch.float32, device=call.query.device)
-    bound = torch.full((group_tiles, rows), torch.inf, device=call.query.device)
-    launch = launch_of(call.query.element_size(), call.block_dim, block)
-    bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
-    return (maxima > bound[..., None]).any(1).sum(1)
+    group_tiles, _, _, sizes = division(call)
+    work = torch.empty((group_tiles, sizes[4], 2), dtype=torch.int32, device=call.query.device)
+    run_passes(call, pages, work)
+    return work[..., 0].sum(1)
 
 
-def run_passes(call, pages=None):
+def run_passes(call, pages=None, work=None):
     """Output (B, H, N, D), laid out (B, N, H, D), and tau (B, H, N), +inf in rows that see no key.
 
-    pages: None, or the bounds of the keys' pages, as `pages.bounds_of_pages` takes them.
+    pages: None, or the bounds of the keys' pages, as `pages.bounds_of_pages` takes them; without a state they never
+        rest.
+    work: with them, int32 (row tiles of all key heads, splits, 2) for the tiles each program reads and has.
     """
     query, key, value = call.query, call.key, call.value
     batch, heads, queries, head_dim = query.shape
@@ -90,19 +89,23 @@ def run_passes(call, pages=None):
     wide = {name: call.constants[name] for name in ("BLOCK_D", "EVEN_D", "PRECISION")}
     masks = {name: call.constants[name] for name in ("HAS_SLOPES", "HAS_MASK")}
     launch = launch_of(query.element_size(), call.block_dim, block)
-    state = work = None
+    lower = upper = bounds = state = None
     if pages is not None:
-        bounds_of_pages(call, pages, maxima, bound, sizes, block, launch)
-        state, work = pages[3], scratch(splits, 2, dtype=torch.int32)
+        lower, upper, codes, ball, state = pages
+        state = torch.zeros(STATE, dtype=torch.int32, device=device) if state is None else state
+        work = scratch(splits, 2, dtype=torch.int32) if work is None else work
+        bounds = scratch(rows, tiles)
+        bounds_of_pages(call, (lower, upper, codes, ball, state), bounds, maxima, bound, sizes, block, launch)
+    strides = [(0, 0, 0) if tensor is None else tensor.stride()[:3] for tensor in (lower, upper)]
     scores.scores_kernel[(group_tiles, splits)](
-        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, tile_lists, work, state, bound,
-        stored, maxima, slots,
+        query, key, call.alpha_tensor, call.slopes, call.visible, call.mask, lower, upper, bounds, state,
+        tile_lists, work, bound, stored, maxima, slots,
         call.excess, call.scaling,
         *query.stride()[:3], *key.stride()[:3], *call.visible_strides, *call.mask_strides,
+        *strides[0], *strides[1],
         *sizes, head_dim,
         **constants, **wide, **masks,
-        HAS_LIST=pages is not None,
-        HAS_STATE=state is not None,
+        HAS_PAGES=pages is not None,
         BLOCK_M=block,
         ROWS=existing,
         TILE=TILE,
@@ -110,7 +113,11 @@ def run_passes(call, pages=None):
         SLACK=scores.SLACK,
         LEAST_TILES=scores.LEAST_TILES,
         STEPS=threshold.STEPS,
-        SCAN=min(threshold.SCAN, output.AT_ONCE // existing),
+        SCAN=max(1, scores.AT_ONCE // existing),
+        ASKED=ASKED,
+        PAGES=ASKED_AT_ONCE,
+        BOUND_PRECISION=PRECISION,
+        MARGIN=page_margin(query),
         **launch,
     )  # fmt: skip
     threshold.threshold_kernel[(group_tiles * rows,)](
@@ -120,7 +127,7 @@ def run_passes(call, pages=None):
         *value.stride()[:3], *call.visible_strides, *out.stride()[:3],
         *sizes, head_dim,
         **constants,
-        HAS_STATE=state is not None,
+        HAS_STATE=pages is not None,
         BLOCK_M=block,
         BLOCK_D=call.block_dim,
         TILE=TILE,

@@ -1,7 +1,7 @@
-"""Per-channel minimum and maximum and the radius of every page of TILE keys -> a bound of every page, and one of tau.
+"""A ball around the keys of every page of TILE, their minimum and maximum -> a bound of every page, and one of tau.
 
-Exact for every input. A page's score is at most sum_d max(q_d lower_d, q_d upper_d), as every key lies between its
-page's bounds, and at most q.c + |q| radius, as no key is farther from the middle c; what rounding can add is added.
+Exact for every input. A page's score is at most q.c + |q| radius, as no key is farther from the middle c, and at most
+sum_d max(q_d lower_d, q_d upper_d), as every key lies between its page's bounds; what rounding can add is added.
 tau of some keys is a lower bound of tau of all, and a key not above tau weighs nothing: nor does a page below it.
 """
 
@@ -9,23 +9,27 @@ import torch
 import triton
 import triton.language as tl
 
-from ..configurations import TILE
-from ..operators import _block_dim
+from ..configurations import TILE, processors
 from ..tiles import entmax_parameters, masked_scores, row_ranges
 from .rows import locate
 from .threshold import STEPS, subset_threshold
 
 # Pages whose keys give the lower bound of tau: the newest one, and the best of what so many programs bounded.
 SEEDS = 4
-PAGES = 32
+PAGES = 64
+# Where a program of the first pass over the keys has more pages to read, it asks for their minimum and maximum first.
+ASKED = 8
+ASKED_AT_ONCE = 32
 # Where so many pages are read that it does not pay, the bounds are left alone for as many calls.
 REST = 31
-# With bounds a step takes as much longer as a program takes for so many tiles, for a sixteenth of its own, and for a
-# quarter of those it reads, as tiles of a list come slower. In us, without the last: 15 at 32 K x 1, 21 at 128 K x 1,
-# 26 at 32 K x 8, 45 at 128 K x 8; a tile takes 1.4 to 1.6.
+# With bounds a step takes as much longer as a program takes for so many tiles, for 1/32 of its own, and for 13/32 of
+# those it reads, as tiles of a list come slower. A tile takes 1.4 to 1.7 us. At noise 0.2, where 37 to 40 % are read:
+# 94 us for 96 at 128 K x 1, 150 for 156 at 32 K x 8, 480 for 512 at 128 K x 8, 52 for 43 at 32 K x 1, where they rest.
 WORTH = 7
+# Of products that give bounds.
+PRECISION = "tf32"
 # Channels read at once where scores are summed without a tensor core.
-CHANNELS = 32
+CHANNELS = 64
 # Numbers of the state that a layer keeps: for how many calls its bounds rest, and the tickets that programs have taken
 # and how many have arrived, both zero between calls.
 STATE = 3
@@ -39,70 +43,88 @@ def _margin(head_dim):
     return 4.0 * (head_dim + 16) * 2.0**-23
 
 
+def page_margin(query):
+    """The same for bounds: of float32 they take one tf32 product, as a bound may be coarse."""
+    return _margin(query.shape[-1]) + (2.0**-8 if query.element_size() == 4 else 0.0)
+
+
 @triton.jit
-def middle(lower, upper, dtype: tl.constexpr):
-    """The middle between two bounds in the keys' dtype."""
-    return ((lower.to(tl.float32) + upper.to(tl.float32)) * 0.5).to(dtype)
+def scaled_bounds(bound, page, end, factor, slope, HAS_SLOPES: tl.constexpr, TILE: tl.constexpr):
+    """Bounds of q.k of rows and pages -> bounds of x, the distance of the page's nearest key included."""
+    x = bound * factor[:, None]
+    if HAS_SLOPES:
+        nearest = tl.minimum((page + 1) * TILE, end[:, None]) - end[:, None]
+        x += slope[:, None] * nearest.to(tl.float32)
+        x += 1e-6 * slope[:, None] * tl.abs(nearest.to(tl.float32))
+    return x + 1e-6 * tl.abs(x) + 1e-30
 
 
-@triton.jit(do_not_specialize=["old_length", "new_length", "pages"])
-def _update_kernel(
-    k_ptr, lower_ptr, upper_ptr, radius_ptr, length_ptr,
-    stride_kb, stride_kg, stride_kn,
-    stride_lb, stride_lg, stride_ln,
-    stride_ub, stride_ug, stride_un,
-    stride_rb, stride_rg,
-    key_heads, old_length, new_length, pages, head_dim,
-    HAS_LENGTH: tl.constexpr,
+@triton.jit
+def ask_pages(
+    lists, count, level, maxima_rows, q, end, inside, factor, slope, lower_row, upper_row,
+    stride_ln, stride_un, head_dim,
+    HAS_SLOPES: tl.constexpr,
     TILE: tl.constexpr,
+    PAGES: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MARGIN: tl.constexpr,
 ):  # fmt: skip
-    head_index = tl.program_id(0)
-    if HAS_LENGTH:
-        # new_length is then how many keys were appended, and the tensor how many there are now.
-        length = tl.load(length_ptr).to(tl.int32)
-        page = (length - new_length) // TILE + tl.program_id(1)
-    else:
-        length = new_length
-        page = old_length // TILE + tl.program_id(1)
-    if ((page + 1) * TILE > length) | (page >= pages):
-        return
-    batch = (head_index // key_heads).to(tl.int64)
-    group = (head_index % key_heads).to(tl.int64)
-    rows = page * TILE + tl.arange(0, TILE)
+    """Leaves of the listed pages those whose minimum and maximum let a row come above its level too; their number.
+
+    Of the others the bound stands in for the maximum.
+    """
     dims = tl.arange(0, BLOCK_D)
-    inside = dims < head_dim
-    k_rows = k_ptr + batch * stride_kb + group * stride_kg + rows.to(tl.int64) * stride_kn
-    k = tl.load(k_rows[:, None] + dims[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-    # A key that is not a number makes the page's bounds so, and such a page is always read.
-    broken = tl.max((k != k).to(tl.int32), 0) > 0
-    lower = tl.where(broken, float("nan"), tl.min(k, 0))
-    upper = tl.where(broken, float("nan"), tl.max(k, 0))
-    place = batch * stride_lb + group * stride_lg + page.to(tl.int64) * stride_ln
-    tl.store(lower_ptr + place + dims, lower.to(lower_ptr.dtype.element_ty), mask=inside)
-    place = batch * stride_ub + group * stride_ug + page.to(tl.int64) * stride_un
-    tl.store(upper_ptr + place + dims, upper.to(upper_ptr.dtype.element_ty), mask=inside)
-    # From the middle as the queries will meet it, rounded; the radius rounded up. Squares of the smallest numbers
-    # would vanish: lengths are taken in units of the largest difference.
-    distance = k - middle(lower, upper, lower_ptr.dtype.element_ty).to(tl.float32)[None, :]
-    unit = tl.max(tl.max(tl.abs(distance), 1), 0)
-    unit = tl.where(unit > 0, unit, 1.0)
-    distance = distance / unit
-    radius = tl.sqrt(tl.max(tl.sum(distance * distance, 1), 0)) * unit * 1.0001
-    radius = tl.where(tl.max(broken.to(tl.int32), 0) > 0, float("nan"), radius)
-    tl.store(radius_ptr + batch * stride_rb + group * stride_rg + page, radius)
+    zero = tl.zeros_like(q)
+    positive = tl.where(q > 0, q, zero)
+    negative = tl.where(q < 0, q, zero)
+    left = 0
+    for base in range(0, count, PAGES):
+        listed = base + tl.arange(0, PAGES)
+        page = tl.load(lists + listed, mask=listed < count, other=0)
+        page_mask = (listed < count)[:, None] & (dims < head_dim)[None, :]
+        lower_rows = lower_row + page.to(tl.int64) * stride_ln
+        lower = tl.load(lower_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
+        upper_rows = upper_row + page.to(tl.int64) * stride_un
+        upper = tl.load(upper_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
+        bound = tl.dot(positive, tl.trans(upper), input_precision=PRECISION)
+        bound = tl.dot(negative, tl.trans(lower), bound, input_precision=PRECISION)
+        sizes = tl.maximum(tl.abs(lower.to(tl.float32)), tl.abs(upper.to(tl.float32))).to(lower.dtype)
+        bound += MARGIN * tl.dot(positive - negative, tl.trans(sizes), input_precision=PRECISION)
+        x = scaled_bounds(bound, page, end, factor, slope, HAS_SLOPES=HAS_SLOPES, TILE=TILE)
+        places = maxima_rows[:, None] + page[None, :]
+        known = inside[:, None] & (listed < count)[None, :]
+        before = tl.load(places, mask=known, other=float("-inf"))
+        # A page without bounds has an infinite one, whatever lies where its minimum and maximum would.
+        x = tl.where((x < before) & (x > float("-inf")) & (before < float("inf")), x, before)
+        alive = tl.max((x > level[:, None]).to(tl.int32), 0)
+        tl.store(places, x, mask=known)
+        # All of these have been read before one of them is written over.
+        tl.debug_barrier()
+        tl.store(lists + left + tl.cumsum(alive, 0) - alive, page, mask=alive > 0)
+        left += tl.sum(alive, 0)
+    return left
+
+
+@triton.jit
+def _ball(ball_row, stride_rn, page, tiles, written, TILE: tl.constexpr):
+    """Unit, radius and size of pages; zeros of those that have none."""
+    known = ((page + 1) * TILE <= written) & (page < tiles)
+    ball = ball_row + page.to(tl.int64) * stride_rn
+    unit = tl.load(ball, mask=known, other=0.0)
+    radius = tl.load(ball + 1, mask=known, other=0.0)
+    return unit, radius, tl.load(ball + 2, mask=known, other=0.0)
 
 
 @triton.jit
 def _bound_pages(
     group_tile, part, programs,
-    q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr,
-    maxima_ptr, best_ptr, chosen_ptr,
+    q_ptr, codes_ptr, ball_ptr, alpha_ptr, slopes_ptr, visible_ptr,
+    bounds_ptr, maxima_ptr, best_ptr, chosen_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
-    stride_lb, stride_lg, stride_ln,
-    stride_ub, stride_ug, stride_un,
-    stride_rb, stride_rg,
+    stride_cb, stride_cg, stride_cn,
+    stride_rb, stride_rg, stride_rn,
     stride_vb, stride_vn,
     heads, queries, keys, tiles, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
@@ -116,7 +138,7 @@ def _bound_pages(
     PRECISION: tl.constexpr,
     MARGIN: tl.constexpr,
 ):  # fmt: skip
-    """Bounds of every programs-th part of the pages of a group tile, and of each row the best of them."""
+    """Bounds of every programs-th part of the pages of a group tile, and of each row the page with the best middle."""
     batch, group, query, head, inside = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=BLOCK_M)
     local = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -134,57 +156,51 @@ def _bound_pages(
     q_rows = head.to(tl.int64) * stride_qh + query.to(tl.int64) * stride_qn + batch.to(tl.int64) * stride_qb
     q_mask = inside[:, None] & (dims < head_dim)[None, :]
     q = tl.load(q_ptr + q_rows[:, None] + dims[None, :], mask=q_mask, other=0.0)
-    zero = tl.zeros_like(q)
-    positive = tl.where(q > 0, q, zero)
-    negative = tl.where(q < 0, q, zero)
-    unit = tl.max(tl.abs(q.to(tl.float32)), 1)
-    unit = tl.where(unit > 0, unit, 1.0)
-    direction = q.to(tl.float32) / unit[:, None]
-    length = tl.sqrt(tl.sum(direction * direction, 1)) * unit * 1.0001
+    largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+    largest = tl.where(largest > 0, largest, 1.0)
+    direction = q.to(tl.float32) / largest[:, None]
+    length = tl.sqrt(tl.sum(direction * direction, 1)) * largest * 1.0001
     broken = tl.max(((q != q) | (tl.abs(q) == float("inf"))).to(tl.int32), 1) > 0
-    radius_row = radius_ptr + batch.to(tl.int64) * stride_rb + group.to(tl.int64) * stride_rg
+    codes_row = codes_ptr + batch.to(tl.int64) * stride_cb + group.to(tl.int64) * stride_cg
+    ball_row = ball_ptr + batch.to(tl.int64) * stride_rb + group.to(tl.int64) * stride_rg
     row = group_tile.to(tl.int64) * rows + local
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    chosen = tl.full((BLOCK_M,), -1, tl.int32)
+    # Of every place among those taken at once: to find the best of them once is enough.
+    best = tl.full((BLOCK_M, PAGES), float("-inf"), tl.float32)
+    chosen = tl.full((BLOCK_M, PAGES), -1, tl.int32)
+    page = part * PAGES + tl.arange(0, PAGES)
+    unit, radius, size = _ball(ball_row, stride_rn, page, tiles, written, TILE=TILE)
     for base in range(part * PAGES, tiles, programs * PAGES):
         page = base + tl.arange(0, PAGES)
         known = ((page + 1) * TILE <= written) & (page < tiles)
         page_mask = known[:, None] & (dims < head_dim)[None, :]
-        lower_rows = page.to(tl.int64) * stride_ln + batch.to(tl.int64) * stride_lb + group.to(tl.int64) * stride_lg
-        lower = tl.load(lower_ptr + lower_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
-        upper_rows = page.to(tl.int64) * stride_un + batch.to(tl.int64) * stride_ub + group.to(tl.int64) * stride_ug
-        upper = tl.load(upper_ptr + upper_rows[:, None] + dims[None, :], mask=page_mask, other=0.0)
-
-        bound = tl.dot(positive, tl.trans(upper), input_precision=PRECISION)
-        bound = tl.dot(negative, tl.trans(lower), bound, input_precision=PRECISION)
-        sizes = tl.maximum(tl.abs(lower.to(tl.float32)), tl.abs(upper.to(tl.float32))).to(lower.dtype)
-        radius = tl.load(radius_row + page, mask=known, other=0.0)
-        around = tl.dot(q, tl.trans(middle(lower, upper, q.dtype)), input_precision=PRECISION)
-        around += length[:, None] * radius[None, :]
-        # Where one of them is not a number the other has to do.
-        bound = tl.where(around == around, tl.minimum(bound, around), bound)
-        bound += MARGIN * tl.dot(positive - negative, tl.trans(sizes), input_precision=PRECISION)
-        x = bound * factor[:, None]
-        if HAS_SLOPES:
-            nearest = tl.minimum((page + 1) * TILE, end[:, None]) - end[:, None]
-            x += slope[:, None] * nearest.to(tl.float32)
-            x += 1e-6 * slope[:, None] * tl.abs(nearest.to(tl.float32))
-        x += 1e-6 * tl.abs(x) + 1e-30
+        code_rows = codes_row + page.to(tl.int64) * stride_cn
+        codes = tl.load(code_rows[:, None] + dims[None, :], mask=page_mask, other=0)
+        # Asked for a round ahead, as the codes are: nobody waits for them.
+        next_unit, next_radius, next_size = _ball(
+            ball_row, stride_rn, page + programs * PAGES, tiles, written, TILE=TILE
+        )
+        # Codes are whole numbers below 128, of which nothing is rounded in any dtype.
+        middle = tl.dot(q, tl.trans(codes.to(q.dtype)), input_precision=PRECISION) * unit[None, :]
+        bound = middle + length[:, None] * (radius + MARGIN * size)[None, :]
+        x = scaled_bounds(bound, page, end, factor, slope, HAS_SLOPES=HAS_SLOPES, TILE=TILE)
         # What is not a number, in the queries or in the keys, hides nothing; nor does a page without bounds.
-        x = tl.where((x == x) & known & (broken == 0)[:, None], x, float("inf"))
+        x = tl.where((tl.abs(x) < float("inf")) & known & (broken == 0)[:, None], x, float("inf"))
         seen = (page[None, :] * TILE < end[:, None]) & ((page + 1)[None, :] * TILE > start[:, None])
         x = tl.where(seen, x, float("-inf"))
-        tl.store(maxima_ptr + row[:, None] * tiles + page[None, :], x, mask=inside[:, None] & (page < tiles)[None, :])
-        # The best of the pages with a bound is a seed.
-        x = tl.where(x < float("inf"), x, float("-inf"))
-        greatest = tl.max(x, 1)
-        found = tl.max(tl.where(x == greatest[:, None], page[None, :], 0), 1)
-        better = greatest > best
-        chosen = tl.where(better, found, chosen)
-        best = tl.maximum(best, greatest)
+        # Of a page that is not read its bound stands in for its maximum.
+        places = row[:, None] * tiles + page[None, :]
+        tl.store(bounds_ptr + places, x, mask=inside[:, None] & (page < tiles)[None, :])
+        tl.store(maxima_ptr + places, x, mask=inside[:, None] & (page < tiles)[None, :])
+        # A seed is the page with a bound whose middle scores best: a ball may reach high because it is large.
+        near = scaled_bounds(middle, page, end, factor, slope, HAS_SLOPES=HAS_SLOPES, TILE=TILE)
+        near = tl.where((tl.abs(x) < float("inf")) & (tl.abs(near) < float("inf")), near, float("-inf"))
+        chosen = tl.where(near > best, page[None, :], chosen)
+        best = tl.maximum(best, near)
+        unit, radius, size = next_unit, next_radius, next_size
+    greatest = tl.max(best, 1)
     place = row * programs + part
-    tl.store(best_ptr + place, best, mask=inside)
-    tl.store(chosen_ptr + place, chosen, mask=inside)
+    tl.store(best_ptr + place, greatest, mask=inside)
+    tl.store(chosen_ptr + place, tl.max(tl.where(best == greatest[:, None], chosen, -1), 1), mask=inside)
 
 
 @triton.jit
@@ -224,7 +240,7 @@ def _bound_tau(
         visible_base += batch * stride_vb
     start, end = row_ranges(visible_base, stride_vn, query, queries, keys, RANGE_KIND=RANGE_KIND)
 
-    # The pages with the largest bounds among the best of every program, and the newest keys the query sees, which may
+    # The pages with the best middles among the best of every program, and the newest keys the query sees, which may
     # have no bound yet: none of them twice.
     newest = tl.maximum(end - 1, 0) // TILE
     candidates = tl.arange(0, PROGRAMS)
@@ -297,14 +313,13 @@ def _bound_tau(
     ]
 )
 def _bounds_kernel(
-    q_ptr, k_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, state_ptr,
-    maxima_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
+    q_ptr, k_ptr, codes_ptr, ball_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, state_ptr,
+    bounds_ptr, maxima_ptr, best_ptr, chosen_ptr, seed_ptr, bound_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
-    stride_lb, stride_lg, stride_ln,
-    stride_ub, stride_ug, stride_un,
-    stride_rb, stride_rg,
+    stride_cb, stride_cg, stride_cn,
+    stride_rb, stride_rg, stride_rn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
     group_tiles, programs,
@@ -338,13 +353,12 @@ def _bounds_kernel(
     if ticket < bounding:
         _bound_pages(
             ticket % group_tiles, ticket // group_tiles, programs,
-            q_ptr, lower_ptr, upper_ptr, radius_ptr, alpha_ptr, slopes_ptr, visible_ptr,
-            maxima_ptr, best_ptr, chosen_ptr,
+            q_ptr, codes_ptr, ball_ptr, alpha_ptr, slopes_ptr, visible_ptr,
+            bounds_ptr, maxima_ptr, best_ptr, chosen_ptr,
             excess, scaling,
             stride_qb, stride_qh, stride_qn,
-            stride_lb, stride_lg, stride_ln,
-            stride_ub, stride_ug, stride_un,
-            stride_rb, stride_rg,
+            stride_cb, stride_cg, stride_cn,
+            stride_rb, stride_rg, stride_rn,
             stride_vb, stride_vn,
             heads, queries, keys, tiles, row_tiles, rows, head_dim,
             GROUP=GROUP, RANGE_KIND=RANGE_KIND, HAS_ALPHA=HAS_ALPHA, HAS_SLOPES=HAS_SLOPES,
@@ -387,68 +401,41 @@ def _arrive(state_ptr):
         tl.store(state_ptr + 2, 0)
 
 
-def bounds_of_pages(call, pages, maxima, bound, sizes, block, launch):
-    """Fills maxima (row tiles of all key heads, rows, tiles) with the pages' bounds and bound with those of tau.
+def bounds_of_pages(call, pages, bounds, maxima, tau, sizes, block, launch):
+    """Fills bounds and maxima (row tiles of all key heads, rows, tiles) with the pages' bounds, tau with those of tau.
 
-    pages: lower, upper, radius and state (int32 (3,)): for how many calls they rest still, and two counters that are
-    zero before and after; or None, and they never rest. While they rest nothing is filled. Of pages that are not read
-    the bounds stand in for the maxima.
+    pages: as a cache keeps them: lower, upper, codes, ball and state (int32 (3,)): for how many calls they rest still,
+    and two counters that are zero before and after. While they rest nothing is filled.
     """
-    lower, upper, radius, state = pages
+    _, _, codes, ball, state = pages
     query, key = call.query, call.key
     tiles, splits, _, rows = sizes[3:]
     head_dim = query.shape[-1]
     group_tiles = maxima.shape[0]
     device = query.device
-    if state is None:
-        state = torch.zeros(STATE, dtype=torch.int32, device=device)
-    pages_at_once = PAGES if query.element_size() == 2 else PAGES // 2
-    programs = min(splits, triton.cdiv(tiles, pages_at_once))
+    programs = min(splits, triton.cdiv(tiles, PAGES))
     best = torch.empty((group_tiles, rows, programs), dtype=torch.float32, device=device)
     chosen = torch.empty((group_tiles, rows, programs), dtype=torch.int32, device=device)
     seeds = torch.empty((group_tiles, rows, SEEDS), dtype=torch.int32, device=device)
-    margin = _margin(head_dim)
     _bounds_kernel[(group_tiles * (programs + rows),)](
-        query, key, lower, upper, radius, call.alpha_tensor, call.slopes, call.visible, call.mask, state,
-        maxima, best, chosen, seeds, bound,
+        query, key, codes, ball, call.alpha_tensor, call.slopes, call.visible, call.mask, state,
+        bounds, maxima, best, chosen, seeds, tau,
         call.excess, call.scaling,
-        *query.stride()[:3], *key.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2],
+        *(stride for tensor in (query, key, codes, ball) for stride in tensor.stride()[:3]),
         *call.visible_strides, *call.mask_strides,
         group_tiles, programs, *sizes, head_dim,
         **{name: call.constants[name] for name in ("GROUP", "RANGE_KIND", "HAS_ALPHA", "HAS_SLOPES", "HAS_MASK")},
         ALPHA_KIND=call.alpha_kind,
         BLOCK_M=block,
         TILE=TILE,
-        PAGES=pages_at_once,
+        PAGES=PAGES,
         BLOCK_D=call.block_dim,
-        # One tf32 product instead of three exact ones: a bound may be coarse, if its margin says how coarse.
-        PRECISION="tf32",
+        PRECISION=PRECISION,
         SEEDS=SEEDS,
         PROGRAMS=triton.next_power_of_2(programs),
         CHANNELS=min(CHANNELS, call.block_dim),
         STEPS=STEPS,
-        PAGE_MARGIN=margin + (2.0**-8 if query.element_size() == 4 else 0.0),
-        SEED_MARGIN=margin,
-        **launch,
+        PAGE_MARGIN=page_margin(query),
+        SEED_MARGIN=_margin(head_dim),
+        **{**launch, "num_warps": 8 if group_tiles * rows <= processors(device.index) else launch["num_warps"]},
     )  # fmt: skip
-
-
-def update_bounds(key, lower, upper, radius, length, old, new):
-    """Bounds of the pages that became whole when the keys grew from `old` to `new`.
-
-    With a length tensor it says how many keys there are now, and `new` how many of them were appended.
-    """
-    batch, key_heads, keys, head_dim = key.shape
-    touched = new // TILE + 1 if length is not None else new // TILE - old // TILE
-    if touched == 0:
-        return
-    with torch.cuda.device_of(key):
-        _update_kernel[(batch * key_heads, touched)](
-            key, lower, upper, radius, length,
-            *key.stride()[:3], *lower.stride()[:3], *upper.stride()[:3], *radius.stride()[:2],
-            key_heads, old, new, min(lower.shape[2], keys // TILE), head_dim,
-            HAS_LENGTH=length is not None,
-            TILE=TILE,
-            BLOCK_D=_block_dim(head_dim),
-            num_warps=4,
-        )  # fmt: skip

@@ -30,6 +30,28 @@ def tile_range(start, end, inside, keys, TILE: tl.constexpr):
 
 
 @triton.jit
+def dealt_tiles(lists, bounds_ptr, row_scratch, inside, level, low, high, split, splits, tiles, SCAN: tl.constexpr):
+    """Lists what is a split's of the tiles whose bound is above the level in one of the rows; their number.
+
+    They are dealt out in turn, so that no split has more than one tile more than another.
+    """
+    scan = tl.arange(0, SCAN)
+    count = 0
+    for base in range(low, high, SCAN):
+        tile = base + scan
+        bounds = tl.load(
+            bounds_ptr + row_scratch[:, None] * tiles + tile[None, :],
+            mask=inside[:, None] & (tile < high)[None, :],
+            other=float("-inf"),
+        )
+        alive = tl.max((bounds > level[:, None]).to(tl.int32), 0)
+        turn = count + tl.cumsum(alive, 0) - alive
+        tl.store(lists + turn // splits, tile, mask=(alive > 0) & (turn % splits == split))
+        count += tl.sum(alive, 0)
+    return tl.maximum(count - split + splits - 1, 0) // splits
+
+
+@triton.jit
 def listed_tiles(
     lists, maxima_ptr, row_scratch, inside, origin, level, low, high, split, splits, tiles, SCAN: tl.constexpr
 ):

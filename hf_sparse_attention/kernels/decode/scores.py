@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ..tiles import GENERAL, entmax_parameters, masked_scores, row_ranges
-from .rows import listed_tiles, locate, tile_range
+from .pages import ask_pages
+from .rows import dealt_tiles, locate, tile_range
 from .threshold import subset_thresholds
 
 # A tile is kept if its maximum comes this near to the running maximum minus 1: rounding of tau loses no key.
@@ -15,6 +16,8 @@ SLACK = 1e-5
 # From so many tiles of a program on, it first takes a lower bound of tau from the newest keys, and from twice as many
 # from the oldest too: that costs the time of a tile, and saves writing the scores of most.
 LEAST_TILES = 64
+# Bounds that are looked at together: at 128 K keys and a group of 4 all of them.
+AT_ONCE = 8192
 # Channels whose products a tensor core adds up: in float32, and in half precision above alpha 2, where tau shows it.
 CHUNK_D = 32
 HALF_CHUNK_D = 64
@@ -102,13 +105,15 @@ def _walk(
 
 @triton.jit(do_not_specialize=["queries", "keys", "tiles", "splits", "row_tiles", "rows", "excess", "scaling"])
 def scores_kernel(
-    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, list_ptr, work_ptr, state_ptr, bound_ptr,
-    scores_ptr, maxima_ptr, slots_ptr,
+    q_ptr, k_ptr, alpha_ptr, slopes_ptr, visible_ptr, mask_ptr, lower_ptr, upper_ptr, bounds_ptr, state_ptr,
+    list_ptr, work_ptr, bound_ptr, scores_ptr, maxima_ptr, slots_ptr,
     excess, scaling,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vn,
     stride_mb, stride_mh, stride_mn, stride_mk,
+    stride_lb, stride_lg, stride_ln,
+    stride_ub, stride_ug, stride_un,
     heads, queries, keys, tiles, splits, row_tiles, rows, head_dim,
     GROUP: tl.constexpr,
     ALPHA_KIND: tl.constexpr,
@@ -116,8 +121,7 @@ def scores_kernel(
     HAS_ALPHA: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    HAS_LIST: tl.constexpr,
-    HAS_STATE: tl.constexpr,
+    HAS_PAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -129,6 +133,10 @@ def scores_kernel(
     LEAST_TILES: tl.constexpr,
     STEPS: tl.constexpr,
     SCAN: tl.constexpr,
+    ASKED: tl.constexpr,
+    PAGES: tl.constexpr,
+    BOUND_PRECISION: tl.constexpr,
+    MARGIN: tl.constexpr,
 ):  # fmt: skip
     group_tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -164,8 +172,8 @@ def scores_kernel(
     scores_rows = scores_ptr + scratch * rows * TILE
 
     share = tl.cdiv(high - low, splits)
-    plain = not HAS_LIST
-    if HAS_STATE:
+    plain = not HAS_PAGES
+    if HAS_PAGES:
         plain = tl.load(state_ptr) > 0
     if plain:
         floor = zeros - float("inf")
@@ -199,15 +207,27 @@ def scores_kernel(
         tl.store(bound_ptr + row_scratch, floor, mask=inside & (local * 0 + split == 0))
     else:
         floor = tl.load(bound_ptr + row_scratch, mask=inside, other=float("inf"))
-        _, _, _, _, exists = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
-        few_scratch = group_tile.to(tl.int64) * rows + tl.arange(0, ROWS)
-        few_floor = tl.load(bound_ptr + few_scratch, mask=exists, other=float("inf"))
         lists = list_ptr + group_tile.to(tl.int64) * (tiles + splits) + split * share
-        count = listed_tiles(
-            lists, maxima_ptr, few_scratch, exists, tl.zeros_like(few_floor), few_floor,
-            low, high, split, splits, tiles, SCAN=SCAN,
-        )  # fmt: skip
-        tl.debug_barrier()
+        count = 0
+        # Not one condition: without pages there is nothing to compile.
+        if HAS_PAGES:
+            _, _, _, _, exists = locate(group_tile, row_tiles, heads, queries, GROUP=GROUP, BLOCK_M=ROWS)
+            few_scratch = group_tile.to(tl.int64) * rows + tl.arange(0, ROWS)
+            few_floor = tl.load(bound_ptr + few_scratch, mask=exists, other=float("inf"))
+            count = dealt_tiles(
+                lists, bounds_ptr, few_scratch, exists, few_floor, low, high, split, splits, tiles, SCAN=SCAN
+            )
+            tl.debug_barrier()
+            if count > ASKED:
+                lower_row = lower_ptr + batch.to(tl.int64) * stride_lb + group.to(tl.int64) * stride_lg
+                upper_row = upper_ptr + batch.to(tl.int64) * stride_ub + group.to(tl.int64) * stride_ug
+                count = ask_pages(
+                    lists, count, floor, maxima_rows, q, end, inside, factor, slope, lower_row, upper_row,
+                    stride_ln, stride_un, head_dim,
+                    HAS_SLOPES=HAS_SLOPES, TILE=TILE, PAGES=PAGES, BLOCK_D=BLOCK_D, PRECISION=BOUND_PRECISION,
+                    MARGIN=MARGIN,
+                )  # fmt: skip
+                tl.debug_barrier()
         slots = _walk(
             0, count, lists, q, q_rows, k_base, maxima_rows, scores_rows, local, floor,
             mask_rows, start, end, inside, factor, slope, stride_kn, stride_mk, keys, rows, head_dim,
@@ -215,9 +235,9 @@ def scores_kernel(
             RANGE_KIND=RANGE_KIND, HAS_SLOPES=HAS_SLOPES, HAS_MASK=HAS_MASK,
             BLOCK_D=BLOCK_D, EVEN_D=EVEN_D, PRECISION=PRECISION, CHUNK_D=CHUNK_D,
         )  # fmt: skip
-        if HAS_STATE:
+        if HAS_PAGES:
             tl.store(work_ptr + 2 * part, count)
-            tl.store(work_ptr + 2 * part + 1, tl.maximum(high - low - split + splits - 1, 0) // splits)
+            tl.store(work_ptr + 2 * part + 1, share)
     slot_rows = (part * rows + local) * TILE
     tl.store(slots_ptr + slot_rows[:, None] + columns_of_tile[None, :], slots, mask=inside[:, None])
 

@@ -96,7 +96,7 @@ def _rest(idle, programs, work_ptr, state_ptr, SCAN: tl.constexpr, REST: tl.cons
             inside = base + scan < programs
             read = tl.maximum(read, tl.max(tl.load(work_ptr + 2 * (base + scan), mask=inside, other=0), 0))
             own = tl.maximum(own, tl.max(tl.load(work_ptr + 2 * (base + scan) + 1, mask=inside, other=0), 0))
-    rests = 20 * read + 16 * WORTH > 15 * own
+    rests = 45 * read + 32 * WORTH > 31 * own
     tl.store(state_ptr, tl.where(idle > 0, idle - 1, tl.where(rests, REST, 0)))
 
 

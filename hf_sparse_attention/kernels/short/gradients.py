@@ -170,6 +170,7 @@ def _short_key_gradient_kernel(
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     TWO_WALKS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     groups = heads // GROUP
@@ -188,10 +189,17 @@ def _short_key_gradient_kernel(
     visible_base = visible_ptr
     if RANGE_KIND == 2:
         visible_base += batch.to(tl.int64) * stride_vb
+    # The queries that see a key of the tile.
     first_block = 0
+    end_block = row_blocks
     if RANGE_KIND == 1:
-        # The first query that sees a key of the tile.
         first_block = tl.maximum(tile * BLOCK_N - (keys - queries), 0) // BLOCK_M
+    elif RANGE_KIND == 2:
+        every = tl.arange(0, ROWS)
+        start, end = row_ranges(visible_base, stride_vn, every, queries, keys, RANGE_KIND=RANGE_KIND)
+        sees = (start < end) & (start < tile * BLOCK_N + BLOCK_N) & (end > tile * BLOCK_N)
+        first_block = tl.min(tl.where(sees, every, ROWS), 0) // BLOCK_M
+        end_block = (tl.max(tl.where(sees, every, -1), 0) + BLOCK_M) // BLOCK_M
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(0, GROUP):
@@ -205,7 +213,7 @@ def _short_key_gradient_kernel(
         q_base = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         g_base = do_ptr + batch.to(tl.int64) * stride_gb + head.to(tl.int64) * stride_gh
         pair_base = pair_ptr + (batch * heads + head).to(tl.int64) * row_blocks * BLOCK_M * 2
-        for block in range(first_block, row_blocks):
+        for block in range(first_block, end_block):
             dk, dv = add_queries(
                 dk, dv, k, v, block * BLOCK_M, q_base, g_base, batch, head, stride_qn, stride_gn, dims, pieces,
                 columns, column_mask, visible_base, stride_vn, pair_base, queries, keys, head_dim,
@@ -262,6 +270,7 @@ def short_gradients(call, grad_out, tau, alpha_gradient):
         BLOCK_M=rows,
         BLOCK_N=columns,
         TWO_WALKS=call.two_walks,
+        ROWS=triton.next_power_of_2(queries) if call.visible is not None else 1,
         num_warps=launch.warps,
         num_stages=launch.stages,
         **launch.limit(),

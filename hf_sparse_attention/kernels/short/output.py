@@ -9,11 +9,11 @@ import triton.language as tl
 
 from ..compiling import Kernel
 from ..forward import last_step
-from ..tiles import ENTMAX15, entmax_parameters, key_scores, load_block, row_ranges, weights
+from ..tiles import ENTMAX15, SOFTMAX, entmax_parameters, key_scores, load_block, row_ranges, weights
 from .spans import load_keys, seen_span
 
 # Keys a kernel is compiled for are a multiple of this: lengths in between take the same kernel.
-BUCKET = 64
+BUCKET = 32
 # The most steps to a threshold. Alpha 1.5 takes 3 or 4, a bracket that is halved every third step the most.
 STEPS, BRACKET_STEPS = 20, 90
 
@@ -148,59 +148,69 @@ def _short_forward_kernel(
     empty = top == float("-inf")
     # A finite stand-in keeps the arithmetic of rows that see no key free of NaN: all their weights are zero.
     top = tl.where(empty, 0.0, top)
-    # No weight is larger than one.
-    tau = top - 1.0
-    lower = tau
-    upper = top
-    unsettled = (low < high).to(tl.int32)
-    for iteration in range(0, STEPS):
-        if unsettled > 0:
-            p_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            u_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for tile in tl.static_range(TILES):
-                if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
-                    p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-                    p_sums += p
-                    u_sums += u
-            tau, lower, upper, left = threshold_step(
-                tau, lower, upper, tl.sum(p_sums, 1), tl.sum(u_sums, 1), exponent, alpha_head, iteration,
-                ALPHA_KIND=ALPHA_KIND, BRACKET=BRACKET,
-            )  # fmt: skip
-            TOLERANCE: tl.constexpr = 1e-4 if ALPHA_KIND == 15 else 1e-7
-            tolerance = tl.where(alpha_head > 2.0, 0.0, TOLERANCE)
-            unsettled = (tl.max(tl.where(empty, 0.0, left), 0) > tolerance).to(tl.int32)
-    if BRACKET:
-        # For alpha > 2 the lower end: rounding must not lose a key at the threshold, whose slope is nearly infinite.
-        tau = tl.where(alpha_head > 2.0, lower, tau)
-    # What is missing at this point. Its support is the true one, but for keys at the edge, and those hardly weigh.
-    p_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    u_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    counts = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tile in tl.static_range(TILES):
-        if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
-            p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-            p_sums += p
-            u_sums += u
-            if ALPHA_KIND == 15:
-                counts += tl.where(u > 0, 1.0, 0.0)
-    missing = tl.sum(p_sums, 1) - 1.0
-    slope_sum = tl.sum(u_sums, 1)
-    positive = slope_sum > 0
-    divisor = tl.where(positive, slope_sum, 1.0)
-    # What is left to tau is taken from the weights apart: their sum is one to the last digit, tau alone is rounded.
-    if ALPHA_KIND == 15:
-        # The closed form of this support.
-        discriminant = tl.maximum(slope_sum * slope_sum - tl.sum(counts, 1) * missing, 0.0)
-        step = tl.where(positive, missing / (divisor + tl.sqrt(discriminant)), 0.0)
+    if ALPHA_KIND == 30:
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for tile in tl.static_range(TILES):
+            if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
+                sums += tl.exp2(xs[tile] - top[:, None])
+        # A row that sees nothing has a sum of zero.
+        tau = top + tl.log2(tl.maximum(tl.sum(sums, 1), 1e-30))
+        step = tl.zeros_like(tau)
+        moved = step
     else:
-        # To first order.
-        step = tl.where(positive, missing / (exponent * divisor), 0.0)
-    moved = tl.zeros_like(step)
-    if BRACKET:
-        # The slopes of alpha > 2 are not bounded: there the threshold moves, and not far enough to lose a key.
-        last = last_step(missing + 1.0, slope_sum, slope_sum, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
-        moved = tl.where(alpha_head > 2.0, last, 0.0)
-        step = tl.where(alpha_head > 2.0, 0.0, step)
+        # No weight is larger than one.
+        tau = top - 1.0
+        lower = tau
+        upper = top
+        unsettled = (low < high).to(tl.int32)
+        for iteration in range(0, STEPS):
+            if unsettled > 0:
+                p_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                u_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for tile in tl.static_range(TILES):
+                    if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
+                        p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                        p_sums += p
+                        u_sums += u
+                tau, lower, upper, left = threshold_step(
+                    tau, lower, upper, tl.sum(p_sums, 1), tl.sum(u_sums, 1), exponent, alpha_head, iteration,
+                    ALPHA_KIND=ALPHA_KIND, BRACKET=BRACKET,
+                )  # fmt: skip
+                TOLERANCE: tl.constexpr = 1e-4 if ALPHA_KIND == 15 else 1e-7
+                tolerance = tl.where(alpha_head > 2.0, 0.0, TOLERANCE)
+                unsettled = (tl.max(tl.where(empty, 0.0, left), 0) > tolerance).to(tl.int32)
+        if BRACKET:
+            # For alpha > 2 the lower end: rounding must not lose a key at the threshold, its slope is nearly infinite.
+            tau = tl.where(alpha_head > 2.0, lower, tau)
+        # What is missing at this point. Its support is the true one, but for keys at the edge, and those hardly weigh.
+        p_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        u_sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        counts = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for tile in tl.static_range(TILES):
+            if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
+                p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
+                p_sums += p
+                u_sums += u
+                if ALPHA_KIND == 15:
+                    counts += tl.where(u > 0, 1.0, 0.0)
+        missing = tl.sum(p_sums, 1) - 1.0
+        slope_sum = tl.sum(u_sums, 1)
+        positive = slope_sum > 0
+        divisor = tl.where(positive, slope_sum, 1.0)
+        # What is left to tau is taken from the weights apart: their sum is one to the last digit, tau is rounded.
+        if ALPHA_KIND == 15:
+            # The closed form of this support.
+            discriminant = tl.maximum(slope_sum * slope_sum - tl.sum(counts, 1) * missing, 0.0)
+            step = tl.where(positive, missing / (divisor + tl.sqrt(discriminant)), 0.0)
+        else:
+            # To first order.
+            step = tl.where(positive, missing / (exponent * divisor), 0.0)
+        moved = tl.zeros_like(step)
+        if BRACKET:
+            # The slopes of alpha > 2 are not bounded: there the threshold moves, and not far enough to lose a key.
+            last = last_step(missing + 1.0, slope_sum, slope_sum, exponent, alpha_head, ALPHA_KIND=ALPHA_KIND)
+            moved = tl.where(alpha_head > 2.0, last, 0.0)
+            step = tl.where(alpha_head > 2.0, 0.0, step)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for tile in tl.static_range(TILES):
         if (tile * BLOCK_N < high) & (tile * BLOCK_N + BLOCK_N > low):
@@ -211,7 +221,8 @@ def _short_forward_kernel(
                 p -= (step * exponent)[:, None] * u
             else:
                 p, u = weights(xs[tile], tau[:, None], exponent, ALPHA_KIND=ALPHA_KIND)
-                p -= (step * exponent)[:, None] * u
+                if ALPHA_KIND != 30:
+                    p -= (step * exponent)[:, None] * u
             if EARLY:
                 v = vs[tile]
             else:
@@ -244,7 +255,7 @@ def attend_short(call):
         BLOCK_N=columns,
         TILES=buckets * (BUCKET // columns),
         # Whether a head's alpha may be above 2.
-        BRACKET=call.alpha_tensor is not None or call.excess > 1,
+        BRACKET=call.alpha_tensor is not None or (call.excess > 1 and call.alpha_kind != SOFTMAX),
         STEPS=STEPS if call.alpha_kind == ENTMAX15 else BRACKET_STEPS,
         # More than 64 registers each would take those of the scores; float32 is split, which takes more.
         EARLY=query.element_size() == 2 and buckets * BUCKET * call.block_dim <= 64 * 64 * launch.warps,
