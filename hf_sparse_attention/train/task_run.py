@@ -131,12 +131,13 @@ def train_run(
 def _layout(arguments: TrainTaskArguments, task: SyntheticTask) -> Layout:
     """Samples side by side where what computes the attention skips the keys a query does not see.
 
-    SDPA, which computes the dense model and softmax in float32, would read a matrix of all queries times all keys.
+    SDPA, which computes the dense model and softmax in float32, would read a matrix of all queries times all keys; and
+    looking for the samples waits for the device, which a captured step cannot unless that is compiled.
     """
     is_softmax = arguments.map == "softmax" or MAPS[arguments.map].softmax or arguments.alpha == 1
     is_dense = arguments.map == "softmax" and arguments.position == "rope"
-    lengths = arguments.training_lengths()
-    if is_dense or (is_softmax and arguments.precision != "bfloat16"):
+    lengths, waits = arguments.training_lengths(), arguments.cuda_graph and not arguments.compile
+    if waits or is_dense or (is_softmax and arguments.precision != "bfloat16"):
         return Layout(arguments.batch_size, task.width(lengths[1]))
     return packed_layout(task, arguments.batch_size, lengths)
 
