@@ -1,15 +1,10 @@
-"""Layouts of training batches: every sample is there once, whole, and nothing else; the process that makes them."""
-
-import os
-import signal
-from dataclasses import replace
+"""Layouts of training batches: every sample is there once, whole, and nothing else."""
 
 import numpy as np
 import pytest
 
-from hf_sparse_attention.tasks import streams
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
-from hf_sparse_attention.tasks.streams import CHUNK, Layout, Stream, laid_out, made_apart, packed_layout
+from hf_sparse_attention.tasks.streams import CHUNK, Layout, Stream, laid_out, packed_layout
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
 
 
@@ -62,6 +57,11 @@ def test_a_sample_a_row_is_the_batch_itself():
         assert (array[0] == samples.tokens).all() and (array[1] == samples.targets).all() and len(array) == 2
 
 
+def test_a_stream_begins_anywhere():
+    whole = np.concatenate(list(stream_of(end=40)))
+    assert (np.concatenate(list(stream_of(first=23, end=40))) == whole[23:]).all()
+
+
 def test_arrays_hold_all_batches_in_order_and_what_does_not_fit_is_alone():
     # Two samples of 99 tokens on average; some batches have a row of more than 206.
     narrow = stream_of(end=60, layout=Layout(64, 206, packed=True))
@@ -101,35 +101,3 @@ def test_an_array_takes_every_token():
     assert array.dtype == np.int32 and array[0, 0].max() > 2**15
     samples = wide.task.training_batch(0, seed=5)
     assert array[0, 0].max() == samples.tokens.max()
-
-
-def test_what_a_process_makes_is_the_same(capfd):
-    stream = stream_of(first=3, end=3 + 6 * CHUNK + 5)
-    with made_apart(stream) as arrays:
-        found = list(arrays)
-    expected = list(stream)
-    assert len(found) == len(expected)
-    assert all((one == other).all() for one, other in zip(found, expected, strict=True))
-    short = replace(stream, end=5)
-    with made_apart(short) as arrays:
-        assert [len(array) for array in arrays] == [2]
-    # Left before its end.
-    with made_apart(stream) as arrays:
-        next(arrays)
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_process_that_ends_early_is_named(monkeypatch):
-    started = []
-    popen = streams.subprocess.Popen
-
-    def noted(*arguments, **keywords):
-        started.append(popen(*arguments, **keywords))
-        return started[-1]
-
-    monkeypatch.setattr(streams.subprocess, "Popen", noted)
-    with made_apart(stream_of(end=5000)) as arrays:
-        next(arrays)
-        os.kill(started[0].pid, signal.SIGKILL)
-        with pytest.raises(OSError, match="ended early, with code -9"):
-            list(arrays)

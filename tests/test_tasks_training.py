@@ -19,7 +19,7 @@ from hf_sparse_attention.maps import alibi_slopes
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forced
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
-from hf_sparse_attention.tasks.streams import Layout, Stream
+from hf_sparse_attention.tasks.streams import Layout, Stream, packed_layout
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
 from hf_sparse_attention.train import TrainTaskArguments, task_record, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
@@ -260,6 +260,25 @@ def test_normal_start_is_the_papers_and_neutral_is_exactly_one():
         assert low <= factor.median() <= high
         assert (start != "normal") == bool(((factor - 1).abs() < 1e-6).all())
         assert start != "neutral" or (factor == 1).all()
+
+
+def test_samples_stand_side_by_side_where_that_pays_and_can_be():
+    task = make_task("copy")
+    sizes = {"task_settings": [], "lengths": [], "batch_size": 128, "precision": "bfloat16"}
+    for changes, packed in (
+        ({}, True),
+        ({"cuda_graph": True, "compile": True}, True),
+        # What looks for the samples waits for the device, which must not be while a step is captured.
+        ({"cuda_graph": True}, False),
+        ({"map": "softmax"}, True),
+        ({"map": "softmax", "position": "rope"}, False),
+        ({"map": "asentmax", "position": "rope"}, True),
+        ({"map": "ssmax", "precision": "float32"}, False),
+        ({"map": "entmax", "precision": "float32"}, True),
+        ({"map": "entmax", "precision": "float32", "alpha": 1.0}, False),
+    ):
+        layout = _layout(options("unused", **{**sizes, **changes}), task)
+        assert layout == (packed_layout(task, 128, (32, 64)) if packed else Layout(128, 131)), changes
 
 
 @torch.no_grad()
@@ -582,7 +601,8 @@ def test_a_captured_step_gives_the_same_losses(tmp_path, name, compiled):
 def test_a_batch_that_does_not_fit_a_captured_step_is_a_step_too():
     losses = []
     for device in ("cpu", "cuda"):
-        arguments = options("unused", map="asentmax", cuda_graph=device == "cuda")
+        captured = device == "cuda"
+        arguments = options("unused", map="asentmax", cuda_graph=captured, compile=captured)
         task, layout = arguments.chosen_task(), Layout(8, 26, packed=True)
         step = TaskStep(new_model(arguments, task, 0).to(device), arguments, layout, torch.device(device))
         losses.append([])

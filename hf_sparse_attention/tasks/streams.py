@@ -1,16 +1,11 @@
 """A training stream of a synthetic task -> arrays of several batches each, laid out as a step reads them: a sample a
-row, or several side by side, which saves their padding; made here or, ahead of time, in a process of its own."""
+row, or several side by side, which saves their padding."""
 
 from __future__ import annotations
 
 import math
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -25,7 +20,6 @@ _WIDEST = 256
 # Batches that a layout is tried on, the share of them that must fit, and the least that another sample in a row must
 # save.
 _TRIED, _FIT, _SAVES = 2000, 0.999, 0.04
-_HEADER = np.dtype("<i4")
 
 
 @dataclass(frozen=True)
@@ -132,61 +126,3 @@ class Stream:
                 found = []
         if found:
             yield np.stack(found)
-
-
-@contextmanager
-def made_apart(stream: Stream) -> Iterator[Iterator[np.ndarray]]:
-    """The arrays of a stream, from a process that makes the next ones while these are trained on.
-
-    Raises:
-        OSError: in the iterator, if that process ends early.
-    """
-    # The first ones are made here: it takes seconds to start.
-    here = replace(stream, end=min(stream.end, stream.first + 4 * CHUNK))
-    apart = replace(stream, first=here.end)
-    if apart.first == apart.end:
-        yield iter(here)
-        return
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        # An interrupt from the keyboard is for the process that trains.
-        start_new_session=True,
-    )
-    try:
-        with process.stdin as pipe:
-            pickle.dump(apart, pipe)
-        yield _received(here, apart, process)
-    finally:
-        process.kill()
-        process.stdout.close()
-        process.wait()
-
-
-def _received(here: Stream, apart: Stream, process: subprocess.Popen) -> Iterator[np.ndarray]:
-    yield from here
-    left = apart.end - apart.first
-    while left:
-        header = process.stdout.read(4 * _HEADER.itemsize)
-        shape = np.frombuffer(header, _HEADER) if len(header) == 4 * _HEADER.itemsize else None
-        if shape is not None:
-            found = np.empty(shape, apart.dtype)
-            if process.stdout.readinto(found) == found.nbytes:
-                left -= len(found)
-                yield found
-                continue
-        raise OSError(f"the process that makes the batches ended early, with code {process.wait()}")
-
-
-def _serve() -> None:
-    stream: Stream = pickle.load(sys.stdin.buffer)
-    try:
-        for array in stream:
-            sys.stdout.buffer.write(np.array(array.shape, _HEADER).tobytes())
-            sys.stdout.buffer.write(np.ascontiguousarray(array).data)
-            sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        # Whoever read is gone. Nothing is left to be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,6 @@ import math
 import shutil
 import time
 from collections.abc import Generator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from ..loading import count_parameters
 from ..maps import MAPS
 from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
-from ..tasks.streams import Layout, Stream, made_apart, packed_layout
+from ..tasks.streams import Layout, Stream, packed_layout
 from .recipe import rate_at
 from .task_arguments import TrainTaskArguments
 from .task_model import new_model
@@ -71,47 +70,46 @@ def train_run(
     _keep_metrics(folder / "metrics.jsonl", start, arguments.steps)
     begun, failed, window_begun, window, done = time.time(), None, time.perf_counter(), 0, start
     model.train()
-    stream = Stream(task, seed, arguments.batch_size, lengths, layout, start, arguments.steps)
-    with made_apart(stream) if device.type == "cuda" else nullcontext(iter(stream)) as arrays:
-        for done in range(start + 1, arguments.steps + 1):
-            if not step.left:
-                batches = next(arrays)
-                step.hand_over(batches, [_rate(arguments, rate, done + ahead) for ahead in range(len(batches))])
-            try:
-                step()
-            except ValueError as error:
-                # Where numbers can be looked at, a learned alpha that is none is refused.
-                if step.is_finite():
-                    raise
-                failed = f"{error}, in step {done}"
+    arrays = iter(Stream(task, seed, arguments.batch_size, lengths, layout, start, arguments.steps))
+    for done in range(start + 1, arguments.steps + 1):
+        if not step.left:
+            batches = next(arrays)
+            step.hand_over(batches, [_rate(arguments, rate, done + ahead) for ahead in range(len(batches))])
+        try:
+            step()
+        except ValueError as error:
+            # Where numbers can be looked at, a learned alpha that is none is refused.
+            if step.is_finite():
+                raise
+            failed = f"{error}, in step {done}"
+            bar.total -= arguments.steps - done
+            break
+        window += 1
+        bar.update()
+        last = done == arguments.steps
+        if done % arguments.log_every == 0 or last:
+            loss, norm = step.read_loss()
+            now = time.perf_counter()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                failed = f"loss {loss}, gradient norm {norm} in the steps up to {done}"
                 bar.total -= arguments.steps - done
                 break
-            window += 1
-            bar.update()
-            last = done == arguments.steps
-            if done % arguments.log_every == 0 or last:
-                loss, norm = step.read_loss()
-                now = time.perf_counter()
-                if not math.isfinite(loss) or not math.isfinite(norm):
-                    failed = f"loss {loss}, gradient norm {norm} in the steps up to {done}"
-                    bar.total -= arguments.steps - done
-                    break
-                line = {"kind": "train", "loss": loss, "gradient_norm": norm}
-                line["learning_rate"] = _rate(arguments, rate, done)
-                timing = {"steps_per_second": window / (now - window_begun), "seconds": earlier + time.time() - begun}
-                _write_metrics(folder / "metrics.jsonl", done, **line, timing=timing)
-                bar.set_postfix_str(f"{folder.name} loss {loss:.4f}", refresh=False)
-                window_begun, window = now, 0
-            pause = time.perf_counter()
-            if arguments.validate_every and done % arguments.validate_every == 0 and not last:
-                step.wait()
-                for line in _validate(model, arguments, task):
-                    _write_metrics(folder / "metrics.jsonl", done, kind="validation", **line)
-                model.train()
-            if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or last):
-                _save_checkpoint(folder, step, done, [*spans, [begun, time.time()]], _whose(record))
-            window_begun += time.perf_counter() - pause
-            yield
+            line = {"kind": "train", "loss": loss, "gradient_norm": norm}
+            line["learning_rate"] = _rate(arguments, rate, done)
+            timing = {"steps_per_second": window / (now - window_begun), "seconds": earlier + time.time() - begun}
+            _write_metrics(folder / "metrics.jsonl", done, **line, timing=timing)
+            bar.set_postfix_str(f"{folder.name} loss {loss:.4f}", refresh=False)
+            window_begun, window = now, 0
+        pause = time.perf_counter()
+        if arguments.validate_every and done % arguments.validate_every == 0 and not last:
+            step.wait()
+            for line in _validate(model, arguments, task):
+                _write_metrics(folder / "metrics.jsonl", done, kind="validation", **line)
+            model.train()
+        if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or last):
+            _save_checkpoint(folder, step, done, [*spans, [begun, time.time()]], _whose(record))
+        window_begun += time.perf_counter() - pause
+        yield
     spans = [*spans, [begun, time.time()]]
     record |= {"steps": done, "seconds": sum(end - begin for begin, end in spans), "spans": spans, "failed": failed}
     record |= {"validation": [], "validation_of": _validation_of(arguments)}
@@ -131,12 +129,13 @@ def train_run(
 def _layout(arguments: TrainTaskArguments, task: SyntheticTask) -> Layout:
     """Samples side by side where what computes the attention skips the keys a query does not see.
 
-    SDPA, which computes the dense model and softmax in float32, would read a matrix of all queries times all keys.
+    SDPA, which computes the dense model and softmax in float32, would read a matrix of all queries times all keys; and
+    looking for the samples waits for the device, which a captured step cannot unless that is compiled.
     """
     is_softmax = arguments.map == "softmax" or MAPS[arguments.map].softmax or arguments.alpha == 1
     is_dense = arguments.map == "softmax" and arguments.position == "rope"
-    lengths = arguments.training_lengths()
-    if is_dense or (is_softmax and arguments.precision != "bfloat16"):
+    lengths, waits = arguments.training_lengths(), arguments.cuda_graph and not arguments.compile
+    if waits or is_dense or (is_softmax and arguments.precision != "bfloat16"):
         return Layout(arguments.batch_size, task.width(lengths[1]))
     return packed_layout(task, arguments.batch_size, lengths)
 
