@@ -23,7 +23,11 @@ class TrainArguments:
     """Options of `train`."""
 
     model: str = field(metadata=_help("dense or sparse model: a folder or a Hub id"))
-    output: str = field(metadata=_help("folder of the run: output/model at the end, metrics.jsonl (of stages: in stages/), checkpoints"))
+    output: str = field(
+        metadata=_help(
+            "folder of the run: output/model at the end, metrics.jsonl (of stages: in stages/), checkpoints"
+        )
+    )
     train_data: list[str] = field(
         metadata=_help(
             "text: .txt, .jsonl or .parquet files (also .xz, .gz, .zst), patterns, or Hub datasets owner/name"
