@@ -498,6 +498,7 @@ def test_a_test_in_another_precision_is_another_test(tmp_path):
         ({"position": "alibi"}, "position is 'alibi'"),
         ({"scale_start": "zero"}, "scale_start is 'zero'"),
         ({"map": "entmax", "scale_start": "normal"}, "only asentmax has"),
+        ({"test_precision": "float32"}, "test_precision is 'float32', but no test is asked for"),
         ({"heads": 5}, "which 5 heads do not divide"),
         ({"heads": 32, "position": "rope"}, "rotary"),
         ({"heads": 1}, "at least 2 heads"),
