@@ -285,6 +285,11 @@ def _check_length(cache: Cache, inputs: torch.Tensor, attention_mask: torch.Tens
         return
     if most is not None and not sliding and covered > most:
         raise ValueError(f"attention_mask covers {covered} tokens, but the cache has room for {most}")
+    if most is not None and attention_mask.ndim == 4:
+        raise ValueError(
+            f"attention_mask covers {covered} tokens, but layers see all {most} places of a static cache: a matrix "
+            "must have a column for each, unseen where nothing is written"
+        )
     if isinstance(length, torch.Tensor):
         # A static cache counts on its device. This waits for it, as whoever asks what a caller's padding looks like;
         # the masks of `generate` for such a cache are ranges.

@@ -400,3 +400,15 @@ def test_a_matrix_for_other_keys_than_the_cache_holds_is_refused(covered, filled
     matrix = torch.ones(2, 1, 1, covered, dtype=torch.bool)
     for mask in (matrix, torch.zeros(matrix.shape), matrix.to(torch.uint8)):
         refuses(model, filled(), ValueError, f"attention_mask covers {covered} tokens", attention_mask=mask)
+
+
+@pytest.mark.parametrize("filled", ["static", "plain static"], indirect=True)
+def test_a_matrix_without_the_places_a_static_cache_has_left_is_refused(filled, model):
+    """Before the first layer is written, which could not be gone on with."""
+    matrix = torch.ones(2, 1, 1, 6, dtype=torch.bool)
+    refuses(model, filled(), ValueError, "a matrix must have a column for each", attention_mask=matrix)
+    whole = torch.cat([matrix, torch.zeros(2, 1, 1, 26, dtype=torch.bool)], -1)
+    with torch.no_grad():
+        expected = model(families.tokens(2, 1), past_key_values=filled()).logits
+        found = model(families.tokens(2, 1), past_key_values=filled(), attention_mask=whole).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -137,6 +137,44 @@ def test_documents_stay_apart_beside_a_hole_in_the_padding():
         torch.testing.assert_close(found[1, :6], alone[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_padding_between_tokens_begins_no_document(family, cache):
+    """`generate` gives padding position 0, and what comes after it sees what is before it."""
+    dense = families.dense_model(family)
+    # Rows that see no key are not a number in the eager attention.
+    dense.set_attn_implementation("sdpa")
+    model = families.sparse_model(dense, "asentmax", alpha=1.0)
+    ids, mask = families.tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :2], mask[0, 4:6], mask[1, 5] = 0, 0, 0
+    room = {"max_cache_len": 13} if cache is StaticCache else {}
+    how = {
+        "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "output_logits": True,
+        "return_dict_in_generate": True, "disable_compile": True,
+    }  # fmt: skip
+    # Padding behind the tokens too, where the first query that is asked is padding.
+    for seen in (mask, mask.flip(-1)):
+        expected, found = (
+            each.generate(ids, attention_mask=seen, past_key_values=cache(config=each.config, **room), **how)
+            for each in (dense, model)
+        )
+        for one, other in zip(found.logits, expected.logits, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_documents_behind_padding_stay_apart():
+    model = families.stir(families.sparse_model(families.dense_model("llama"), "asentmax"))
+    first, second = families.tokens(1, 6, seed=3), families.tokens(1, 5, seed=4)
+    packed = torch.cat([first, families.tokens(1, 2), second], 1)
+    positions = torch.cat([torch.arange(6), torch.zeros(2, dtype=torch.long), torch.arange(5)])[None]
+    mask = torch.ones_like(packed)
+    mask[:, 6:8] = 0
+    with torch.no_grad():
+        found = model(packed, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found[:, :6], model(first).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[:, 8:], model(second).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_documents_stay_apart_while_compiling_with_a_mask():
     model = families.stir(families.sparse_model(families.dense_model("llama"), "asentmax"))

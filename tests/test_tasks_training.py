@@ -24,6 +24,7 @@ from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
 from hf_sparse_attention.train import TrainTaskArguments, task_record, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
+from hf_sparse_attention.train.task_loop import _side_by_side
 from hf_sparse_attention.train.task_model import answer_loss, new_model
 from hf_sparse_attention.train.task_run import _layout
 from hf_sparse_attention.train.task_step import TaskStep
@@ -383,6 +384,23 @@ def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path):
                 assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
 
 
+def test_an_error_of_one_run_ends_those_beside_it():
+    """At once, not when nobody holds the error any more: each may have a process that makes its batches."""
+    ended = []
+
+    def run(name, steps):
+        try:
+            for _ in range(steps):
+                yield
+            raise OSError("the disk is full")
+        finally:
+            ended.append(name)
+
+    with pytest.raises(OSError, match="the disk is full") as caught:
+        _side_by_side([run("a", 9), run("b", 2), run("c", 9)], 3)
+    assert caught.value is not None and sorted(ended) == ["a", "b", "c"]
+
+
 def test_side_by_side_means_a_step_of_each_in_turn(tmp_path, monkeypatch):
     call, order = TaskStep.__call__, []
 
@@ -499,6 +517,7 @@ def test_a_test_in_another_precision_is_another_test(tmp_path):
         ({"position": "alibi"}, "position is 'alibi'"),
         ({"scale_start": "zero"}, "scale_start is 'zero'"),
         ({"map": "entmax", "scale_start": "normal"}, "only asentmax has"),
+        ({"test_precision": "float32"}, "test_precision is 'float32', but no test is asked for"),
         ({"heads": 5}, "which 5 heads do not divide"),
         ({"heads": 32, "position": "rope"}, "rotary"),
         ({"heads": 1}, "at least 2 heads"),

@@ -248,6 +248,7 @@ def test_accelerate_configs(name, monkeypatch):
 
 def test_efficiency_is_of_settled_steps(tmp_path):
     """Twice the tokens on two processes are all of it; what the first steps took does not count; a few are no rate."""
+    said = {"mixed_precision": "bf16", "skipped_steps": 0, "options": {"batch_size": 8}}
     for name, rate, steps in (("one", 100.0, 36), ("ddp", 150.0, 36), ("fsdp2", 200.0, 14)):
         (tmp_path / name).mkdir()
         lines = [
@@ -255,19 +256,34 @@ def test_efficiency_is_of_settled_steps(tmp_path):
             for step in range(1, steps + 1)
         ]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (tmp_path / name / "summary.json").write_text(json.dumps({"hardware": f"some, {name}"}))
+        hardware = f"{1 if name == 'one' else 2} x card"
+        (tmp_path / name / "summary.json").write_text(json.dumps({**said, "hardware": hardware}))
 
-    def called(*ways):
+    def called(*ways, processes=2):
         words = [sys.executable, str(EXAMPLES / "scaling.py"), str(tmp_path), "--kept", "--ways", *ways]
+        words += ["--processes", str(processes)]
         return subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
 
     found = called("ddp")
     assert found.stdout.splitlines()[2:] == [
-        "| one | 1 | some, one | 100 | - | 1.000 |",
-        "| ddp | 2 | some, ddp | 150 | - | 0.750 |",
+        "| one | 1 | 1 x card | 100 | - | 1.000 |",
+        "| ddp | 2 | 2 x card | 150 | - | 0.750 |",
     ]
     found = called("ddp", "fsdp2")
     assert found.returncode == 1 and "2 steps after the first 12; give more: --steps 36" in found.stderr
+    # Runs that were kept may be of another day: no efficiency of what cannot be compared.
+    found = called("ddp", processes=4)
+    assert found.returncode == 1 and "was trained on 2 processes, not 4: give --processes 2" in found.stderr
+    for changes, message in (
+        ({"options": {"batch_size": 4}}, "otherwise than the run on one process (batch_size)"),
+        ({"mixed_precision": "no"}, "otherwise than the run on one process (mixed_precision)"),
+        ({"hardware": "2 x other"}, "otherwise than the run on one process (device)"),
+        ({"skipped_steps": 3}, "skipped 3 steps"),
+    ):
+        summary = {**said, "hardware": "2 x card", **changes}
+        (tmp_path / "ddp" / "summary.json").write_text(json.dumps(summary))
+        found = called("ddp")
+        assert found.returncode == 1 and message in found.stderr
 
 
 @pytest.mark.slow

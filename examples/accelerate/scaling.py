@@ -49,13 +49,36 @@ def rates_of(run: Path) -> tuple[float, float | None]:
     )
 
 
+def summary_of(run: Path, processes: int, alone: dict | None) -> dict:
+    """What a run says of itself.
+
+    Raises:
+        ValueError: if it was trained on another number of processes, otherwise than the run on one, or skipped steps.
+    """
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    count, device = summary["hardware"].split(" x ", 1)
+    if int(count) != processes:
+        raise ValueError(f"{run} was trained on {count} processes, not {processes}: give --processes {count}")
+    if summary["skipped_steps"]:
+        raise ValueError(f"{run} skipped {summary['skipped_steps']} steps, which trained nothing but count as tokens")
+    one = {"device": device, "mixed_precision": summary["mixed_precision"], **summary["options"]}
+    if alone is not None:
+        other = {"device": alone["device"], "mixed_precision": alone["mixed_precision"], **alone["options"]}
+        if different := sorted(name for name in {*one, *other} if one.get(name) != other.get(name)):
+            raise ValueError(
+                f"{run} was trained otherwise than the run on one process ({', '.join(different)}): train both anew"
+            )
+    return {**summary, "device": device}
+
+
 def table_of(folder: Path, runs: dict[str, int]) -> str:
     """A line for each run of `folder`; `runs` is the processes of each, `one` first."""
     alone, _ = rates_of(folder / "one")
+    summary_of_one = summary_of(folder / "one", 1, None)
     lines = ["| way | processes | on | tokens/s | of the peak | efficiency |", "|---|---:|---|---:|---:|---:|"]
     for name, processes in runs.items():
         rate, share = rates_of(folder / name)
-        hardware = json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))["hardware"]
+        hardware = summary_of(folder / name, processes, summary_of_one)["hardware"]
         shown = "-" if share is None else f"{share:.1%}"
         lines.append(f"| {name} | {processes} | {hardware} | {rate:,.0f} | {shown} | {rate / processes / alone:.3f} |")
     return "\n".join(lines)

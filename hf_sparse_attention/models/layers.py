@@ -145,11 +145,8 @@ def within_documents(attention_mask: torch.Tensor | None, starts_BN: torch.Tenso
     """Keeps every query inside its document. A matrix given by the caller is taken as it is, as in Transformers."""
     if is_own_matrix(attention_mask):
         seen = attention_mask.bool()
-        query_N = torch.arange(seen.shape[2], device=seen.device)
-        end_BN = seen.shape[-1] - seen[:, 0].flip(-1).int().argmax(-1)
-        # The last key a query sees is its own, unless that is padding: the first of these queries stands at the
-        # largest of these differences.
-        offset_B1 = torch.where(seen[:, 0].any(-1), end_BN - 1 - query_N, -seen.shape[-1]).amax(-1, keepdim=True)
+        end_BN = torch.where(seen[:, 0].any(-1), seen.shape[-1] - seen[:, 0].flip(-1).int().argmax(-1), 0)
+        starts_BN, offset_B1 = _of_tokens(starts_BN, end_BN)
         start_BN = torch.where(starts_BN > 0, starts_BN + offset_B1, 0)
         key_K = torch.arange(seen.shape[-1], device=seen.device)
         return (seen & (key_K >= start_BN[:, None, :, None])).to(torch.uint8)
@@ -159,8 +156,20 @@ def within_documents(attention_mask: torch.Tensor | None, starts_BN: torch.Tenso
         offset_B1 = 0
     elif is_range(attention_mask):
         first_BN, end_BN = attention_mask[:, 0].unbind(-1)
-        offset_B1 = end_BN[:, :1] - 1
+        starts_BN, offset_B1 = _of_tokens(starts_BN, end_BN)
     else:
         return attention_mask
     start_BN = torch.where(starts_BN > 0, torch.maximum(first_BN, starts_BN + offset_B1), first_BN)
     return torch.stack(torch.broadcast_tensors(start_BN, end_BN), dim=-1).to(torch.int32)[:, None]
+
+
+def _of_tokens(starts_BN: torch.Tensor, end_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Starts without those at padding, to which `generate` gives position 0; and the key at which the first of these
+    queries stands, (B, 1).
+
+    A query sees its own key last, unless that is padding: that of the first is at the largest of these differences.
+    """
+    query_N = torch.arange(starts_BN.shape[-1], device=starts_BN.device)
+    offset_B1 = (end_BN - 1 - query_N).amax(-1, keepdim=True)
+    is_token_BN = end_BN == offset_B1 + query_N + 1
+    return torch.where((starts_BN == query_N) & is_token_BN, query_N, 0).cummax(dim=-1).values, offset_B1

@@ -188,5 +188,9 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         raise ValueError(
             f"scale_start is {arguments.scale_start!r}, which only asentmax has; map is {arguments.map!r}"
         )
+    if arguments.test_precision is not None and not arguments.test_lengths:
+        raise ValueError(
+            f"test_precision is {arguments.test_precision!r}, but no test is asked for: give --test_lengths too"
+        )
     if arguments.overwrite and arguments.resume != "never":
         raise ValueError("overwrite removes earlier runs, resume goes on with them: choose one")

@@ -82,16 +82,21 @@ def train_task(arguments: TrainTaskArguments) -> dict:
 def _side_by_side(runs: list[Generator[None, None, dict]], together: int) -> list[dict]:
     """Takes a step of each of `together` runs in turn; when one ends the next begins. What they return, in order."""
     results, waiting, active = {}, deque(enumerate(runs)), deque()
-    while waiting or active:
-        while waiting and len(active) < together:
-            active.append(waiting.popleft())
-        number, run = active.popleft()
-        try:
-            next(run)
-        except StopIteration as end:
-            results[number] = end.value
-        else:
-            active.append((number, run))
+    try:
+        while waiting or active:
+            while waiting and len(active) < together:
+                active.append(waiting.popleft())
+            number, run = active.popleft()
+            try:
+                next(run)
+            except StopIteration as end:
+                results[number] = end.value
+            else:
+                active.append((number, run))
+    finally:
+        # When one ends them all: whoever holds its error would hold what the others have, such as a process each.
+        for _, run in active:
+            run.close()
     return [results[number] for number in range(len(runs))]
 
 
