@@ -214,7 +214,8 @@ def check_cache(
     Raises:
         TypeError: for something that is not a decoder's cache.
         ValueError: for a cache with another number of layers, on another device, for another batch, of layers that
-            differ, or one that does not hold what the attention mask, (B, K) or (B, H or 1, N, K), speaks of.
+            differ, without room for the inputs, or one that does not hold what the attention mask, (B, K) or
+            (B, H or 1, N, K), speaks of.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(f"past_key_values is a {type(cache).__name__}; sparse attention takes a decoder's Cache")
@@ -230,6 +231,7 @@ def check_cache(
         if not isinstance(layer, CacheLayerMixin):
             raise TypeError(f"layer {index} of past_key_values is a {type(layer).__name__}, which keeps no keys")
     _check_layers(cache, expected, inputs, model)
+    _check_room(cache, inputs.shape[1])
     # A range says where it ends on its device, which is not waited for.
     if attention_mask is not None and (attention_mask.ndim == 2 or attention_mask.dtype != torch.int32):
         _check_length(cache, inputs, attention_mask)
@@ -265,6 +267,22 @@ def _check_layers(cache: Cache, layers: int, inputs: torch.Tensor, model: nn.Mod
                 f"past_key_values holds keys of shape {tuple(first.keys.shape)} in {first.keys.dtype} in its first "
                 f"layer and {tuple(keys.shape)} in {keys.dtype} in layer {index}: they are of different models or "
                 "batches. Make a new cache, or reset() it"
+            )
+
+
+def _check_room(cache: Cache, new: int) -> None:
+    """Whether so many tokens fit behind those a static cache holds; layers that slide take any number."""
+    for layer in cache.layers:
+        if not isinstance(layer, StaticLayer) or layer.is_sliding:
+            continue
+        held, room = layer.get_seq_length(), layer.max_cache_len
+        # What is counted on a device is not waited for: there only what fits into no cache of this size is refused.
+        known = int(held) if getattr(held, "device", _CPU) == _CPU else 0
+        if known + new > room:
+            behind = f" behind the {known} that past_key_values holds" if known else ""
+            raise ValueError(
+                f"the input has {new} tokens{behind}, but the cache has room for {room}: make one with max_cache_len "
+                f"of at least {known + new} and as many more as are generated, or a BoundedDynamicCache, which grows"
             )
 
 

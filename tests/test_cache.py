@@ -10,7 +10,7 @@ from transformers.cache_utils import QuantizedLayer
 
 import hf_sparse_attention as hsa
 from hf_sparse_attention.attention import implementation
-from hf_sparse_attention.cache import PAGE, BoundedDynamicLayer, BoundedStaticLayer, page_bounds
+from hf_sparse_attention.cache import PAGE, BoundedDynamicLayer, BoundedStaticLayer, check_cache, page_bounds
 
 KINDS = ("dynamic", "static")
 
@@ -333,6 +333,51 @@ def test_a_mask_may_describe_the_whole_room_of_a_static_cache(filled, model):
     assert torch.equal(found, expected)
     refuses(model, filled(), ValueError, "covers 33 tokens, but the cache has room for 32",
             attention_mask=torch.ones(2, 33, dtype=torch.long))  # fmt: skip
+
+
+@pytest.mark.parametrize("filled", ["static", "plain static"], indirect=True)
+def test_more_tokens_than_a_static_cache_has_room_for_are_refused(filled, model):
+    said = "the input has 28 tokens behind the 5 that past_key_values holds, but the cache has room for 32: .*least 33"
+    refuses(model, filled(), ValueError, said, ids=families.tokens(2, 28))
+    cache = filled()
+    with torch.no_grad():
+        # To the last place.
+        model(families.tokens(2, 27), past_key_values=cache)
+    with pytest.raises(ValueError, match="1 tokens behind the 32"), torch.no_grad():
+        model(families.tokens(2, 1), past_key_values=cache)
+    assert int(cache.get_seq_length()) == 32
+    new = type(cache)(config=model.config, max_cache_len=32)
+    long = families.tokens(2, 33)
+    said = "the input has 33 tokens, but the cache has room for 32: make one with max_cache_len of at least 33"
+    for inputs in ({"input_ids": long}, {"inputs_embeds": model.get_input_embeddings()(long)}):
+        with pytest.raises(ValueError, match=said), torch.no_grad():
+            model(**inputs, past_key_values=new)
+    with pytest.raises(ValueError, match=said):
+        model.generate(long, past_key_values=new, **GREEDY)
+    assert not any(layer.is_initialized for layer in new.layers)
+
+
+def test_a_length_on_a_device_is_not_waited_for(model):
+    """No one can read a number from the meta device: what is refused is what fits into no cache of this size."""
+    cache = new_cache("static", model, 32)
+    with torch.no_grad():
+        model(families.tokens(2, 5), past_key_values=cache)
+    for layer in cache.layers:
+        layer.cumulative_length = layer.cumulative_length.to("meta")
+    check_cache(cache, model.config, families.tokens(2, 32), None, model)
+    with pytest.raises(ValueError, match="the input has 33 tokens, but the cache has room for 32"):
+        check_cache(cache, model.config, families.tokens(2, 33), None, model)
+
+
+def test_layers_that_slide_take_more_tokens_than_their_window():
+    dense = families.dense_model("mistral", sliding_window=8)
+    model = families.stir(families.sparse_model(dense, "asentmax"))
+    cache, ids = new_cache("static", model, 16), families.tokens(2, 24)
+    assert all(cache.is_sliding)
+    with torch.no_grad():
+        found = model(ids, past_key_values=cache).logits
+        expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("index, names", [(0, ["keys", "values"]), (0, ["values"]), (1, ["keys", "values"])])

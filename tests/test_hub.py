@@ -326,6 +326,38 @@ def test_a_card_says_what_each_stage_did(model, tmp_path):
     assert "| start of the factor | normal |" in dry_run(model, tmp_path / "normal").text
 
 
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({}, "the dense model's own rotary positions"),
+        ({"rope_yarn": 8.0}, "rotary positions, stretched 8 times by YaRN from 64 to 512 tokens"),
+        (
+            {"rope_yarn": 2.5, "max_positions": 100, "rope_theta": 500_000.0},
+            "rotary positions, stretched 2.5 times by YaRN from 64 to 100 tokens, theta changed to 500,000",
+        ),
+        ({"rope_theta": 2_500_000.0, "position": "nope"}, "no positions in attention at all"),
+    ],
+)
+def test_the_card_says_what_was_done_to_the_positions(source, tmp_path, rope, said):
+    model = tmp_path / "run" / "model"
+    convert_model(ConvertArguments(model=str(source / "dense"), output=str(model), train_length=64, **rope))
+    card = dry_run(model, tmp_path / "up").text
+    assert f"| positions | `{rope.get('position', 'rope')}`: {said} |" in card
+
+
+def test_positions_whose_past_is_unknown_are_told_by_their_numbers(model, tmp_path):
+    """A dense model may have had them already: then the card does not say that they were changed."""
+    evidence(model)
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500_000.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
+    change(model / "config.json", rope_parameters=rope)
+    card = dry_run(model, tmp_path / "up").text
+    assert "| positions | `rope`: rotary positions, rescaled as `llama3`, factor 8, theta 500,000 |" in card
+    run = summary(model)
+    write(model.parent / "summary.json", {**run, "stages": [run, {**run, "options": {"rope_theta": 500_000.0}}]})
+    assert "factor 8, theta changed to 500,000 |" in dry_run(model, tmp_path / "stages").text
+
+
 def test_needles_reach_the_card(model, tmp_path):
     """Results without perplexity: the mean over depths, and nothing of a length that was not measured."""
     evidence(model)

@@ -156,6 +156,55 @@ def test_what_differs_is_part_of_the_name(tmp_path):
     assert "steps 10000" in settings and "position" not in settings and "warmup_steps" not in settings
 
 
+def test_an_option_that_a_map_does_not_have_never_names_its_row(tmp_path):
+    record(tmp_path / "a", 1e-3, 0, 0.5, scale_start="logarithm")
+    record(tmp_path / "b", 1e-3, 0, 0.5, map="softmax")
+    text, (best, _) = made(tmp_path)
+    assert [row[0] for row in best[2:]] == ["softmax", "asentmax, scale_start logarithm"]
+    assert "scale_start" not in re.search("Trained with: (.*)", text)[1]
+    # Neither where most have it, and the neutral start need not be told.
+    record(tmp_path / "c", 1e-3, 0, 0.5, scale_start="logarithm", alpha=1.25)
+    record(tmp_path / "d", 1e-3, 0, 0.5, map="entmax", alpha=1.25)
+    record(tmp_path / "e", 1e-3, 0, 0.5)
+    _, (best, _) = made(tmp_path)
+    assert sorted(row[0] for row in best[2:]) == [
+        "asentmax", "asentmax, alpha 1.25, scale_start logarithm", "asentmax, scale_start logarithm",
+        "entmax, alpha 1.25", "softmax",
+    ]  # fmt: skip
+
+
+def test_a_start_that_all_runs_have_is_told_once(tmp_path):
+    record(tmp_path / "a", 1e-3, 0, 0.5, scale_start="logarithm")
+    record(tmp_path / "b", 1e-3, 0, 0.5, scale_start="logarithm", position="rope")
+    text, (best, _) = made(tmp_path)
+    assert [row[0] for row in best[2:]] == ["asentmax", "asentmax, position rope"]
+    assert "scale_start logarithm" in re.search("Trained with: (.*)", text)[1]
+
+
+def test_the_precision_of_a_test_stands_in_its_row(tmp_path):
+    record(tmp_path / "a", 1e-3, 0, 0.5, test={64: 0.5}, map="softmax", precision="bfloat16")
+    record(tmp_path / "b", 1e-3, 0, 0.5, test={64: 0.5}, precision="bfloat16")
+    record(tmp_path / "c", 1e-3, 0, 0.5, map="entmax", precision="bfloat16")
+    assert "computed" not in made(tmp_path)[0]
+    file = tmp_path / "b" / "rate-0.001-seed-0" / "test.json"
+    (line,) = json.loads(file.read_text())
+    file.write_text(json.dumps([{**line, "precision": "float32"}]))
+    numbers = tmp_path / "published.yaml"
+    numbers.write_text("copy: {theirs: {64: 50.0}}")
+    text, (best, every) = made(tmp_path, published=str(numbers))
+    assert "computed as each row says" in text
+    for table, column in ((best, -1), (every, -2)):
+        assert {len(row) for row in table} == {len(table[0])} and table[0][column] == "computed in"
+        told = {row[0].strip("*"): row[column].strip("*") for row in table[2:]}
+        published = {"theirs": "-"} if table is best else {}
+        assert told == {"softmax": "bfloat16", "entmax": "-", "asentmax": "float32", **published}
+    # Where all are alike one sentence says it.
+    other = tmp_path / "a" / "rate-0.001-seed-0" / "test.json"
+    other.write_text(file.read_text())
+    text, (best, _) = made(tmp_path)
+    assert ", computed in float32;" in text and "computed in" not in best[0]
+
+
 def test_an_option_newer_than_a_run_is_not_taken_for_the_usual_one(tmp_path):
     """Two different things never have one name."""
     record(tmp_path / "new", 1e-3, 0, 0.5, test={64: 0.5})

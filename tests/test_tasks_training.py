@@ -516,7 +516,7 @@ def test_a_test_in_another_precision_is_another_test(tmp_path):
         ({"map": "asentmax", "alpha": 9.0}, "sparse_attention.alpha is 9"),
         ({"position": "alibi"}, "position is 'alibi'"),
         ({"scale_start": "zero"}, "scale_start is 'zero'"),
-        ({"map": "entmax", "scale_start": "normal"}, "only asentmax has"),
+        ({"map": "entmax", "scale_start": "normal"}, "only asentmax has; map is 'entmax': leave it out"),
         ({"test_precision": "float32"}, "test_precision is 'float32', but no test is asked for"),
         ({"heads": 5}, "which 5 heads do not divide"),
         ({"heads": 32, "position": "rope"}, "rotary"),

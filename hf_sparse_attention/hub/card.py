@@ -46,7 +46,7 @@ def render(evidence: Evidence, *, name: str, repo_id: str | None, revision: str 
         auto_class=auto_class(evidence.checkpoint),
         location=repo_id or f"path/to/{name}",
         revision=f', revision="{revision}"' if revision else "",
-        attention=_attention(settings),
+        attention=_attention(evidence),
         training=recipe.training(evidence, _base_name(evidence)),
         results=_results(evidence),
         sparsity=_sparsity(evidence),
@@ -174,14 +174,15 @@ def _base_name(evidence: Evidence) -> str:
     return f"[{base.name}](https://huggingface.co/{base.name}), commit `{base.commit}`"
 
 
-def _attention(settings: SparseAttentionConfig) -> str:
+def _attention(evidence: Evidence) -> str:
+    settings = evidence.checkpoint.sparse
     row = MAPS[settings.map]
     layers = LAYERS[settings.layers] if isinstance(settings.layers, str) else ", ".join(map(str, settings.layers))
     rows = [
         ["map", f"`{row.name}`"],
         ["weights", f"`{row.formula}`"],
         ["alpha of this model", f"{settings.alpha:g}" + (" (softmax)" if settings.alpha == 1 else "")],
-        ["positions", f"`{settings.position}`: {POSITIONS[settings.position]}"],
+        ["positions", f"`{settings.position}`: {_positions(evidence)}"],
         ["layers", layers],
         ["heads of those layers", _heads(settings)],
         ["tokens in a training context, for its start", whole(settings.train_length)],
@@ -189,6 +190,31 @@ def _attention(settings: SparseAttentionConfig) -> str:
         ["written by", f"hf-sparse-attention {settings.version}"],
     ]
     return tables.markdown(["attention", ""], rows)
+
+
+def _positions(evidence: Evidence) -> str:
+    """What the position scheme is; of rotary positions that are not the plain ones of their family, their numbers."""
+    config, position = evidence.checkpoint.config, evidence.checkpoint.sparse.position
+    rope = getattr(config, "rope_parameters", None)
+    if position != "rope" or not isinstance(rope, dict) or "rope_theta" not in rope:
+        return POSITIONS[position]
+    parts, kind, theta = [], rope.get("rope_type", "default"), number(rope["rope_theta"], "{:,.12g}")
+    if kind == "yarn":
+        parts.append(
+            f"stretched {number(rope.get('factor'), '{:g}')} times by YaRN from "
+            f"{whole(rope.get('original_max_position_embeddings'))} to {whole(config.max_position_embeddings)} tokens"
+        )
+    elif kind != "default":
+        factor = f", factor {number(rope['factor'], '{:g}')}" if "factor" in rope else ""
+        parts.append(f"rescaled as `{kind}`{factor}")
+    records = [evidence.conversion or {}]
+    records += [recipe.options_of(stage) for stage in recipe.stages_of(evidence.summary or {})]
+    if any(record.get("rope_theta") is not None for record in records):
+        parts.append(f"theta changed to {theta}")
+    elif rope["rope_theta"] != getattr(type(config), "default_theta", None):
+        # Nothing in the weights' folder says whose a theta is that a model was converted with before it was trained.
+        parts.append(f"theta {theta}")
+    return ", ".join(["rotary positions", *parts]) if parts else POSITIONS[position]
 
 
 def _heads(settings: SparseAttentionConfig) -> str:

@@ -52,12 +52,12 @@ def training(evidence: Evidence, base: str) -> str:
         ["learning rate of new parameters", each(lambda stage: number(stage.get("new_learning_rate"), "{:g}"))],
         ["learning rate schedule", each(_schedule)],
         ["alpha schedule", each(_alpha_schedule)],
-        *([["start of the factor", start]] if (start := _options(stages_of(summary)[0]).get("scale_start")) else []),
+        *([["start of the factor", start]] if (start := options_of(stages_of(summary)[0]).get("scale_start")) else []),
         ["optimizer", each(_optimizer)],
         ["precision", each(_precision)],
         ["what was trained", each(_trained)],
         *([["distillation", each(_distillation)]] if any(map(_distils, stages_of(summary))) else []),
-        ["seed", each(lambda stage: whole(_options(stage).get("seed")))],
+        ["seed", each(lambda stage: whole(options_of(stage).get("seed")))],
         ["training data", names_of(summary.get("train_data"))],
         ["held-out data", names_of(summary.get("eval_data"))],
         ["at the end of training", each(_loss)],
@@ -99,7 +99,8 @@ def names_of(names: list[str] | None) -> str:
     return ", ".join(f"`{local_name(name)}`" for name in names) if names else MISSING
 
 
-def _options(summary: dict) -> dict:
+def options_of(summary: dict) -> dict:
+    """The options of a run, or of a stage."""
     return summary.get("options") or {}
 
 
@@ -108,7 +109,7 @@ def _kind(summary: dict) -> str:
 
 
 def _distils(summary: dict) -> bool:
-    return bool(_options(summary).get("distill"))
+    return bool(options_of(summary).get("distill"))
 
 
 def _done(summary: dict) -> str:
@@ -119,7 +120,7 @@ def _done(summary: dict) -> str:
 
 
 def _schedule(summary: dict) -> str:
-    options = _options(summary)
+    options = options_of(summary)
     if options.get("schedule") is None:
         return MISSING
     text = f"{options['schedule']}, warm-up over {number(options.get('warmup_share'), '{:.1%}')} of the steps"
@@ -129,7 +130,7 @@ def _schedule(summary: dict) -> str:
 
 
 def _alpha_schedule(summary: dict) -> str:
-    options, alpha = _options(summary), (summary.get("sparse_attention") or {}).get("alpha")
+    options, alpha = options_of(summary), (summary.get("sparse_attention") or {}).get("alpha")
     if alpha == 1:
         return "alpha is 1 throughout"
     schedule = options.get("alpha_schedule")
@@ -147,19 +148,19 @@ def _alpha_schedule(summary: dict) -> str:
 
 
 def _optimizer(summary: dict) -> str:
-    options = _options(summary)
+    options = options_of(summary)
     beta1, beta2 = (number(options.get(name), "{:g}") for name in ("beta1", "beta2"))
     decay, clip = (number(options.get(name), "{:g}") for name in ("weight_decay", "clip"))
     return f"AdamW, betas {beta1} and {beta2}, weight decay {decay}, gradient norm clipped at {clip}"
 
 
 def _precision(summary: dict) -> str:
-    dtype, mixed = _options(summary).get("dtype"), summary.get("mixed_precision")
+    dtype, mixed = options_of(summary).get("dtype"), summary.get("mixed_precision")
     return f"parameters {dtype or MISSING}, mixed precision {mixed or MISSING}"
 
 
 def _trained(summary: dict) -> str:
-    options = _options(summary)
+    options = options_of(summary)
     rank = options.get("lora_rank")
     if rank is None:
         return MISSING
@@ -173,7 +174,7 @@ def _trained(summary: dict) -> str:
 
 
 def _distillation(summary: dict) -> str:
-    options = _options(summary)
+    options = options_of(summary)
     if not _distils(summary):
         return "none"
     weight, temperature = (number(options.get(f"distill_{name}"), "{:g}") for name in ("weight", "temperature"))

@@ -186,7 +186,8 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         raise ValueError(f"alpha is {arguments.alpha}, but softmax has none; entmax takes it")
     if arguments.scale_start != "neutral" and arguments.map != "asentmax":
         raise ValueError(
-            f"scale_start is {arguments.scale_start!r}, which only asentmax has; map is {arguments.map!r}"
+            f"scale_start is {arguments.scale_start!r}, which only asentmax has; map is {arguments.map!r}: "
+            "leave it out"
         )
     if arguments.test_precision is not None and not arguments.test_lengths:
         raise ValueError(

@@ -7,7 +7,6 @@ hf-sparse-attention table --runs runs --published examples/reproduction/publishe
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +16,8 @@ from ..tasks.synthetic import SYNTHETIC, make_task
 from .run_record import is_training, read_runs
 from .run_table import blocks_of
 from .task_arguments import MAPS, TrainTaskArguments
+from .task_options import UNKNOWN, has_option, usual_value, values_of
 from .task_record import TIES, best_of, read_record, read_tests, share
-
-# Value of an option that a run's record does not have.
-_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,9 @@ def _read(folders: list[str]) -> tuple[list[dict], list[Path]]:
         for file in (file for file in files if file not in own):
             tests = {line["length"]: line for line in read_tests(file.parent)}
             run = {**read_record(file.parent), "folder": file.parent, "tests": tests}
+            run["identity"] = {
+                key: value for key, value in run["identity"].items() if has_option(run["identity"], key)
+            }
             same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
             other = found.setdefault(same, run)
             if other["folder"].resolve() == file.parent.resolve():
@@ -159,23 +159,18 @@ def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
     for task in sorted(found, key=list(SYNTHETIC).index):
         identities = [own[0]["identity"] for own in found[task].values()]
         keys = dict.fromkeys(key for identity in identities for key in identity)
-        usual = {key: _usual([identity.get(key, _UNKNOWN) for identity in identities]) for key in keys}
-        groups = [_group(own, usual) for own in found[task].values()]
+        common = {key: usual_value(identities, key) for key in keys}
+        groups = [_group(own, common) for own in found[task].values()]
         by_task[task] = sorted(groups, key=_Group.place)
     return by_task
 
 
-def _usual(values: list):
-    """The most frequent value, of several the first."""
-    return json.loads(Counter(map(json.dumps, values)).most_common(1)[0][0])
-
-
-def _group(runs: list[dict], usual: dict) -> _Group:
+def _group(runs: list[dict], common: dict) -> _Group:
     runs = sorted(runs, key=lambda run: (run["learning_rate"], run["seed"]))
     identity = runs[0]["identity"]
     # An option that is newer than a run is not in what was written of it.
-    values = {key: identity.get(key, _UNKNOWN) for key in usual}
-    unusual = [f"{key} {value}" for key, value in values.items() if key != "map" and value != usual[key]]
+    values = {key: identity.get(key, UNKNOWN) for key in common if has_option(identity, key)}
+    unusual = [f"{key} {value}" for key, value in values.items() if key != "map" and value != common[key]]
     done = [run for run in runs if run["finished"]]
     sound = [run for run in done if not run["failed"]]
     for run in sound:
@@ -189,11 +184,14 @@ def _group(runs: list[dict], usual: dict) -> _Group:
 
 def _settings(groups: list[_Group]) -> str:
     """What is the same for all groups of a task, and how their numbers are to be read."""
+    identities = [group.identity for group in groups]
+    common = {
+        key: usual_value(identities, key)
+        for key in dict.fromkeys(key for identity in identities for key in identity) if key not in ("task", "map")
+    }  # fmt: skip
     shared = [
-        f"{key} {value}" for key, value in groups[0].identity.items()
-        if key not in ("task", "map") and value not in (None, []) and all(
-            group.identity.get(key) == value for group in groups
-        )
+        f"{key} {value}" for key, value in common.items()
+        if value not in (None, []) and all(other == value for other in values_of(identities, key))
     ]  # fmt: skip
     runs = [run for group in groups for run in group.runs]
     validated = dict.fromkeys(
@@ -203,19 +201,37 @@ def _settings(groups: list[_Group]) -> str:
         )
     )
     counts = sorted({line["samples"] for run in runs for line in run["tests"].values() if "samples" in line})
-    # Earlier versions tested in the precision of training.
-    trained = {group.identity.get("precision", _UNKNOWN) for group in groups}
-    precisions = {
-        line.get("precision", group.identity.get("precision", _UNKNOWN))
-        for group in groups for run in group.runs for line in run["tests"].values()
-    }  # fmt: skip
+    precisions = _precisions(groups)
+    computed = f", computed in {precisions[0]}" if len(precisions) == 1 else ", computed as each row says"
     tested = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
     return (
         f"Trained with: {', '.join(shared)}. Exact match in %"
         + (f" of {tested} test samples a length, ± standard error unless it is 0.0" if counts else "")
-        + (f", computed in {' or '.join(sorted(precisions))}" if precisions - trained else "")
+        + (computed if precisions else "")
         + f"; validation, which chooses the best: its mean over {' or '.join(validated)}. {TIES}"
     )
+
+
+def _tested(run: dict) -> list[str]:
+    """The precisions its tests were computed in."""
+    # Earlier versions tested in the precision of training.
+    trained = run["identity"].get("precision", UNKNOWN)
+    return sorted({line.get("precision", trained) for line in run["tests"].values() if "missing" not in line})
+
+
+def _precisions(groups: list[_Group]) -> list[str]:
+    """The precisions of all tests; none if every test was computed in that of its training."""
+    runs = [run for group in groups for run in group.runs]
+    if all(_tested(run) in ([], [run["identity"].get("precision", UNKNOWN)]) for run in runs):
+        return []
+    return sorted({precision for run in runs for precision in _tested(run)})
+
+
+def _computed_in(groups: list[_Group], run: dict | None) -> list[str]:
+    """The cell that says so, where tests differ in it; None makes its heading."""
+    if len(_precisions(groups)) < 2:
+        return []
+    return ["computed in" if run is None else " and ".join(_tested(run)) or tables.MISSING]
 
 
 def _arguments(group: _Group) -> TrainTaskArguments:
@@ -275,12 +291,11 @@ def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tu
     rows = []
     for group in groups:
         if group.best is None:
-            rows.append([group.label, *[tables.MISSING] * (len(lengths) + 3)])
+            rows.append([group.label, *[tables.MISSING] * (len(lengths) + 3 + len(_computed_in(groups, None)))])
             continue
         tests = [share(group.best["tests"].get(length)) for length in lengths]
-        rows.append(
-            [group.label, f"{group.best['learning_rate']:g}", str(group.best["seed"]), _mean(group.best), *tests]
-        )
+        first = [group.label, f"{group.best['learning_rate']:g}", str(group.best["seed"]), _mean(group.best)]
+        rows.append([*first, *tests, *_computed_in(groups, group.best)])
     for column, length in enumerate(lengths, 4):
         shares = [(group.best or {"tests": {}})["tests"].get(length, {}).get("exact_match", -1.0) for group in groups]
         measured = [value for value in shares if value >= 0]
@@ -290,8 +305,9 @@ def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tu
                 row[column] = f"**{row[column]}**"
     for name, numbers in published.items():
         found = [tables.number(numbers[length], 1) if length in numbers else tables.MISSING for length in lengths]
-        rows.append([name, *[tables.MISSING] * 3, *found])
-    return ["best run of", "rate", "seed", "validation", *_length_header(groups, lengths)], rows
+        rows.append([name, *[tables.MISSING] * 3, *found, *[tables.MISSING] * len(_computed_in(groups, None))])
+    header = ["best run of", "rate", "seed", "validation", *_length_header(groups, lengths)]
+    return [*header, *_computed_in(groups, None)], rows
 
 
 def _every_run(groups: list[_Group], lengths: list[int]) -> tuple[list[str], list[list[str]]]:
@@ -302,12 +318,12 @@ def _every_run(groups: list[_Group], lengths: list[int]) -> tuple[list[str], lis
             remark = "" if run["finished"] else "not finished"
             row = [group.label, f"{run['learning_rate']:g}", str(run["seed"])]
             row += [f"{run['steps']:,}", f"{run['seconds']:.0f}"] if run["finished"] else [tables.MISSING] * 2
-            row += [_mean(run), *(share(run["tests"].get(length)) for length in lengths)]
+            row += [_mean(run), *(share(run["tests"].get(length)) for length in lengths), *_computed_in(groups, run)]
             if run is group.best:
                 row = [f"**{cell}**" for cell in row]
             rows.append([*row, run.get("failed") or remark])
-    header = ["run", "rate", "seed", "steps", "seconds", "validation", *_length_header(groups, lengths), "remark"]
-    return header, rows
+    header = ["run", "rate", "seed", "steps", "seconds", "validation", *_length_header(groups, lengths)]
+    return [*header, *_computed_in(groups, None), "remark"], rows
 
 
 def _mean(run: dict) -> str:
