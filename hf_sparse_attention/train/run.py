@@ -104,13 +104,15 @@ def identity_of(
         "data": files,
         "vocabulary": len(tokenizer),
         "weights": fingerprint(source.weights),
+        **({"dense_weights": source.record.get("dense_weights")} if source.is_sparse else {}),
         **({} if teacher is None else {"teacher": fingerprint(teacher.weights)}),
     }
 
 
 def _different(identity: dict, saved: dict) -> str:
-    # What was saved went through JSON, which knows no tuples; runs from before do not know their teacher.
-    known = {"teacher": identity.get("teacher"), **saved}
+    # What was saved went through JSON, which knows no tuples; runs from before do not know their teacher, nor
+    # what their model was made of, which its weights stand for.
+    known = {"teacher": identity.get("teacher"), **saved, "dense_weights": identity.get("dense_weights")}
     names = [name for name, value in json.loads(json.dumps(identity)).items() if known.get(name) != value]
     return ", ".join(f"{name} {saved.get(name)!r} then, {identity[name]!r} now" for name in names)
 
