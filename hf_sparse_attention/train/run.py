@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import examine
 from ..config import VERSION
 from ..files import fingerprint, flush_file, remove_partial, whole_folder, write_json
+from ..held_out import held_out_in_words
 from ..loading import Source, companions_of
 from ..text import find_texts
 from .arguments import DEFAULTS, TrainArguments
@@ -298,10 +299,7 @@ def print_summary(output: Path, summary: dict) -> None:
     if summary["stage"] == "match" and summary["train_loss"] is not None:
         lines.append(f"squared error of the attention outputs, relative to their size: {summary['train_loss']:.5f}")
     if summary["eval_loss"]:
-        (first, before), (last, after) = summary["eval_loss"][0], summary["eval_loss"][-1]
-        alphas = summary.get("eval_alpha")
-        at_first, at_last = (f" (alpha {alphas[index]:g})" for index in (0, -1)) if alphas else ("", "")
-        lines.append(f"held-out loss: {before:.4f} at step {first}{at_first}, {after:.4f} at step {last}{at_last}")
+        lines.append(f"held-out loss: {held_out_in_words(summary)}")
     if summary["attention"]:
         support, zeros = summary["attention"]["support"], summary["attention"]["zeros"]
         lines.append(
