@@ -571,7 +571,7 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"eval_data": []}, "eval_blocks needs eval_data"),
         ({"map": "entmax", "new_learning_rate": 0.1}, "entmax has no new parameters"),
         ({"lora_save": "adapter"}, "lora_save needs lora_rank"),
-        ({"distill_weight": 0.5}, "distill_weight needs distill"),
+        ({"distill_weight": 0.5}, "distill_weight needs distill: name the dense model .* --distill MODEL"),
         ({"map": "entmax", "stage": "match"}, "the model's map has no parameters of its own"),
         ({"map": "none", "stage": "match"}, "stage is 'match', but map is 'none'"),
         ({"stage": "match", "map": "adaptive_entmax", "alpha_start": 1.0}, "learns nothing while alpha is 1"),
