@@ -120,6 +120,7 @@ def convert_model(arguments: ConvertArguments) -> Path:
 
     identity = _identity(source, settings, arguments)
     if not is_empty(output) and output.exists() and _finished(output, identity, arguments.overwrite):
+        _complete_record(output, source)
         print(f"{output} already holds this conversion of {arguments.model}: nothing to do")
         return output
 
@@ -133,6 +134,8 @@ def convert_model(arguments: ConvertArguments) -> Path:
         record |= {"new": tensors.new, "cast": cast, "files": _sizes(folder)}
         # Whoever trains it may write over them.
         record["weights"] = fingerprint(check_weights(folder))
+        # By which runs of this folder and of the dense model know that they began with the same weights.
+        record["dense_weights"] = fingerprint(source.weights)
         write_json(folder / RECORD, record)
     new_parameters = sum(model.get_parameter(name).numel() for name in tensors.new)
     print(
@@ -227,6 +230,13 @@ def _finished(output: Path, identity: dict, overwrite: bool) -> bool:
     else:
         reason = f"holds this conversion, but {', '.join(lost)} changed since"
     raise FileExistsError(f"{output} {reason}; name another --output, or replace it with --overwrite")
+
+
+def _complete_record(output: Path, source: Source) -> None:
+    """A conversion of an earlier version does not name its dense weights, which are the same bytes as now."""
+    record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    if "dense_weights" not in record:
+        write_json(output / RECORD, {**record, "dense_weights": fingerprint(source.weights)})
 
 
 def _shard_size(source: Source, model: PreTrainedModel) -> int:

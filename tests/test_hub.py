@@ -424,6 +424,20 @@ def test_missing_numbers_are_said_to_be_missing(model, tmp_path, caplog):
     assert "--report" not in caplog.text
 
 
+def test_held_out_losses_of_the_card_are_of_blocks_of_one_size(model, tmp_path):
+    evidence(model)
+    match = {"stage": "match", "steps": 5, "block_size": 128}
+    stages = [
+        {**match, "eval_loss": [[0, 3.5], [5, 3.4]], "eval_alpha": [1.01, 1.5]},
+        {"steps": 7, "block_size": 1024, "eval_loss": [[0, 3.9], [7, 3.7]], "eval_alpha": None},
+    ]
+    write(model.parent / "summary.json", summary(model, eval_loss=[[0, 3.5], [5, 3.4], [12, 3.7]], stages=stages))
+    assert (
+        "| held-out loss | 3.5000 at step 0 (alpha 1.01), 3.4000 at step 5 (alpha 1.5) in blocks of 128; "
+        "3.9000 at step 5, 3.7000 at step 12 in blocks of 1,024 |"
+    ) in dry_run(model, tmp_path / "up").text
+
+
 def test_no_number_of_the_training_is_made_up(model, tmp_path):
     """Whatever the summary lacks, the card says that it is missing, and nothing else of it changes."""
     evidence(model)

@@ -136,6 +136,24 @@ def test_what_is_given_is_used(here, home):
     assert summary["sparse_attention"]["alpha"] == 1.25
 
 
+@pytest.mark.parametrize("model", ["dense", "converted"])
+def test_blocks_beyond_the_dense_model_say_who_wanted_it(here, home, tmp_path, model):
+    """Nobody named a teacher: the error says that the recipe did, and both ways out are ways out."""
+    given = {"model": str(home / model), "map": None, "eval_data": [], "eval_blocks": None, "eval_every": 500}
+    for recipe in (None, "match_distill"):
+        with pytest.raises(
+            ValueError, match=r"block_size is 80, .* positions up to 64 .*recipe match_distill"
+        ) as error:
+            here(**given, recipe=recipe, block_size="80")
+        assert "distill is" not in str(error.value) and not (tmp_path / "run").exists()
+        assert "use --block_size 64, or one stage without a teacher: --recipe anneal --rope_yarn 2" in str(error.value)
+    with pytest.raises(ValueError, match="without a teacher: --recipe anneal$"):
+        here(**given | {"model": str(home / "nape")}, recipe="match_distill", block_size="80")
+    assert here(**given, block_size="64")["block_size"] == 64
+    long = {"recipe": "anneal", "rope_yarn": 2.0, "block_size": "80", "output": str(tmp_path / "long")}
+    assert here(**given, **long)["block_size"] == 80
+
+
 def test_weight_and_temperature_need_no_name_of_the_teacher(here, home, tmp_path):
     given = {"distill_weight": 0.3, "distill_temperature": 2.0, "eval_every": 12}
     summary = here(**given)

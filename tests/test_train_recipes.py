@@ -29,6 +29,12 @@ def parsed(name, *words):
     )
 
 
+def test_a_recipe_that_needs_a_teacher_says_so():
+    """A recipe cannot know where the dense model lies: whoever runs it has to."""
+    needy = [path for path in FOLDER.glob("*.yaml") if "distill_weight" in path.read_text()]
+    assert needy and not [path.name for path in needy if "--distill" not in path.read_text().splitlines()[0]]
+
+
 def test_the_table_has_every_recipe():
     rows = re.findall(r"^\| `([\w.-]+)\.yaml` \| (.*?) \|", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
     assert sorted(name for name, _ in rows) == NAMES and len(NAMES) > 20

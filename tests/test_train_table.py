@@ -12,6 +12,7 @@ import pytest
 from training_cases import dense_folder, options, write_text
 
 from hf_sparse_attention import cli
+from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.evaluate import EvaluateArguments, evaluate_models
 from hf_sparse_attention.hub import PushArguments, push_model
 from hf_sparse_attention.report import ReportArguments, report_model
@@ -191,6 +192,51 @@ def test_a_control_of_another_kind_is_none(home, tmp_path, place):
     # Windows of text can be compared whatever blocks a run was looked at on while it was trained.
     column = {row["run"]: row["16 to the control"] for row in shown[1]}
     assert column["asentmax"].endswith("%") == (place in ("eval_blocks", "block_size"))
+
+
+def test_a_run_of_a_converted_folder_has_the_control_of_its_dense_model(home, tmp_path):
+    """It computes what the run of the dense folder does, and is compared with the same control."""
+    conversion = ConvertArguments(model=str(home / "dense"), output=str(tmp_path / "converted"), train_length=16)
+    convert_model(conversion)
+
+    def run(name):
+        short = {"steps": 2, "checkpoint_every": 0, "eval_blocks": 2, "statistics_blocks": 1}
+        places = {"model": str(tmp_path / "converted"), "output": str(tmp_path / "runs" / name), "map": None}
+        return train_model(TrainArguments(**options(home, **places, **short)))
+
+    def rows():
+        _, _, (found, *_) = made(tmp_path, tmp_path / "runs")
+        return {row["run"]: row for row in found}
+
+    for name in ("control-lr1e-4-s0", "asentmax-s0"):
+        shutil.copytree(home / "runs" / name, tmp_path / "runs" / name)
+    run("converted-s0")
+    shown = rows()
+    assert shown["converted"]["held-out loss"] == shown["asentmax"]["held-out loss"]
+    assert shown["converted"]["to the control"] == shown["asentmax"]["to the control"] != "-"
+    assert shown["converted"]["remark"] == ""
+    # A run that an earlier version began goes on.
+    file = tmp_path / "runs" / "converted-s0" / "run.json"
+    content = json.loads(file.read_text())
+    assert content["weights"] != content.pop("dense_weights")
+    file.write_text(json.dumps(content))
+    short = {"resume": "auto", "steps": 2, "checkpoint_every": 0, "eval_blocks": 2, "statistics_blocks": 1}
+    places = {"model": str(tmp_path / "converted"), "output": str(file.parent), "map": None}
+    train_model(TrainArguments(**options(home, **places, **short)))
+    # What it began with is not known: that is said.
+    assert "dense_weights" not in json.loads(file.read_text())
+    assert (rows()["converted"]["to the control"], rows()["converted"]["remark"]) == (
+        "-", "not compared: no softmax run here records the weights it began with"
+    )  # fmt: skip
+    # Nor does a folder that an earlier version converted say it, until it is converted again.
+    record = tmp_path / "converted" / "conversion.json"
+    whole = json.loads(record.read_text())
+    record.write_text(json.dumps({key: value for key, value in whole.items() if key != "dense_weights"}))
+    shutil.rmtree(tmp_path / "runs" / "converted-s0")
+    run("before-s0")
+    assert rows()["before"]["remark"] == "not compared: the model it began with does not name its dense weights"
+    convert_model(conversion)
+    assert json.loads(record.read_text()) == whole
 
 
 @pytest.mark.parametrize("folder, name", [

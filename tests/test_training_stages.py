@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -256,6 +257,30 @@ def test_steps_that_no_stage_takes_are_refused(home):
     # One without takes them.
     found = stages_of(TrainArguments(**options(home, steps=40, stages=[own[0], "{alpha_schedule: none}"])))
     assert [stage.steps for stage in found] == [3, 40]
+
+
+def test_held_out_losses_of_other_blocks_are_not_compared(here, capsys):
+    """Each size has a beginning and an end of its own: a first loss on short blocks says nothing of long ones."""
+    sizes = ["{stage: match, steps: 2, block_size: 16}", "{steps: 2, block_size: 16}", "{steps: 3, block_size: 32}"]
+    summary = here(stages=sizes, eval_every=100)
+    losses = [[f"{loss:.4f}" for _, loss in stage["eval_loss"]] for stage in summary["stages"]]
+    line = next(line for line in capsys.readouterr().out.splitlines()[::-1] if line.startswith("held-out loss"))
+    assert re.sub(r" \(alpha [\d.]+\)", "", line) == (
+        f"held-out loss: {losses[0][0]} at step 0, {losses[1][-1]} at step 4 in blocks of 16; "
+        f"{losses[2][0]} at step 4, {losses[2][-1]} at step 7 in blocks of 32"
+    )
+    # The card has the same words.
+    from hf_sparse_attention.held_out import held_out_in_words
+
+    assert line.removeprefix("held-out loss: ") == held_out_in_words(summary)
+    # One size in all stages, or another number of blocks of the same.
+    for stage in summary["stages"]:
+        stage["block_size"] = 16
+    assert "blocks of" not in held_out_in_words(summary)
+    summary["stages"][2]["options"]["eval_blocks"] += 1
+    assert held_out_in_words(summary).endswith(f" in {summary['stages'][2]['options']['eval_blocks']} blocks of 16")
+    del summary["stages"][0]["steps"]
+    assert held_out_in_words(summary) == ""
 
 
 def test_distillation_of_a_run_is_of_its_stages_with_text(home):
@@ -546,7 +571,7 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"eval_data": []}, "eval_blocks needs eval_data"),
         ({"map": "entmax", "new_learning_rate": 0.1}, "entmax has no new parameters"),
         ({"lora_save": "adapter"}, "lora_save needs lora_rank"),
-        ({"distill_weight": 0.5}, "distill_weight needs distill"),
+        ({"distill_weight": 0.5}, "distill_weight needs distill: name the dense model .* --distill MODEL"),
         ({"map": "entmax", "stage": "match"}, "the model's map has no parameters of its own"),
         ({"map": "none", "stage": "match"}, "stage is 'match', but map is 'none'"),
         ({"stage": "match", "map": "adaptive_entmax", "alpha_start": 1.0}, "learns nothing while alpha is 1"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import tables
+from ..held_out import held_out_in_words
 from .evidence import Evidence, local_name, without_folders
 
 MISSING = "missing"
@@ -61,7 +62,7 @@ def training(evidence: Evidence, base: str) -> str:
         ["training data", names_of(summary.get("train_data"))],
         ["held-out data", names_of(summary.get("eval_data"))],
         ["at the end of training", each(_loss)],
-        ["held-out loss", _held_out(summary.get("eval_loss"), summary.get("eval_alpha"))],
+        ["held-out loss", held_out_in_words(summary, lambda loss: number(loss, "{:.4f}")) or MISSING],
         ["steps left out", whole(summary.get("skipped_steps"))],
         ["hardware", str(summary.get("hardware") or MISSING)],
         ["time", number(summary.get("seconds"), "{:,.1f} s")],
@@ -188,13 +189,3 @@ def _loss(summary: dict) -> str:
     elif _distils(summary):
         kind = "loss with the distillation's share"
     return f"{kind} {number(summary.get('train_loss'), '{:.4f}')}"
-
-
-def _held_out(losses: list | None, alphas: list | None) -> str:
-    if not losses:
-        return MISSING
-    (first, before), (last, after) = losses[0], losses[-1]
-    shown = [f"{number(before, '{:.4f}')} at step {first:,}", f"{number(after, '{:.4f}')} at step {last:,}"]
-    if alphas:
-        shown = [f"{text} (alpha {alpha:g})" for text, alpha in zip(shown, (alphas[0], alphas[-1]), strict=True)]
-    return ", ".join(shown)

@@ -259,6 +259,7 @@ _NEEDED = {
     "eval_data": {"eval_split": "validation", "eval_blocks": 64},
     "distill": {"distill_weight": 0.5, "distill_temperature": 1.0, "distill_revision": None},
 }
+_WAY_OUT = {"distill": ": name the dense model whose logits are learned with --distill MODEL"}
 # What is not given and does not depend on another option. None tells a recipe that it may choose.
 DEFAULTS = {"stage": "pretrain", "alpha_share": 0.5, "final_share": 0.1}
 
@@ -291,7 +292,7 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
         given = bool(getattr(arguments, needed))
         used = [name for name in names if getattr(arguments, name)]
         if not given and used:
-            raise ValueError(f"{', '.join(used)} needs {needed}")
+            raise ValueError(f"{', '.join(used)} needs {needed}{_WAY_OUT.get(needed, '')}")
         if given:
             changed |= {name: default for name, default in names.items() if getattr(arguments, name) is None}
     _check_stage(arguments)

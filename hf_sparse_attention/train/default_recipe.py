@@ -4,6 +4,7 @@ one that raises alpha; which of them, and why."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..maps import MAPS, ASEntmaxScale
 from .arguments import RECIPES, TrainArguments
 from .head import scales_logits
 from .lengths import parse_block_sizes
-from .plan import alpha_schedule_of, changed_rope
+from .plan import alpha_schedule_of, changed_rope, positions_of
 
 MATCH_DISTILL, ANNEAL = RECIPES
 # Of examples/conversion/match-distill.yaml, whose rates are those of a learning_rate of 3e-4: the share of the tokens
@@ -136,6 +137,20 @@ def against_match_distill(arguments: TrainArguments, source: Source, settings: S
     if settings.position != "rope" and arguments.recipe is None:
         found.append(f"its rates are for the dense model's positions, not for {settings.position}")
     return found
+
+
+def check_reach(arguments: TrainArguments, source: Source, settings: SparseAttentionConfig, block_size: int) -> None:
+    """Raises ValueError for blocks longer than the dense model has positions: match_distill learns from its layers and
+    logits, also if no `distill` names it."""
+    limit = positions_of(source)
+    if arguments.distill is not None or limit is None or block_size <= limit:
+        return
+    stretch = f" --rope_yarn {math.ceil(block_size / limit)}" if settings.position == "rope" else ""
+    raise ValueError(
+        f"block_size is {block_size}, but {source.name} has rotary positions up to {limit} (max_position_embeddings), "
+        f"and recipe {MATCH_DISTILL} learns from its dense layers and logits in blocks of the same size: use "
+        f"--block_size {limit}, or one stage without a teacher: --recipe {ANNEAL}{stretch}"
+    )
 
 
 def stages_of_recipe(arguments: TrainArguments, settings: SparseAttentionConfig) -> TrainArguments:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..checkpoint import examine
 from ..config import VERSION
 from ..files import fingerprint, flush_file, remove_partial, whole_folder, write_json
+from ..held_out import held_out_in_words
 from ..loading import Source, companions_of
 from ..text import find_texts
 from .arguments import DEFAULTS, TrainArguments
@@ -104,13 +105,15 @@ def identity_of(
         "data": files,
         "vocabulary": len(tokenizer),
         "weights": fingerprint(source.weights),
+        **({"dense_weights": source.record.get("dense_weights")} if source.is_sparse else {}),
         **({} if teacher is None else {"teacher": fingerprint(teacher.weights)}),
     }
 
 
 def _different(identity: dict, saved: dict) -> str:
-    # What was saved went through JSON, which knows no tuples; runs from before do not know their teacher.
-    known = {"teacher": identity.get("teacher"), **saved}
+    # What was saved went through JSON, which knows no tuples; runs from before do not know their teacher, nor
+    # what their model was made of, which its weights stand for.
+    known = {"teacher": identity.get("teacher"), **saved, "dense_weights": identity.get("dense_weights")}
     names = [name for name, value in json.loads(json.dumps(identity)).items() if known.get(name) != value]
     return ", ".join(f"{name} {saved.get(name)!r} then, {identity[name]!r} now" for name in names)
 
@@ -296,10 +299,7 @@ def print_summary(output: Path, summary: dict) -> None:
     if summary["stage"] == "match" and summary["train_loss"] is not None:
         lines.append(f"squared error of the attention outputs, relative to their size: {summary['train_loss']:.5f}")
     if summary["eval_loss"]:
-        (first, before), (last, after) = summary["eval_loss"][0], summary["eval_loss"][-1]
-        alphas = summary.get("eval_alpha")
-        at_first, at_last = (f" (alpha {alphas[index]:g})" for index in (0, -1)) if alphas else ("", "")
-        lines.append(f"held-out loss: {before:.4f} at step {first}{at_first}, {after:.4f} at step {last}{at_last}")
+        lines.append(f"held-out loss: {held_out_in_words(summary)}")
     if summary["attention"]:
         support, zeros = summary["attention"]["support"], summary["attention"]["zeros"]
         lines.append(

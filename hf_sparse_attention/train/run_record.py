@@ -12,7 +12,9 @@ from .. import tables
 from .run import FREE
 
 # What may differ between two runs of a recipe; and where something lies, which their fingerprints stand for.
-_NO_RECIPE = FREE | {"learning_rate", "new_learning_rate", "seed", "model", "train_data", "eval_data", "revision"}
+_NO_RECIPE = FREE | {
+    "learning_rate", "new_learning_rate", "seed", "model", "train_data", "eval_data", "revision", "dense_weights"
+}  # fmt: skip
 # Rate and seed behind the name of a recipe: -lr3e-4-s0, -3e-4, -s0.
 _TAG = re.compile(r"(-(lr)?[\d.]+e-?\d+|-lr[\d.]+|-s\d+)+$")
 
@@ -67,15 +69,34 @@ class Run:
     @property
     def base(self) -> str:
         """What a control must share with it: the dense weights, the text and the number of tokens."""
-        first, last = self.parts[0], self.parts[-1]
-        return json.dumps([first["weights"], _text(last), self.summary["tokens"]])
+        first = self.parts[0]
+        return json.dumps([first.get("dense_weights") or first["weights"], self._work])
 
     @property
     def held_out(self) -> str:
         """What a control must share with it besides, for the same held-out loss: the blocks."""
+        return json.dumps([self.base, self._blocks])
+
+    @property
+    def _work(self) -> list:
+        """Text and number of tokens."""
+        return [_text(self.parts[-1]), self.summary["tokens"]]
+
+    @property
+    def _blocks(self) -> list:
         sizes = self.parts[-1]["block_size"]
-        size = sizes if isinstance(sizes, int) else sizes[-1][0]
-        return json.dumps([self.base, self.parts[-1].get("eval_blocks"), size])
+        return [self.parts[-1].get("eval_blocks"), sizes if isinstance(sizes, int) else sizes[-1][0]]
+
+    def why_not_compared(self, controls: list[Run]) -> str:
+        """If only its weights keep it from being compared with these softmax runs: why; else nothing."""
+        if self.is_control or self.loss is None:
+            return ""
+        alike = [run for run in controls if (run._work, run._blocks) == (self._work, self._blocks)]
+        if not alike or any(run.base == self.base for run in alike):
+            return ""
+        if self.parts[0].get("dense_weights", "") is None:
+            return "not compared: the model it began with does not name its dense weights"
+        return "not compared: no softmax run here records the weights it began with"
 
     @property
     def is_control(self) -> bool:

@@ -44,15 +44,21 @@ def blocks_of(runs: list[Run], files: list[str]) -> tuple[list[str], list[str], 
     """
     rows = _rows(runs)
     controls = _controls(rows)
+    softmax = [run for row in controls.values() for run in row.runs]
+    remarks = {
+        id(run): "; ".join(filter(None, [run.remark, run.why_not_compared(softmax)]))
+        for row in rows
+        for run in row.runs
+    }
     table = [
         row.shown([row.label, row.runs[0].map, *row.first[1:], *_numbers(row.runs, _control(row, controls)),
-                   row.runs[0].remark if len(row.runs) == 1 else ""])
+                   remarks[id(row.runs[0])] if len(row.runs) == 1 else ""])
         for row in rows
     ]  # fmt: skip
     found = [
         {"run": row.label, "folder": str(run.folder), "map": run.map, "rates": run.rates, "seed": run.seed,
          "loss": run.loss, "to_control": _excess(run, _control(row, controls)), "zeros": run.zeros,
-         "remark": run.remark}
+         "remark": remarks[id(run)]}
         for row in rows if len(row.runs) == 1 for run in row.runs
     ]  # fmt: skip
     named = dict.fromkeys(f"{row.label} at {row.first[1]}" for row in controls.values())

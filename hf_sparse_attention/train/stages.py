@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from ..files import write_json
 from .arguments import TrainArguments, check_arguments
-from .default_recipe import ANNEAL, MATCH_DISTILL, choose, said, stages_of_recipe
+from .default_recipe import ANNEAL, MATCH_DISTILL, check_reach, choose, said, stages_of_recipe
 from .distributed import check_launch, join_processes
 from .lengths import parse_block_sizes
 from .loop import train_stage
@@ -75,6 +75,8 @@ def _with_recipe(arguments: TrainArguments) -> tuple[TrainArguments, TrainArgume
         state.print(said(choice, arguments, source, settings))
     if choice.name is None:
         return arguments, arguments
+    if choice.name == MATCH_DISTILL:
+        check_reach(arguments, source, settings, sizes[-1][0])
     asked = replace(arguments, recipe=choice.name)
     if choice.name != MATCH_DISTILL:
         return asked, asked
