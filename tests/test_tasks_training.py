@@ -385,7 +385,7 @@ def test_side_by_side_gives_what_one_after_the_other_gives(tmp_path):
 
 
 def test_an_error_of_one_run_ends_those_beside_it():
-    """At once, not when nobody holds the error any more: each may have a process that makes its batches."""
+    """At once, not when nobody holds the error any more: each holds a model and its optimizer on the device."""
     ended = []
 
     def run(name, steps):

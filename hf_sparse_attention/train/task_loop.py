@@ -94,7 +94,7 @@ def _side_by_side(runs: list[Generator[None, None, dict]], together: int) -> lis
             else:
                 active.append((number, run))
     finally:
-        # When one ends them all: whoever holds its error would hold what the others have.
+        # When one ends them all: whoever holds its error would hold the models of the others.
         for _, run in active:
             run.close()
     return [results[number] for number in range(len(runs))]
