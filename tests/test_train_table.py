@@ -176,7 +176,9 @@ def test_a_stopped_run_says_why(home, tmp_path, monkeypatch):
     assert row["remark"] == "" and "failed" not in (tmp_path / "nan-s0" / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("place", ["tokens", "weights", "data", "eval_blocks", "block_size"])
+@pytest.mark.parametrize(
+    "place", ["tokens", "weights", "data", "eval_blocks", "block_size", "text_column", "blank_lines", "eval_split"]
+)
 def test_a_control_of_another_kind_is_none(home, tmp_path, place):
     """Of other dense weights, text, number of tokens or held-out blocks."""
     for name in ("control-lr1e-4-s0", "asentmax-s0"):

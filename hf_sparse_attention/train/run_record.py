@@ -62,7 +62,9 @@ class Run:
             # A later stage starts from what the one before has learned.
             values |= {"weights": None} if number else {}
             values["distill"] = Path(part["distill"]).name if part.get("distill") else None
-            values["data"] = _text(part)
+            values["data"] = _files(part)
+            # Of runs from before it is not known what accelerate was told.
+            values["mixed_precision"] = None if part.get("mixed_precision") == "no" else part.get("mixed_precision")
             kept.append({key: value for key, value in values.items() if value is not None})
         return json.dumps(kept, sort_keys=True)
 
@@ -215,5 +217,12 @@ def _how_far(places: list[Path], parts: list[dict]) -> str:
 
 
 def _text(part: dict) -> list:
+    """A run's text: its files, and what of them is read as which documents."""
+    names = ("text_column", "train_split", "eval_split", "blank_lines")
+    # What a run from before does not know was off.
+    return [_files(part), *(part.get(name) or None for name in names)]
+
+
+def _files(part: dict) -> list:
     """The files of a run's text by name and content."""
     return [[Path(name).name, fingerprint] for name, fingerprint in part["data"]]
