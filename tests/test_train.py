@@ -422,6 +422,20 @@ def test_lora_merged(here, home, tmp_path, capsys):
     assert summary["trainable_parameters"] < summary["parameters"]
 
 
+def test_an_adapter_of_tied_weights_is_not_merged(here, home, tmp_path):
+    """Merged it would change the embedding too, and the model would have another loss than the run said."""
+    with pytest.raises(ValueError, match="lm_head, whose weights are also those of model.embed_tokens"):
+        here(lora_rank=2, lora_targets=["q_proj", "lm_head"])
+    dense_folder(tmp_path / "untied", tie_word_embeddings=False)
+    options = {"lora_rank": 2, "lora_targets": ["lm_head"], "map": "none", "checkpoint_every": 0}
+    summary = here(model=str(tmp_path / "untied"), **options)
+    again = here(
+        model=str(tmp_path / "run" / "model"), output=str(tmp_path / "again"), map="none", steps=1, learning_rate=0.0
+    )
+    assert again["eval_loss"][0][1] == pytest.approx(summary["eval_loss"][-1][1], rel=1e-5)
+    assert summary["eval_loss"][-1][1] < summary["eval_loss"][0][1] - 0.01
+
+
 def test_lora_adapter_round_trip(here, home, tmp_path):
     peft = pytest.importorskip("peft")
     convert_model(ConvertArguments(model=str(home / "dense"), output=str(tmp_path / "sparse")))
@@ -559,6 +573,56 @@ def test_output_in_use(here, tmp_path, capsys):
         with pytest.raises(FileExistsError, match="holds no training run"):
             here(output=str(other), **changes)
     assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+
+def test_a_checkpoint_of_elsewhere_costs_no_run(here, tmp_path):
+    """A checkpoint is named that is of another run than the one in output."""
+    short = {"steps": 4, "checkpoint_every": 2}
+    here(output=str(tmp_path / "one"), **short)
+    here(output=str(tmp_path / "two"), seed=1, **short)
+    (tmp_path / "two" / "summary.json").unlink()
+    kept = {file: file.read_bytes() for file in (tmp_path / "two").rglob("*") if file.is_file()}
+    checkpoint = str(tmp_path / "one" / "checkpoints" / "step-00000002")
+    with pytest.raises(ValueError, match=r"two holds another run than .*seed 1.*, which would be lost"):
+        here(output=str(tmp_path / "two"), resume=checkpoint, **short)
+    assert kept == {file: file.read_bytes() for file in (tmp_path / "two").rglob("*") if file.is_file()}
+    here(output=str(tmp_path / "three"), resume=checkpoint, **short)
+    assert_same_weights(tmp_path / "one", tmp_path / "three")
+
+
+def test_a_run_goes_on_in_the_precision_it_had(here, monkeypatch, tmp_path):
+    """Also if accelerate was told it, and not train."""
+    from accelerate.state import AcceleratorState
+
+    # As a new process finds it.
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    here(steps=4, checkpoint_every=2)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    AcceleratorState._reset_state(True)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(ValueError, match="mixed_precision 'bf16' then, 'no' now"):
+        here(steps=4, checkpoint_every=2, resume="auto")
+    # What was written before did not know it.
+    file = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
+    file.write_text(file.read_text().replace('"mixed_precision": "bf16"', '"mixed_precision": null'))
+    assert here(steps=4, checkpoint_every=2, resume="auto")["mixed_precision"] == "no"
+
+
+@pytest.mark.parametrize("changes", [{"save_dtype": "bfloat16"}, {"lora_save": "adapter"}])
+def test_a_finished_run_is_not_saved_otherwise_in_silence(here, home, tmp_path, changes):
+    convert_model(ConvertArguments(model=str(home / "dense"), output=str(tmp_path / "sparse"), train_length=32))
+    options = {"model": str(tmp_path / "sparse"), "lora_rank": 2, "steps": 2, "checkpoint_every": 2, "resume": "auto"}
+    summary = here(**options)
+    assert here(**options) == summary
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} is .* finished and saved with .*summary.json"):
+        here(**options, **changes)
+    # The way out that it names.
+    (tmp_path / "run" / "summary.json").unlink()
+    assert here(**options, **changes)["eval_loss"] == summary["eval_loss"]
+    saved = tmp_path / "run" / "model"
+    is_adapter = (saved / "adapter_config.json").is_file()
+    assert is_adapter or weights(tmp_path / "run")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_full_disk(here, tmp_path, monkeypatch):

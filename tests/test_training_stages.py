@@ -541,6 +541,48 @@ def test_a_failed_step(here, tmp_path, monkeypatch, kind):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "skip").values())
 
 
+def test_a_step_without_memory_leaves_nothing_of_its_passes(here, tmp_path, monkeypatch):
+    """Wherever among the passes of a step memory runs out, the run is the same."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    options = {"eval_data": [], "eval_blocks": None, "statistics_blocks": 0, "checkpoint_every": 0, "steps": 3}
+    # Two layers and four passes: the second step begins with call 9.
+    for failed in (9, 13):
+        calls = []
+
+        def broken(self, hidden, failed=failed, calls=calls):
+            calls.extend([1] if self.training else [])
+            if self.training and len(calls) == failed:
+                raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+            return forward(self, hidden)
+
+        monkeypatch.setattr(LlamaMLP, "forward", broken)
+        output = str(tmp_path / f"call{failed}")
+        summary = here(output=output, on_nonfinite="skip", batch_size=1, gradient_accumulation=4, **options)
+        assert summary["skipped_steps"] == 1
+    assert_same_weights(tmp_path / "call9", tmp_path / "call13")
+
+
+def test_a_step_that_is_left_out_does_not_end_the_next_one_in_fp16(here, monkeypatch):
+    """Gradients are scaled: the scaler takes a step that was left out for one."""
+    from hf_sparse_attention.train import loop
+
+    make = loop.make_accelerator
+
+    def scaling(*arguments, **keywords):
+        accelerator = make(*arguments, **keywords)
+        accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        # Accelerate has one on GPUs alone.
+        accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", scaling)
+    _poison(monkeypatch, "nan", 3)
+    summary = here(on_nonfinite="skip", checkpoint_every=0)
+    assert summary["skipped_steps"] == 1 and math.isfinite(summary["train_loss"])
+
+
 def test_a_gradient_that_is_not_finite(here, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -591,6 +633,7 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"stages": ["steps 3"]}, "it must be a mapping"),
         ({"stages": ["{steps: 3}", "{stage: match}"]}, "it can only come first"),
         ({"stages": ["{steps: 0}"]}, "steps is 0"),
+        ({"stages": ["{steps: 2}"] * 2, "lora_rank": 2, "lora_save": "adapter"}, "stage 2 goes on from a whole model"),
     ],
 )
 def test_options_without_effect(here, tmp_path, changes, message):

@@ -141,8 +141,10 @@ def train_stage(
     passes, processes = arguments.gradient_accumulation, accelerator.num_processes
     step_tokens = phases[0].batch_size * phases[0].block_size * passes * processes
     lengths = block_size if len(sizes) == 1 else sizes
-    identity = identity_of(arguments, step_tokens // phases[0].block_size, lengths, tokenizer, source, dense_source)
-    if arguments.resume == "auto" and (finished := finished_summary(output, identity)) is not None:
+    # What accelerate was told counts as if it were an option.
+    known = replace(arguments, mixed_precision=accelerator.mixed_precision)
+    identity = identity_of(known, step_tokens // phases[0].block_size, lengths, tokenizer, source, dense_source)
+    if arguments.resume == "auto" and (finished := finished_summary(output, arguments, identity)) is not None:
         accelerator.print(f"{output} holds this run, finished: nothing to do")
         return finished
 
@@ -181,7 +183,7 @@ def train_stage(
         if arguments.lora_rank:
             return with_lora(
                 model, rank=arguments.lora_rank, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
-                targets=arguments.lora_targets,
+                targets=arguments.lora_targets, merged=arguments.lora_save == "merge",
             )  # fmt: skip
         freeze(model, arguments.trained or ("map" if matches else "all"))
         return model
@@ -324,6 +326,8 @@ def train_stage(
                 accelerator.step = 0
                 if accelerator.device.type == "cuda":
                     torch.cuda.empty_cache()
+                # In the middle of a step's passes accelerate's optimizer would keep what the earlier ones gave.
+                model.zero_grad()
             if watch is not None:
                 all_agree(accelerator, watch.close())
                 checked = True
@@ -343,6 +347,9 @@ def train_stage(
                     if arguments.on_nonfinite == "stop":
                         metrics.write(done, "failed", reason=report)
                         raise RuntimeError(f"{report}. {last_whole(output)}")
+                    if accelerator.scaler is not None:
+                        # Its gradients were unscaled, which can be done once between two updates.
+                        accelerator.scaler.update()
             if not checked and report is None and (alpha != 1.0 or target == 1.0):
                 _warn_of_idle(model, accelerator)
                 checked = True

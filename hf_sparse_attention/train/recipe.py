@@ -131,12 +131,17 @@ def attention_projections(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def with_lora(model: nn.Module, *, rank: int, alpha: float | None, dropout: float, targets: list[str]) -> nn.Module:
+def with_lora(
+    model: nn.Module, *, rank: int, alpha: float | None, dropout: float, targets: list[str], merged: bool = False
+) -> nn.Module:
     """The model with LoRA adapters; the map's new parameters are trained and saved whole.
+
+    Args:
+        merged: whether the adapters are to become part of the weights.
 
     Raises:
         ImportError: without PEFT.
-        ValueError: for a target the model does not have.
+        ValueError: for a target the model does not have, or one whose weights cannot take up an adapter alone.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -150,6 +155,12 @@ def with_lora(model: nn.Module, *, rank: int, alpha: float | None, dropout: floa
             f"lora_targets names {', '.join(unknown)}, which the model does not have; its attention has "
             f"{', '.join(attention_projections(model))}"
         )
+    if merged and (tied := _tied(modules, targets)):
+        raise ValueError(
+            f"lora_targets names {tied[0]}, whose weights are also those of {tied[1]}: merged, the adapter would "
+            "change both, and the model would be another than the one that was trained. Leave it out, or keep the "
+            "adapter of a sparse model with --lora_save adapter"
+        )
     whole = [leaf for leaf in NEW_MODULES if any(name.endswith(f".{leaf}") for name in modules)]
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -160,6 +171,18 @@ def with_lora(model: nn.Module, *, rank: int, alpha: float | None, dropout: floa
         modules_to_save=whole or None,
     )
     return get_peft_model(model, lora)
+
+
+def _tied(modules: dict[str, nn.Module], targets: list[str]) -> tuple[str, str] | None:
+    """Of two modules that share a parameter, one of them a target: the target and the other one."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            other = owners.setdefault(parameter, name)
+            for one, two in ((name, other), (other, name)):
+                if one != two and any(f".{one}".endswith(f".{target}") for target in targets):
+                    return one, two
+    return None
 
 
 def idle_parameters(model: nn.Module) -> list[str]:

@@ -113,7 +113,12 @@ def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
                     f"stage {number} is 'match', which needs the dense model's own layers: it can only come first"
                 )
         found.append(stage)
-    for stage in found:
+    for number, stage in enumerate(found, start=1):
+        if stage.lora_rank and stage.lora_save == "adapter" and stage is not found[-1]:
+            raise ValueError(
+                f"lora_save is 'adapter' in stage {number}, but stage {number + 1} goes on from a whole model: set "
+                "lora_save in the last stage alone"
+            )
         check_arguments(stage)
     _check_steps(arguments, found)
     return found
