@@ -173,6 +173,15 @@ def test_match_stage(here, home, tmp_path, changes):
     assert all(after[name].count_nonzero() for name in new)
 
 
+def test_adapters_of_dense_layers_do_not_match(here, capsys):
+    """They have no gradient, for which several processes would wait."""
+    summary = here(stage="match", lora_rank=2, layers="1", checkpoint_every=0)
+    # 4 projections of layer 1, and its factor.
+    every = here(stage="match", lora_rank=2, checkpoint_every=0, overwrite=True)
+    assert 2 * summary["trainable_parameters"] == every["trainable_parameters"]
+    assert "get no gradient" not in capsys.readouterr().out
+
+
 def test_some_heads_alone(here, home, tmp_path):
     """Matched and trained, the heads that were left out keep softmax, and there is no factor for them."""
     stages = [{"stage": "match", "steps": 2, "trained": "attention"}, {"steps": 2, "alpha_schedule": "none"}]

@@ -54,6 +54,7 @@ from .recipe import (
     LOWEST_ALPHA,
     alpha_at,
     freeze,
+    freeze_outside_sparse_layers,
     fused_adamw,
     idle_parameters,
     parameter_groups,
@@ -181,10 +182,13 @@ def train_stage(
         model, _ = load_model(source, None if source.is_sparse else settings, arguments.dtype)
         start_factors(model, arguments.scale_start, arguments.seed)
         if arguments.lora_rank:
-            return with_lora(
+            model = with_lora(
                 model, rank=arguments.lora_rank, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
                 targets=arguments.lora_targets, merged=arguments.lora_save == "merge",
             )  # fmt: skip
+            if matches:
+                freeze_outside_sparse_layers(model)
+            return model
         freeze(model, arguments.trained or ("map" if matches else "all"))
         return model
 

@@ -109,7 +109,7 @@ def freeze(model: nn.Module, trained: str) -> None:
         return
     chosen = set(new_parameter_names(model))
     if trained == "attention":
-        inside = {id(item) for _, layer in attention_layers(model) for item in layer.parameters()}
+        inside = _inside_sparse_layers(model)
         chosen |= {name for name, item in model.named_parameters() if id(item) in inside}
     if not chosen:
         raise ValueError(
@@ -118,6 +118,18 @@ def freeze(model: nn.Module, trained: str) -> None:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
+
+
+def freeze_outside_sparse_layers(model: nn.Module) -> None:
+    """Freezes what a stage that matches has no gradient for: adapters elsewhere than in a sparse layer's attention."""
+    inside = _inside_sparse_layers(model)
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.requires_grad_(False)
+
+
+def _inside_sparse_layers(model: nn.Module) -> set[int]:
+    return {id(item) for _, layer in attention_layers(model) for item in layer.parameters()}
 
 
 def attention_projections(model: nn.Module) -> list[str]:
