@@ -30,7 +30,7 @@ from hf_sparse_attention.convert import ConvertArguments, convert_model
 from hf_sparse_attention.maps import ASEntmaxScale
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.text import encode_documents, read_documents
-from hf_sparse_attention.train import TrainArguments, train_model
+from hf_sparse_attention.train import TableArguments, TrainArguments, table_of_runs, train_model
 from hf_sparse_attention.train.packing import Blocks, ShuffledBlocks, StreamedBlocks, batch_of, pack
 from hf_sparse_attention.train.recipe import alpha_at, parameter_groups, rate_at
 from hf_sparse_attention.train.state import whole_states
@@ -607,6 +607,39 @@ def test_a_run_goes_on_in_the_precision_it_had(here, monkeypatch, tmp_path):
     file = tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json"
     file.write_text(file.read_text().replace('"mixed_precision": "bf16"', '"mixed_precision": null'))
     assert here(steps=4, checkpoint_every=2, resume="auto")["mixed_precision"] == "no"
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_held_out_loss_that_is_not_finite_costs_no_model(here, home, tmp_path, capsys, every):
+    """Of a word that is trained on nowhere. It is not passed over either: the loss before it is not the last one."""
+    tokenizer = AutoTokenizer.from_pretrained(home / "dense")
+    (number,) = set(tokenizer("the Q cat")["input_ids"]) & {410}
+    assert number not in tokenizer((home / "train.txt").read_text(), truncation=False, verbose=False)["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(dense_folder(tmp_path / "dense", tie_word_embeddings=False))
+    model.get_input_embeddings().weight.data[number] = math.nan
+    model.save_pretrained(tmp_path / "dense")
+    (tmp_path / "eval.txt").write_text((home / "eval.txt").read_text().replace("cat", "Q"))
+    options = {"model": str(tmp_path / "dense"), "eval_data": [str(tmp_path / "eval.txt")], "checkpoint_every": every}
+    summary = here(steps=4, eval_every=2, **options)
+    assert summary["eval_loss"] == [[0, None], [2, None], [4, None]] and math.isfinite(summary["train_loss"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model") is not None
+    shown = capsys.readouterr().out
+    assert "warning: at step 2 the held-out loss is nan" in shown
+    assert "held-out loss: not finite at step 0 (alpha 1), not finite at step 4" in shown
+    table_of_runs(TableArguments([str(tmp_path / "run")], output_dir=str(tmp_path / "table"), figure=False))
+    assert "held-out loss not finite" in (tmp_path / "table" / "table.md").read_text()
+
+
+def test_held_out_text_with_nothing_to_predict(home, here, tmp_path):
+    for file in (home / "dense").iterdir():
+        (tmp_path / "dense").mkdir(exist_ok=True)
+        shutil.copyfile(file, tmp_path / "dense" / file.name)
+    config = tmp_path / "dense" / "tokenizer_config.json"
+    values = {key: value for key, value in json.loads(config.read_text()).items() if key[:3] not in ("bos", "eos")}
+    config.write_text(json.dumps(values))
+    (tmp_path / "ones.txt").write_text("\n<|endoftext|>\n".join("a" * 40))
+    with pytest.raises(ValueError, match="nothing to predict in 4 blocks of 2: every token begins a document"):
+        here(model=str(tmp_path / "dense"), eval_data=[str(tmp_path / "ones.txt")], block_size=2)
 
 
 @pytest.mark.parametrize("changes", [{"save_dtype": "bfloat16"}, {"lora_save": "adapter"}])

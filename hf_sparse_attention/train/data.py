@@ -84,7 +84,13 @@ def held_out_blocks(arguments: TrainArguments, tokenizer, block_size: int) -> di
     )
     _check_tokens("eval_data", arguments.eval_data, len(starts), len(tokens), block_size)
     blocks = Blocks(tokens, starts, block_size)
-    return batch_of(*blocks.rows(np.arange(min(len(blocks), arguments.eval_blocks))))
+    batch = batch_of(*blocks.rows(np.arange(min(len(blocks), arguments.eval_blocks))))
+    if not (batch["labels"] != IGNORED_LABEL).any():
+        raise ValueError(
+            f"eval_data {', '.join(arguments.eval_data)} has nothing to predict in {len(batch['labels'])} blocks of "
+            f"{block_size}: every token begins a document or a block. Use longer documents or a larger --block_size"
+        )
+    return batch
 
 
 def _check_tokens(option: str, names: list[str], documents: int, tokens: int, block_size: int) -> None:

@@ -275,11 +275,15 @@ def train_stage(
         set_matching(model, False)
         if held_out is not None:
             loss = held_out_loss(wrapped, held_out_batches(held_out, phases[-1].batch_size, accelerator), accelerator)
+            if not math.isfinite(loss):
+                # What is trained on is not the matter; the files of a run have no such number.
+                accelerator.print(f"warning: at step {step} the held-out loss is {loss}")
+                loss = None
             run["held_out"].append([step, loss])
             metrics.write(step, "eval", loss=loss, **alpha)
         if target is not None and arguments.statistics_blocks:
             looked = attention_statistics(wrapped, tensors_of(watched, slice(None), accelerator.device))
-            run["attention"], by_layer = looked
+            run["attention"], by_layer = ({} if _not_finite(found) else found for found in looked)
             metrics.write(step, "attention", **alpha, **run["attention"])
             metrics.write(step, "layers", **by_layer)
         set_matching(model, True)
@@ -429,6 +433,10 @@ def train_stage(
         tracker.finish()
     accelerator.free_memory()
     return summary
+
+
+def _not_finite(numbers: dict[str, float]) -> bool:
+    return not all(map(math.isfinite, numbers.values()))
 
 
 def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, accelerator) -> None:

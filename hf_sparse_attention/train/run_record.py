@@ -190,7 +190,9 @@ def _read_run(folder: Path) -> Run:
         if summary is not None:
             _ = run.held_out, summary["fingerprint"]
             skipped = summary["skipped_steps"]
-            return Run(folder, parts, summary, f"{skipped} steps left out" if skipped else "")
+            remarks = [f"{skipped} steps left out"] if skipped else []
+            remarks += ["held-out loss not finite"] if summary.get("eval_loss") and run.loss is None else []
+            return Run(folder, parts, summary, "; ".join(remarks))
         return Run(folder, parts, None, _how_far(places, parts))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise OSError(
