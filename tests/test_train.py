@@ -609,6 +609,41 @@ def test_a_run_goes_on_in_the_precision_it_had(here, monkeypatch, tmp_path):
     assert here(steps=4, checkpoint_every=2, resume="auto")["mixed_precision"] == "no"
 
 
+def test_the_command_says_the_precision_that_accelerate_was_told(here, monkeypatch, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    one = here(steps=1, checkpoint_every=0)
+    several = here(stages=["{steps: 1}", "{steps: 1}"], output=str(tmp_path / "several"), checkpoint_every=0)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    AcceleratorState._reset_state(True)
+    assert all("--mixed_precision bf16" in summary["command"] for summary in (one, several, several["stages"][0]))
+    assert "--mixed_precision" not in here(steps=1, checkpoint_every=0, overwrite=True)["command"]
+
+
+def test_seconds_of_devices_are_those_of_each_time(here, tmp_path):
+    """A run that began on four devices for 25 s and ends on one."""
+    short = {"steps": 2, "checkpoint_every": 2}
+    first = here(**short)
+    assert first["device_seconds"] == first["seconds"]
+    (tmp_path / "run" / "summary.json").unlink()
+    file = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
+    state = json.loads(file.read_text())
+    state["run"] |= {"seconds": 25.0, "device_seconds": 100.0}
+    file.write_text(json.dumps(state))
+    # Every step is done.
+    summary = here(**short, resume="auto")
+    assert (summary["seconds"], summary["device_seconds"]) == (25.0, 100.0)
+    table_of_runs(TableArguments([str(tmp_path / "run")], output_dir=str(tmp_path / "table"), figure=False))
+    assert "| 1.7 |" in (tmp_path / "table" / "table.md").read_text()
+    # One from before its devices were counted.
+    (tmp_path / "run" / "summary.json").unlink()
+    del state["run"]["device_seconds"]
+    file.write_text(json.dumps(state))
+    assert here(**short, resume="auto")["device_seconds"] == 25.0
+
+
 @pytest.mark.parametrize("every", [0, 2])
 def test_a_held_out_loss_that_is_not_finite_costs_no_model(here, home, tmp_path, capsys, every):
     """Of a word that is trained on nowhere. It is not passed over either: the loss before it is not the last one."""

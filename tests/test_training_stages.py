@@ -632,6 +632,8 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"lora_rank": 2, "trained": "map"}, "the adapters and the map's are trained"),
         ({"map": "none", "alpha_schedule": "linear"}, "alpha_schedule has no place"),
         ({"alpha_schedule": "none", "alpha_start": 1.2}, "alpha_start needs an alpha that rises"),
+        ({"alpha_schedule": "none", "alpha_share": 0.2}, "alpha_share needs an alpha that rises"),
+        ({"schedule": "constant", "final_share": 0.2}, "final_share needs a learning rate that falls"),
         ({"map": "ssmax", "alpha_schedule": "linear"}, "alpha_schedule would raise alpha, which is 1 throughout"),
         ({"alpha_start": 1.7}, "alpha_start is 1.7, above the alpha at the end"),
         ({"max_positions": 128}, "max_positions is 128"),

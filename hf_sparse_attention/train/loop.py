@@ -241,6 +241,8 @@ def train_stage(
         begin()
     start, run = begin_run(output, arguments, identity, checkpoint, accelerator, model, optimizer, data)
     earlier = run["seconds"]
+    # A run from before counted its seconds alone.
+    earlier_of_devices = run.setdefault("device_seconds", earlier * processes)
     metrics = Metrics(output / "metrics.jsonl", start, accelerator)
     if arguments.report_to:
         accelerator.init_trackers(
@@ -402,6 +404,8 @@ def train_stage(
             if done % arguments.eval_every == 0 or done == arguments.steps:
                 evaluate(done)
             run["seconds"] = earlier + time.perf_counter() - begun
+            # It may have had another number of processes before.
+            run["device_seconds"] = earlier_of_devices + (run["seconds"] - earlier) * processes
             if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or done == arguments.steps):
                 metrics.flush()
                 save_state(

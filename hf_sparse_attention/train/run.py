@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -198,6 +198,7 @@ def begin_run(
         fresh = {
             "tokens": 0,
             "seconds": 0.0,
+            "device_seconds": 0.0,
             "skipped": 0,
             "loss": None,
             "held_out": [],
@@ -256,18 +257,27 @@ def summary_of(
         "hardware": f"{accelerator.num_processes} x {device}",
         "mixed_precision": accelerator.mixed_precision,
         "seconds": run["seconds"],
+        "device_seconds": run["device_seconds"],
         "tokens_per_second": run["tokens"] / run["seconds"] if run["seconds"] else None,
         "flop_utilisation": run["utilisation"],
         "versions": {
             "hf-sparse-attention": VERSION,
             **_versions("torch", "transformers", "accelerate", "peft", "triton"),
         },
-        "command": command_of(arguments, accelerator.num_processes),
+        "command": command_of(arguments, accelerator.num_processes, accelerator.mixed_precision),
     }
 
 
-def command_of(arguments: TrainArguments, processes: int) -> str:
-    """The command line that gives these arguments, however they were given."""
+def device_seconds(summary: dict) -> float:
+    """Seconds of all devices together; of a run from before as if it had had as many as at its end throughout."""
+    known = summary.get("device_seconds")
+    return summary["seconds"] * int(summary["hardware"].split(" x ")[0]) if known is None else known
+
+
+def command_of(arguments: TrainArguments, processes: int, mixed_precision: str = "no") -> str:
+    """The command line that gives these arguments, however they were given; the precision may be accelerate's."""
+    if mixed_precision != "no":
+        arguments = replace(arguments, mixed_precision=mixed_precision)
     words = ["hf-sparse-attention", "train"]
     if processes > 1:
         words = ["accelerate", "launch", "--num_processes", str(processes), "-m", "hf_sparse_attention.train"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import tables
-from .run import FREE
+from .run import FREE, device_seconds
 
 # What may differ between two runs of a recipe; and where something lies, which their fingerprints stand for.
 _NO_RECIPE = FREE | {
@@ -132,7 +132,7 @@ class Run:
         """Minutes of all its devices together."""
         if self.summary is None:
             return None
-        return self.summary["seconds"] / 60 * int(self.summary["hardware"].split(" x ")[0])
+        return device_seconds(self.summary) / 60
 
 
 def is_training(file: Path) -> bool:

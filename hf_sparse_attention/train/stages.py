@@ -19,7 +19,7 @@ from .lengths import parse_block_sizes
 from .loop import train_stage
 from .plan import default_block_size, find_source, find_teacher, settings_of
 from .publish import check_push, push_run
-from .run import check_output, command_of, print_summary
+from .run import check_output, command_of, device_seconds, print_summary
 
 # Options that are those of the whole run: what it starts from, reads and writes.
 COMMON = {
@@ -247,6 +247,7 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
     """The last stage's summary, as one of the whole run."""
     first, last = summaries[0], summaries[-1]
     total = {name: sum(summary[name] for summary in summaries) for name in ("steps", "tokens", "seconds", "epochs")}
+    total["device_seconds"] = sum(map(device_seconds, summaries))
     total["tokens_per_second"] = total["tokens"] / total["seconds"] if total["seconds"] else None
     held_out, alphas, steps = [], [], 0
     for summary in summaries:
@@ -264,5 +265,5 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
         "recipe": arguments.recipe,
         "stages": summaries,
         "options": {name: value for name, value in asdict(arguments).items() if name not in ("output", "resume")},
-        "command": command_of(arguments, processes),
+        "command": command_of(arguments, processes, last["mixed_precision"]),
     }
