@@ -292,7 +292,13 @@ def test_a_run_is_kept_with_its_card(home, tmp_path):
     report_model(ReportArguments(
         model=str(run / "model"), length=16, windows=2, html=False, output_dir=str(run / "report"), **text
     ))  # fmt: skip
+    # Pictures of other numbers.
+    (run / "evaluation" / "depth.png").write_bytes(b"earlier")
+    (tmp_path / "cards" / "tiny").mkdir(parents=True)
+    (tmp_path / "cards" / "tiny" / "exact_match.png").write_bytes(b"earlier")
     card = keep.keep_run(arguments)
+    pictures = {file.name for file in (tmp_path / "cards" / "tiny").glob("*.png")}
+    assert "results.png" in pictures and not pictures & {"depth.png", "exact_match.png"}
     push_model(PushArguments(model=str(run / "model"), dry_run=str(tmp_path / "up"), license="mit"))
     assert card.read_text() == (tmp_path / "up" / "README.md").read_text()
     kept = sorted((tmp_path / "cards" / "tiny").iterdir())
