@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import re
+import shutil
 
+import families
 import pytest
 import torch
 from torch.nn import functional as F
@@ -180,6 +182,28 @@ def test_adapters_of_dense_layers_do_not_match(here, capsys):
     every = here(stage="match", lora_rank=2, checkpoint_every=0, overwrite=True)
     assert 2 * summary["trainable_parameters"] == every["trainable_parameters"]
     assert "get no gradient" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["starcoder2", "seed_oss"])
+def test_layers_match_without_dropout(here, home, tmp_path, name):
+    """These families drop a part of the attention's output: matched to another draw of it, a layer's shrinks."""
+    errors, saved = {}, {}
+    for dropout in (0.0, 0.3):
+        folder = tmp_path / f"dense{dropout}"
+        families.dense_model(name, vocab_size=512, residual_dropout=dropout).save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(home / "dense" / file, folder / file)
+        output = tmp_path / f"run{dropout}"
+        options = {"stage": "match", "trained": "attention", "lora_rank": 0, "checkpoint_every": 0, "steps": 4}
+        errors[dropout] = here(model=str(folder), output=str(output), **options)["train_loss"]
+        saved[dropout] = weights(output)
+    assert errors[0.3] == errors[0.0]
+    assert all(torch.equal(value, saved[0.3][key]) for key, value in saved[0.0].items())
+
+
+def test_dropout_of_adapters_stays_where_they_match(here):
+    options = {"stage": "match", "lora_rank": 2, "checkpoint_every": 0, "steps": 4, "overwrite": True}
+    assert here(**options)["train_loss"] != here(**options, lora_dropout=0.5)["train_loss"]
 
 
 def test_some_heads_alone(here, home, tmp_path):

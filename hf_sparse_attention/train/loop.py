@@ -38,7 +38,15 @@ from .distributed import (
 from .faults import explain_no_memory, explain_not_finite, last_whole
 from .head import Distillation, chunk_loss
 from .lengths import parse_block_sizes, phase_at, phases_of
-from .matching import begin_matching, end_matching, match_errors, matched, measure_scales, set_matching
+from .matching import (
+    begin_matching,
+    end_matching,
+    leave_out_dropout,
+    match_errors,
+    matched,
+    measure_scales,
+    set_matching,
+)
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
 from .plan import (
@@ -289,7 +297,11 @@ def train_stage(
             metrics.write(step, "attention", **alpha, **run["attention"])
             metrics.write(step, "layers", **by_layer)
         set_matching(model, True)
+
+    def learn() -> None:
         wrapped.train()
+        if matches:
+            leave_out_dropout(model)
 
     def share_of_loss(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """(1,) this part's share of the step's mean loss; when matching (layers,), one for each layer."""
@@ -302,7 +314,7 @@ def train_stage(
     window, checked = run["window"], False
     window_begun, window_tokens = time.perf_counter(), 0
     peak = peak_flops(accelerator.device)
-    wrapped.train()
+    learn()
     with tqdm(
         total=arguments.steps, initial=start, desc="train", unit="step", disable=not accelerator.is_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
@@ -403,6 +415,7 @@ def train_stage(
             pause = time.perf_counter()
             if done % arguments.eval_every == 0 or done == arguments.steps:
                 evaluate(done)
+                learn()
             run["seconds"] = earlier + time.perf_counter() - begun
             # It may have had another number of processes before.
             run["device_seconds"] = earlier_of_devices + (run["seconds"] - earlier) * processes
