@@ -31,6 +31,7 @@ from hf_sparse_attention.maps import ASEntmaxScale
 from hf_sparse_attention.models import new_parameter_names
 from hf_sparse_attention.text import encode_documents, read_documents
 from hf_sparse_attention.train import TableArguments, TrainArguments, table_of_runs, train_model
+from hf_sparse_attention.train.data import check_texts
 from hf_sparse_attention.train.packing import Blocks, ShuffledBlocks, StreamedBlocks, batch_of, pack
 from hf_sparse_attention.train.recipe import alpha_at, parameter_groups, rate_at
 from hf_sparse_attention.train.state import whole_states
@@ -663,6 +664,22 @@ def test_a_held_out_loss_that_is_not_finite_costs_no_model(here, home, tmp_path,
     assert "held-out loss: not finite at step 0 (alpha 1), not finite at step 4" in shown
     table_of_runs(TableArguments([str(tmp_path / "run")], output_dir=str(tmp_path / "table"), figure=False))
     assert "held-out loss not finite" in (tmp_path / "table" / "table.md").read_text()
+
+
+def test_held_out_text_is_not_trained_on(home, here, tmp_path):
+    """As a pattern that takes both files would have it."""
+    for name in ("train.txt", "eval.txt"):
+        shutil.copyfile(home / name, tmp_path / name)
+    (tmp_path / "same.txt").symlink_to(tmp_path / "eval.txt")
+    for names in (["*.txt"], ["train.txt", "same.txt"]):
+        with pytest.raises(ValueError, match="eval.txt, which train_data has too"):
+            here(train_data=[str(tmp_path / name) for name in names], eval_data=[str(tmp_path / "eval.txt")])
+    assert not (tmp_path / "run").exists()
+    # Splits of a dataset are other texts.
+    values = {"model": "m", "output": "o", "train_data": ["a/b"], "eval_data": ["a/b"]}
+    check_texts(TrainArguments(**values, eval_split="validation"))
+    with pytest.raises(ValueError, match="eval_data has a/b"):
+        check_texts(TrainArguments(**values, eval_split="train"))
 
 
 def test_held_out_text_with_nothing_to_predict(home, here, tmp_path):

@@ -17,10 +17,18 @@ from tqdm import tqdm
 from ..files import write_json
 from ..loading import count_parameters, load_model
 from ..models import new_parameter_names, set_alpha
-from ..text import find_texts, load_tokenizer
+from ..text import load_tokenizer
 from .arguments import TrainArguments, check_arguments
 from .compilation import compile_parts, hold_rising_alpha
-from .data import held_out_batches, held_out_blocks, packed_tokens, rows_of_process, streamed_blocks, tensors_of
+from .data import (
+    check_texts,
+    held_out_batches,
+    held_out_blocks,
+    packed_tokens,
+    rows_of_process,
+    streamed_blocks,
+    tensors_of,
+)
 from .distributed import (
     all_agree,
     backward,
@@ -123,9 +131,7 @@ def train_stage(
         raise ValueError(f"report_to names {', '.join(lost)}, which is not installed")
     output = Path(arguments.output).expanduser()
     check_output(output, arguments)
-    for names in (arguments.train_data, arguments.eval_data):
-        if names:
-            find_texts(names)
+    check_texts(arguments)
 
     # The model's folder; what the run will make of it.
     with state.local_main_process_first():
