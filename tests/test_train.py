@@ -610,6 +610,18 @@ def test_a_run_goes_on_in_the_precision_it_had(here, monkeypatch, tmp_path):
     assert here(steps=4, checkpoint_every=2, resume="auto")["mixed_precision"] == "no"
 
 
+def test_a_process_keeps_its_precision_and_says_so(here, tmp_path):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    here(steps=1, checkpoint_every=0, mixed_precision="bf16")
+    with pytest.raises(ValueError, match="mixed_precision is no, but this process has already trained with bf16"):
+        here(steps=1, checkpoint_every=0, output=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    AcceleratorState._reset_state(True)
+    assert here(steps=1, checkpoint_every=0, overwrite=True)["mixed_precision"] == "no"
+
+
 def test_the_command_says_the_precision_that_accelerate_was_told(here, monkeypatch, tmp_path):
     from accelerate.state import AcceleratorState
 
