@@ -751,12 +751,31 @@ def test_loss_that_is_not_finite(here, tmp_path):
     ):
         here(learning_rate=1e38, clip=0, eval_data=[], eval_blocks=None, statistics_blocks=0)
     assert not (tmp_path / "run" / "model").exists()
-    summary = here(
-        learning_rate=1e38, clip=0, on_nonfinite="skip", output=str(tmp_path / "skip"), eval_data=[], eval_blocks=None,
-        statistics_blocks=0,
-    )  # fmt: skip
-    assert summary["skipped_steps"] == 7
-    assert [line["step"] for line in metrics(tmp_path / "skip") if line["kind"] == "skipped"] == list(range(2, 9))
+    # Its parameters are infinite, and to leave out every step to the end would leave no model.
+    options = {"eval_data": [], "eval_blocks": None, "statistics_blocks": 0, "output": str(tmp_path / "skip")}
+    with pytest.raises(RuntimeError, match="step 2: loss nan.*; model.* is not finite itself, which no later step"):
+        here(learning_rate=1e38, clip=0, on_nonfinite="skip", **options)
+
+
+@pytest.mark.parametrize("changes", [{"checkpoint_every": 1}, {"checkpoint_every": 0}, {"on_nonfinite": "skip"}])
+def test_parameters_that_are_not_finite_replace_no_checkpoint(here, tmp_path, monkeypatch, changes):
+    """The last of 8 steps makes one, after which no loss is computed."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def spoil(self, *arguments, **keywords):
+        step(self, *arguments, **keywords)
+        calls.append(1)
+        if len(calls) == 8:
+            self.param_groups[-1]["params"][-1].data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    options = {"eval_data": [], "eval_blocks": None, "statistics_blocks": 0, "keep_checkpoints": 1, **changes}
+    with pytest.raises(RuntimeError, match=r"step 8: model\.layers.* is not finite after it"):
+        here(**options)
+    left = [path.name for path in whole_states(tmp_path / "run" / "checkpoints")]
+    assert left == {0: [], 1: ["step-00000007"]}.get(options.get("checkpoint_every"), ["step-00000004"])
+    assert not (tmp_path / "run" / "model").exists()
+    assert metrics(tmp_path / "run")[-1]["kind"] == "failed"
 
 
 # Bad input

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from .distributed import (
     way_of,
     whole_parameters,
 )
-from .faults import explain_no_memory, explain_not_finite, last_whole
+from .faults import explain_no_memory, explain_not_finite, last_whole, spoiled_parameters
 from .head import Distillation, chunk_loss
 from .lengths import parse_block_sizes, phase_at, phases_of
 from .matching import (
@@ -304,6 +305,16 @@ def train_stage(
             metrics.write(step, "layers", **by_layer)
         set_matching(model, True)
 
+    def stop(step: int, reason: str, error: BaseException | None = None) -> NoReturn:
+        metrics.write(step, "failed", reason=reason)
+        raise RuntimeError(f"{reason}. {last_whole(output)}") from error
+
+    # Some models have rows of no token that are not numbers.
+    spoiled_before = spoiled_parameters(accelerator, model)
+
+    def newly_spoiled() -> list[str]:
+        return [name for name in spoiled_parameters(accelerator, model) if name not in spoiled_before]
+
     def learn() -> None:
         wrapped.train()
         if matches:
@@ -349,8 +360,7 @@ def train_stage(
                 report = explain_no_memory(error, model, numbers, data, step=done)
                 # The other processes wait for this one's gradients: no step can be skipped by one of several.
                 if arguments.on_nonfinite == "stop" or processes > 1 or is_zero(model):
-                    metrics.write(done, "failed", reason=report)
-                    raise RuntimeError(f"{report}. {last_whole(output)}") from error
+                    stop(done, report, error)
                 accelerator.step = 0
                 if accelerator.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -373,8 +383,9 @@ def train_stage(
                         numbers, data, values=values + (f", alpha {alpha:g}" if alpha is not None else ""),
                     )  # fmt: skip
                     if arguments.on_nonfinite == "stop":
-                        metrics.write(done, "failed", reason=report)
-                        raise RuntimeError(f"{report}. {last_whole(output)}")
+                        stop(done, report)
+                    if spoiled := newly_spoiled():
+                        stop(done, f"{report}; {spoiled[0]} is not finite itself, which no later step mends")
                     if accelerator.scaler is not None:
                         # Its gradients were unscaled, which can be done once between two updates.
                         accelerator.scaler.update()
@@ -425,7 +436,11 @@ def train_stage(
             run["seconds"] = earlier + time.perf_counter() - begun
             # It may have had another number of processes before.
             run["device_seconds"] = earlier_of_devices + (run["seconds"] - earlier) * processes
-            if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or done == arguments.steps):
+            checkpoints = arguments.checkpoint_every and done % arguments.checkpoint_every == 0
+            if (checkpoints or done == arguments.steps) and (spoiled := newly_spoiled()):
+                # Before it takes the place of a checkpoint, or of the model, that is whole.
+                stop(done, f"step {done}: {spoiled[0]} is not finite after it")
+            if arguments.checkpoint_every and (checkpoints or done == arguments.steps):
                 metrics.flush()
                 save_state(
                     output / "checkpoints", accelerator, model, optimizer, data.state_dict(),
