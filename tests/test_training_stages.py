@@ -650,6 +650,12 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"map": "entmax", "stage": "match"}, "the model's map has no parameters of its own"),
         ({"map": "none", "stage": "match"}, "stage is 'match', but map is 'none'"),
         ({"stage": "match", "map": "adaptive_entmax", "alpha_start": 1.0}, "learns nothing while alpha is 1"),
+        (
+            {"stage": "pretrain", "map": "adaptive_entmax", "trained": "map"},
+            "while alpha is 1: use --alpha_start 1.01",
+        ),
+        ({"map": "none", "trained": "attention"}, "trained is 'attention', but map is 'none'"),
+        ({"stage": "match", "lora_rank": 2, "lora_targets": ["up_proj"]}, "nothing in a sparse layer's attention"),
         ({"stage": "match", "distill": "x"}, "distill learns from logits"),
         ({"stage": "match", "trained": "all"}, "everything beside the attention is frozen"),
         ({"stage": "match", "rope_yarn": 2.0}, "would change the dense layers too"),

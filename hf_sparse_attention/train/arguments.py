@@ -327,6 +327,8 @@ def _check_stage(arguments: TrainArguments) -> None:
         raise ValueError(
             f"trained is {arguments.trained!r}, but with lora_rank the adapters and the map's are trained"
         )
+    if arguments.map == "none" and arguments.trained not in (None, "all"):
+        raise ValueError(f"trained is {arguments.trained!r}, but map is 'none': it has no sparse layers, train all")
     if arguments.stage != "match":
         return
     if arguments.map == "none":

@@ -121,11 +121,20 @@ def freeze(model: nn.Module, trained: str) -> None:
 
 
 def freeze_outside_sparse_layers(model: nn.Module) -> None:
-    """Freezes what a stage that matches has no gradient for: adapters elsewhere than in a sparse layer's attention."""
+    """Freezes what a stage that matches has no gradient for: adapters elsewhere than in a sparse layer's attention.
+
+    Raises:
+        ValueError: if no adapter is left.
+    """
     inside = _inside_sparse_layers(model)
     for parameter in model.parameters():
         if id(parameter) not in inside:
             parameter.requires_grad_(False)
+    if not any("lora_" in name and item.requires_grad for name, item in model.named_parameters()):
+        raise ValueError(
+            "lora_targets names nothing in a sparse layer's attention, which is all that stage 'match' trains: leave "
+            "it out, or name projections such as q_proj"
+        )
 
 
 def _inside_sparse_layers(model: nn.Module) -> set[int]:
