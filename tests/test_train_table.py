@@ -129,6 +129,11 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     (tmp_path / "runs" / "asentmax-s1" / "evaluation").mkdir()
     (tmp_path / "runs" / "asentmax-s1" / "evaluation" / "results.json").write_text(json.dumps(content))
     assert len(made(tmp_path, tmp_path / "runs")[2]) == 2 * len(shown) - 1
+    # Of weights that were called as a run is.
+    other = json.loads((home / "lm" / "results.json").read_text().replace('"base"', '"asentmax-s1"'))
+    (tmp_path / "renamed.json").write_text(json.dumps(other))
+    _, _, shown = made(tmp_path, home / "runs", results=[str(tmp_path / "renamed.json")])
+    assert shown[1][0]["run"] == "asentmax-s1 (other weights)" and shown[1][0]["seed"] == "-"
     # Other weights are another model.
     summary = summary_of(home, "asentmax-s0")
     (tmp_path / "runs" / "asentmax-s0" / "summary.json").write_text(json.dumps({**summary, "fingerprint": "0"}))
