@@ -282,6 +282,17 @@ def test_stages_that_go_on_are_the_same(here, tmp_path, monkeypatch, stopped):
         assert metrics(tmp_path / "run" / "stages" / stage) == metrics(tmp_path / "whole" / "stages" / stage)
 
 
+@pytest.mark.parametrize("stages", [[], ["{steps: 1}", "{steps: 1, distill: TEACHER}"]], ids=["one", "several"])
+def test_a_teacher_is_not_overwritten(here, tmp_path, stages):
+    """It is the model of a run that lies where the next one is to."""
+    here(map="none", steps=1, checkpoint_every=0)
+    teacher = tmp_path / "run" / "model"
+    stages = [stage.replace("TEACHER", str(teacher)) for stage in stages]
+    with pytest.raises(ValueError, match=r"holds the model .*, which would be overwritten"):
+        here(overwrite=True, **({"stages": stages} if stages else {"steps": 1, "distill": str(teacher)}))
+    assert (teacher / "model.safetensors").is_file()
+
+
 def test_steps_that_no_stage_takes_are_refused(home):
     own = ["{stage: match, steps: 3}", "{steps: 4}"]
     with pytest.raises(ValueError, match="steps is 40, but every stage has steps of its own, 7 in all"):

@@ -73,9 +73,9 @@ def check_output(output: Path, arguments: TrainArguments) -> None:
     """Raises FileExistsError if output is in use and the run neither goes on there nor replaces it."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file, not a folder")
-    model = Path(arguments.model).expanduser()
-    if model.exists() and output.resolve() in (model.resolve(), *model.resolve().parents) and arguments.overwrite:
-        raise ValueError(f"output {output} holds the model {model}, which would be overwritten")
+    for model in (Path(name).expanduser() for name in (arguments.model, arguments.distill) if name is not None):
+        if model.exists() and output.resolve() in (model.resolve(), *model.resolve().parents) and arguments.overwrite:
+            raise ValueError(f"output {output} holds the model {model}, which would be overwritten")
     # Encoded text is kept from a run that failed before its first step, and is of use to the next.
     if not output.exists() or not set(os.listdir(output)) - {"packed"}:
         return

@@ -188,7 +188,8 @@ def _train_stages(arguments: TrainArguments, asked: TrainArguments) -> dict:
     for stage in stages:
         check_launch(stage)
     output = Path(arguments.output).expanduser()
-    check_output(output, arguments)
+    for stage in stages:
+        check_output(output, replace(arguments, distill=stage.distill))
     state = join_processes(arguments)
     with state.local_main_process_first():
         # What a later stage learns from is looked at before an earlier one is trained.
