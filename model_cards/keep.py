@@ -47,6 +47,8 @@ def keep_run(arguments: KeepArguments) -> Path:
     output = Path(arguments.output_dir).expanduser()
     results = Path(arguments.results or run / "evaluation" / "results.json").expanduser()
     report = Path(arguments.report or run / "report" / "report.json").expanduser()
+    if (output / run.name).resolve() == run:
+        raise ValueError(f"output_dir is {output}, where the run itself lies and would be written over: name another")
     stages = [run, *sorted((run / "stages").glob("*"))]
     metrics = [stage / "metrics.jsonl" for stage in stages if (stage / "metrics.jsonl").is_file()]
     if not metrics:

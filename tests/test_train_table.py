@@ -297,6 +297,8 @@ def test_a_run_is_kept_with_its_card(home, tmp_path):
     report_model(ReportArguments(
         model=str(run / "model"), length=16, windows=2, html=False, output_dir=str(run / "report"), **text
     ))  # fmt: skip
+    with pytest.raises(ValueError, match="where the run itself lies"):
+        keep.keep_run(keep.KeepArguments(run=str(run), license="mit", output_dir=str(tmp_path / "runs")))
     # Pictures of other numbers.
     (run / "evaluation" / "depth.png").write_bytes(b"earlier")
     (tmp_path / "cards" / "tiny").mkdir(parents=True)
