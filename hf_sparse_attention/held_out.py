@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+# Step of the whole run, loss in nats a token (None if it was not finite), alpha or None.
+Loss = tuple[int, float | None, float | None]
 
-def losses_by_blocks(summary: dict) -> dict[tuple[int | None, int | None], list[tuple[int, float, float | None]]]:
-    """(Step of the whole run, loss in nats a token, alpha or None) in order, by (tokens in a block, number of blocks).
+
+def losses_by_blocks(summary: dict) -> dict[tuple[int | None, int | None], list[Loss]]:
+    """Losses in order, by (tokens in a block, number of blocks).
 
     Args:
         summary: what `train` writes, of one stage or of several; empty where a stage lacks its steps.
@@ -38,7 +41,8 @@ def held_out_in_words(summary: dict, number: Callable[[float], str] = "{:.4f}".f
     parts = []
     for (size, count), losses in found.items():
         ends = [
-            f"{number(loss)} at step {step:,}" + ("" if alpha is None else f" (alpha {alpha:g})")
+            f"{'not finite' if loss is None else number(loss)} at step {step:,}"
+            + ("" if alpha is None else f" (alpha {alpha:g})")
             for step, loss, alpha in (losses if len(losses) == 1 else (losses[0], losses[-1]))
         ]
         kind = f"{count:,} blocks" if counted and count else "blocks"

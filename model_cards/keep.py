@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_sparse_attention.arguments import parse_arguments
-from hf_sparse_attention.files import write_json, write_text
+from hf_sparse_attention.files import write_bytes, write_json, write_text
 from hf_sparse_attention.hub import PushArguments, push_model
 from hf_sparse_attention.hub.evidence import local_name, without_folders
 from hf_sparse_attention.results import markdown
+from hf_sparse_attention.tasks.pictures import draw
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def keep_run(arguments: KeepArguments) -> Path:
     output = Path(arguments.output_dir).expanduser()
     results = Path(arguments.results or run / "evaluation" / "results.json").expanduser()
     report = Path(arguments.report or run / "report" / "report.json").expanduser()
+    if (output / run.name).resolve() == run:
+        raise ValueError(f"output_dir is {output}, where the run itself lies and would be written over: name another")
     stages = [run, *sorted((run / "stages").glob("*"))]
     metrics = [stage / "metrics.jsonl" for stage in stages if (stage / "metrics.jsonl").is_file()]
     if not metrics:
@@ -72,7 +75,12 @@ def keep_run(arguments: KeepArguments) -> Path:
         for text in file.read_text(encoding="utf-8").splitlines():
             lines.append(json.dumps({**stage, **json.loads(text)}) + "\n")
     write_text(kept / "metrics.jsonl", "".join(lines))
-    for picture in sorted([*results.parent.glob("*.png"), *report.parent.glob("*.png")]):
+    for picture in kept.glob("*.png"):
+        picture.unlink()
+    # Drawn of these numbers: the folder of `evaluate` may hold pictures of an earlier call too.
+    for name, content in draw(json.loads(results.read_text(encoding="utf-8"))).items():
+        write_bytes(kept / name, content)
+    for picture in sorted(report.parent.glob("*.png")):
         shutil.copyfile(picture, kept / picture.name)
     write_text(output / f"{run.name}.md", card)
     return output / f"{run.name}.md"

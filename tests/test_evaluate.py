@@ -501,6 +501,28 @@ def test_a_star_is_for_what_a_model_was_trained_at(home, tmp_path, monkeypatch):
     assert notes == {"training length 40", "max_position_embeddings 64"}
 
 
+def test_blocks_that_grew_are_what_a_model_was_trained_at(home, tmp_path):
+    """Its factors are started for the first of them."""
+    pytest.importorskip("accelerate")
+    from hf_sparse_attention.train import TrainArguments, train_model
+
+    def trained(name, **changes):
+        (tmp_path / "train.txt").write_text("once upon a time there was a little cat " * 40)
+        train_model(TrainArguments(
+            model=str(home / "dense"), output=str(tmp_path / name), train_data=[str(tmp_path / "train.txt")], cpu=True,
+            position="nope", batch_size=4, checkpoint_every=0, statistics_blocks=0, **changes
+        ))  # fmt: skip
+        return str(tmp_path / name / "model")
+
+    models = [
+        trained("grown", steps=2, block_size="12:0.5,24:0.5"),
+        trained("stages", stages=["{steps: 1, block_size: 24}", "{steps: 1, block_size: 12}"]),
+    ]
+    results = evaluate_models(arguments(home, tmp_path / "out", models=models, lengths=[16, 32], limit=1))
+    notes = [None, "beyond the model's training length of 24"]
+    assert [cell["note"] for cell in results["cells"]] == [*notes, *notes]
+
+
 def test_two_models_of_one_name_need_labels(home, tmp_path):
     with pytest.raises(ValueError, match="two models are called 'dense'"):
         evaluate_models(arguments(home, tmp_path / "out", models=[str(home / "dense")] * 2))

@@ -438,6 +438,14 @@ def test_held_out_losses_of_the_card_are_of_blocks_of_one_size(model, tmp_path):
     ) in dry_run(model, tmp_path / "up").text
 
 
+def test_sparsity_of_training_text_is_not_called_held_out(model, tmp_path):
+    evidence(model)
+    (model.parent / "report" / "report.json").unlink()
+    for texts, kind in ((["held.txt"], "held-out"), ([], "training")):
+        write(model.parent / "summary.json", summary(model, eval_data=texts))
+        assert f"on the first {kind} blocks" in dry_run(model, tmp_path / kind).text
+
+
 def test_no_number_of_the_training_is_made_up(model, tmp_path):
     """Whatever the summary lacks, the card says that it is missing, and nothing else of it changes."""
     evidence(model)

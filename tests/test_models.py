@@ -284,6 +284,8 @@ def test_documents_given_as_lengths_alone_are_refused(sparse):
         sparse(families.tokens(1, 9), cu_seq_lens_q=torch.tensor([0, 4, 9]), position_ids=torch.arange(9)[None])
     with pytest.raises(ValueError, match="documents would see each other"):
         sparse(families.tokens(1, 9), cu_seq_lens_q=torch.tensor([0, 4, 9]), use_cache=False)
+    with pytest.raises(ValueError, match="seq_idx without position_ids"):
+        sparse(families.tokens(1, 9), seq_idx=torch.tensor([[0] * 4 + [1] * 5]), use_cache=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

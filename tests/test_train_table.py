@@ -129,6 +129,11 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     (tmp_path / "runs" / "asentmax-s1" / "evaluation").mkdir()
     (tmp_path / "runs" / "asentmax-s1" / "evaluation" / "results.json").write_text(json.dumps(content))
     assert len(made(tmp_path, tmp_path / "runs")[2]) == 2 * len(shown) - 1
+    # Of weights that were called as a run is.
+    other = json.loads((home / "lm" / "results.json").read_text().replace('"base"', '"asentmax-s1"'))
+    (tmp_path / "renamed.json").write_text(json.dumps(other))
+    _, _, shown = made(tmp_path, home / "runs", results=[str(tmp_path / "renamed.json")])
+    assert shown[1][0]["run"] == "asentmax-s1 (other weights)" and shown[1][0]["seed"] == "-"
     # Other weights are another model.
     summary = summary_of(home, "asentmax-s0")
     (tmp_path / "runs" / "asentmax-s0" / "summary.json").write_text(json.dumps({**summary, "fingerprint": "0"}))
@@ -176,7 +181,9 @@ def test_a_stopped_run_says_why(home, tmp_path, monkeypatch):
     assert row["remark"] == "" and "failed" not in (tmp_path / "nan-s0" / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("place", ["tokens", "weights", "data", "eval_blocks", "block_size"])
+@pytest.mark.parametrize(
+    "place", ["tokens", "weights", "data", "eval_blocks", "block_size", "text_column", "blank_lines", "eval_split"]
+)
 def test_a_control_of_another_kind_is_none(home, tmp_path, place):
     """Of other dense weights, text, number of tokens or held-out blocks."""
     for name in ("control-lr1e-4-s0", "asentmax-s0"):
@@ -290,7 +297,15 @@ def test_a_run_is_kept_with_its_card(home, tmp_path):
     report_model(ReportArguments(
         model=str(run / "model"), length=16, windows=2, html=False, output_dir=str(run / "report"), **text
     ))  # fmt: skip
+    with pytest.raises(ValueError, match="where the run itself lies"):
+        keep.keep_run(keep.KeepArguments(run=str(run), license="mit", output_dir=str(tmp_path / "runs")))
+    # Pictures of other numbers.
+    (run / "evaluation" / "depth.png").write_bytes(b"earlier")
+    (tmp_path / "cards" / "tiny").mkdir(parents=True)
+    (tmp_path / "cards" / "tiny" / "exact_match.png").write_bytes(b"earlier")
     card = keep.keep_run(arguments)
+    pictures = {file.name for file in (tmp_path / "cards" / "tiny").glob("*.png")}
+    assert "results.png" in pictures and not pictures & {"depth.png", "exact_match.png"}
     push_model(PushArguments(model=str(run / "model"), dry_run=str(tmp_path / "up"), license="mit"))
     assert card.read_text() == (tmp_path / "up" / "README.md").read_text()
     kept = sorted((tmp_path / "cards" / "tiny").iterdir())

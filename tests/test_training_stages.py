@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import re
+import shutil
 
+import families
 import pytest
 import torch
 from torch.nn import functional as F
@@ -173,6 +175,37 @@ def test_match_stage(here, home, tmp_path, changes):
     assert all(after[name].count_nonzero() for name in new)
 
 
+def test_adapters_of_dense_layers_do_not_match(here, capsys):
+    """They have no gradient, for which several processes would wait."""
+    summary = here(stage="match", lora_rank=2, layers="1", checkpoint_every=0)
+    # 4 projections of layer 1, and its factor.
+    every = here(stage="match", lora_rank=2, checkpoint_every=0, overwrite=True)
+    assert 2 * summary["trainable_parameters"] == every["trainable_parameters"]
+    assert "get no gradient" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["starcoder2", "seed_oss"])
+def test_layers_match_without_dropout(here, home, tmp_path, name):
+    """These families drop a part of the attention's output: matched to another draw of it, a layer's shrinks."""
+    errors, saved = {}, {}
+    for dropout in (0.0, 0.3):
+        folder = tmp_path / f"dense{dropout}"
+        families.dense_model(name, vocab_size=512, residual_dropout=dropout).save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(home / "dense" / file, folder / file)
+        output = tmp_path / f"run{dropout}"
+        options = {"stage": "match", "trained": "attention", "lora_rank": 0, "checkpoint_every": 0, "steps": 4}
+        errors[dropout] = here(model=str(folder), output=str(output), **options)["train_loss"]
+        saved[dropout] = weights(output)
+    assert errors[0.3] == errors[0.0]
+    assert all(torch.equal(value, saved[0.3][key]) for key, value in saved[0.0].items())
+
+
+def test_dropout_of_adapters_stays_where_they_match(here):
+    options = {"stage": "match", "lora_rank": 2, "checkpoint_every": 0, "steps": 4, "overwrite": True}
+    assert here(**options)["train_loss"] != here(**options, lora_dropout=0.5)["train_loss"]
+
+
 def test_some_heads_alone(here, home, tmp_path):
     """Matched and trained, the heads that were left out keep softmax, and there is no factor for them."""
     stages = [{"stage": "match", "steps": 2, "trained": "attention"}, {"steps": 2, "alpha_schedule": "none"}]
@@ -247,6 +280,17 @@ def test_stages_that_go_on_are_the_same(here, tmp_path, monkeypatch, stopped):
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     for stage in ("1-match", "2-pretrain"):
         assert metrics(tmp_path / "run" / "stages" / stage) == metrics(tmp_path / "whole" / "stages" / stage)
+
+
+@pytest.mark.parametrize("stages", [[], ["{steps: 1}", "{steps: 1, distill: TEACHER}"]], ids=["one", "several"])
+def test_a_teacher_is_not_overwritten(here, tmp_path, stages):
+    """It is the model of a run that lies where the next one is to."""
+    here(map="none", steps=1, checkpoint_every=0)
+    teacher = tmp_path / "run" / "model"
+    stages = [stage.replace("TEACHER", str(teacher)) for stage in stages]
+    with pytest.raises(ValueError, match=r"holds the model .*, which would be overwritten"):
+        here(overwrite=True, **({"stages": stages} if stages else {"steps": 1, "distill": str(teacher)}))
+    assert (teacher / "model.safetensors").is_file()
 
 
 def test_steps_that_no_stage_takes_are_refused(home):
@@ -541,6 +585,48 @@ def test_a_failed_step(here, tmp_path, monkeypatch, kind):
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "skip").values())
 
 
+def test_a_step_without_memory_leaves_nothing_of_its_passes(here, tmp_path, monkeypatch):
+    """Wherever among the passes of a step memory runs out, the run is the same."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward = LlamaMLP.forward
+    options = {"eval_data": [], "eval_blocks": None, "statistics_blocks": 0, "checkpoint_every": 0, "steps": 3}
+    # Two layers and four passes: the second step begins with call 9.
+    for failed in (9, 13):
+        calls = []
+
+        def broken(self, hidden, failed=failed, calls=calls):
+            calls.extend([1] if self.training else [])
+            if self.training and len(calls) == failed:
+                raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+            return forward(self, hidden)
+
+        monkeypatch.setattr(LlamaMLP, "forward", broken)
+        output = str(tmp_path / f"call{failed}")
+        summary = here(output=output, on_nonfinite="skip", batch_size=1, gradient_accumulation=4, **options)
+        assert summary["skipped_steps"] == 1
+    assert_same_weights(tmp_path / "call9", tmp_path / "call13")
+
+
+def test_a_step_that_is_left_out_does_not_end_the_next_one_in_fp16(here, monkeypatch):
+    """Gradients are scaled: the scaler takes a step that was left out for one."""
+    from hf_sparse_attention.train import loop
+
+    make = loop.make_accelerator
+
+    def scaling(*arguments, **keywords):
+        accelerator = make(*arguments, **keywords)
+        accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        # Accelerate has one on GPUs alone.
+        accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)
+        return accelerator
+
+    monkeypatch.setattr(loop, "make_accelerator", scaling)
+    _poison(monkeypatch, "nan", 3)
+    summary = here(on_nonfinite="skip", checkpoint_every=0)
+    assert summary["skipped_steps"] == 1 and math.isfinite(summary["train_loss"])
+
+
 def test_a_gradient_that_is_not_finite(here, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -575,12 +661,20 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"map": "entmax", "stage": "match"}, "the model's map has no parameters of its own"),
         ({"map": "none", "stage": "match"}, "stage is 'match', but map is 'none'"),
         ({"stage": "match", "map": "adaptive_entmax", "alpha_start": 1.0}, "learns nothing while alpha is 1"),
+        (
+            {"stage": "pretrain", "map": "adaptive_entmax", "trained": "map"},
+            "while alpha is 1: use --alpha_start 1.01",
+        ),
+        ({"map": "none", "trained": "attention"}, "trained is 'attention', but map is 'none'"),
+        ({"stage": "match", "lora_rank": 2, "lora_targets": ["up_proj"]}, "nothing in a sparse layer's attention"),
         ({"stage": "match", "distill": "x"}, "distill learns from logits"),
         ({"stage": "match", "trained": "all"}, "everything beside the attention is frozen"),
         ({"stage": "match", "rope_yarn": 2.0}, "would change the dense layers too"),
         ({"lora_rank": 2, "trained": "map"}, "the adapters and the map's are trained"),
         ({"map": "none", "alpha_schedule": "linear"}, "alpha_schedule has no place"),
         ({"alpha_schedule": "none", "alpha_start": 1.2}, "alpha_start needs an alpha that rises"),
+        ({"alpha_schedule": "none", "alpha_share": 0.2}, "alpha_share needs an alpha that rises"),
+        ({"schedule": "constant", "final_share": 0.2}, "final_share needs a learning rate that falls"),
         ({"map": "ssmax", "alpha_schedule": "linear"}, "alpha_schedule would raise alpha, which is 1 throughout"),
         ({"alpha_start": 1.7}, "alpha_start is 1.7, above the alpha at the end"),
         ({"max_positions": 128}, "max_positions is 128"),
@@ -591,6 +685,7 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"stages": ["steps 3"]}, "it must be a mapping"),
         ({"stages": ["{steps: 3}", "{stage: match}"]}, "it can only come first"),
         ({"stages": ["{steps: 0}"]}, "steps is 0"),
+        ({"stages": ["{steps: 2}"] * 2, "lora_rank": 2, "lora_save": "adapter"}, "stage 2 goes on from a whole model"),
     ],
 )
 def test_options_without_effect(here, tmp_path, changes, message):

@@ -248,7 +248,9 @@ def _sparsity(evidence: Evidence) -> str:
         source = f"Means over layers and heads. Windows: {windows}, each of {length} tokens; text: {text}."
     elif (evidence.summary or {}).get("attention"):
         numbers = evidence.summary["attention"]
-        source = "Means over layers and heads at the end of training, on the first held-out blocks."
+        # Without a text to evaluate on, `train` looks at what it trains on.
+        kind = "training" if evidence.summary.get("eval_data") == [] else "held-out"
+        source = f"Means over layers and heads at the end of training, on the first {kind} blocks."
     else:
         return f"The sparsity figures are {MISSING}: there is no report of the model."
     softmax = MAPS[settings.map].softmax or settings.alpha == 1

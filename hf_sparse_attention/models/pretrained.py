@@ -239,9 +239,10 @@ class SparseModel(SparsePreTrainedModel):
         # None, which a config made anew has, would run the family's eager softmax.
         check_implementation(self.config._attn_implementation or "eager", self.config)
         position_ids = kwargs.get("position_ids", args[2] if len(args) > 2 else None)
-        if position_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+        told = [name for name in ("cu_seq_lens_q", "seq_idx") if kwargs.get(name) is not None]
+        if position_ids is None and told:
             raise ValueError(
-                "cu_seq_lens_q without position_ids: documents would see each other. Pass position_ids that restart "
+                f"{told[0]} without position_ids: documents would see each other. Pass position_ids that restart "
                 "at 0 in every document, as DataCollatorWithFlattening does"
             )
         # Without mask and cache Transformers takes every jump of the positions for a new document.

@@ -212,11 +212,25 @@ def reach(checkpoint: Checkpoint) -> dict | None:
     sparse = checkpoint.sparse
     if trained := _trained_length(checkpoint.source.folder, checkpoint.path):
         return {"what": "training length", "length": trained[0], "tokens": trained[1]}
-    if sparse is not None and sparse.position != "rope" and sparse.train_length is not None:
-        return {"what": "training length", "length": sparse.train_length, "tokens": sparse.train_length}
+    if sparse is not None and sparse.position != "rope":
+        # That of the config is what its factors were started for, which blocks that grow leave behind.
+        length = _trained_blocks(checkpoint) or sparse.train_length
+        if length is not None:
+            return {"what": "training length", "length": length, "tokens": length}
     if checkpoint.positions is None:
         return None
     return {"what": "max_position_embeddings", "length": checkpoint.positions, "tokens": checkpoint.positions}
+
+
+def _trained_blocks(checkpoint: Checkpoint) -> int | None:
+    """The longest blocks of the run of `train` that made the model; None where no file says it of these weights."""
+    try:
+        summary = json.loads((checkpoint.source.folder / "summary.json").read_text(encoding="utf-8"))
+        if summary["fingerprint"] != checkpoint.fingerprint:
+            return None
+        return max(int(stage["block_size"]) for stage in summary.get("stages") or [summary])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def tokenizer_identity(tokenizer) -> str:

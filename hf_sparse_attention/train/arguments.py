@@ -300,7 +300,10 @@ def check_arguments(arguments: TrainArguments) -> TrainArguments:
         given = "stages are" if arguments.stages else f"stage {arguments.stage!r} is"
         raise ValueError(f"recipe is {arguments.recipe!r}, but {given} given too: leave one of the two out")
     if arguments.alpha_schedule == "none" or arguments.map == "none":
-        _refuse(arguments, ("alpha_start", "alpha_plateaus"), "needs an alpha that rises: --alpha_schedule linear")
+        names = ("alpha_start", "alpha_plateaus", "alpha_share")
+        _refuse(arguments, names, "needs an alpha that rises: --alpha_schedule linear")
+    if arguments.schedule == "constant":
+        _refuse(arguments, ("final_share",), "needs a learning rate that falls: --schedule cosine or linear")
     if arguments.map == "none":
         names = (
             "alpha", "position", "layers", "heads", "scale_start", "new_learning_rate", "alpha_schedule", "recipe",
@@ -324,6 +327,8 @@ def _check_stage(arguments: TrainArguments) -> None:
         raise ValueError(
             f"trained is {arguments.trained!r}, but with lora_rank the adapters and the map's are trained"
         )
+    if arguments.map == "none" and arguments.trained not in (None, "all"):
+        raise ValueError(f"trained is {arguments.trained!r}, but map is 'none': it has no sparse layers, train all")
     if arguments.stage != "match":
         return
     if arguments.map == "none":

@@ -20,6 +20,28 @@ from .arguments import TrainArguments
 from .packing import IGNORED_LABEL, Blocks, StreamedBlocks, batch_of, load_packed, pack, save_packed
 
 
+def check_texts(arguments: TrainArguments) -> None:
+    """Looks for the texts of a run.
+
+    Raises:
+        FileNotFoundError: for one that is not there.
+        ValueError: for one that is trained on and evaluated on.
+    """
+    trained = _places(arguments.train_data, arguments.train_split)
+    both = [name for place, name in _places(arguments.eval_data, arguments.eval_split).items() if place in trained]
+    if both:
+        raise ValueError(
+            f"eval_data has {both[0]}, which train_data has too: its loss would not be that of held-out text. Name "
+            "another, or a pattern for train_data that leaves it out"
+        )
+
+
+def _places(names: list[str], split: str | None) -> dict[tuple, str]:
+    """The names of texts by what tells them apart."""
+    found = find_texts(names) if names else []
+    return {(name, split) if kind == "hub" else (os.path.realpath(name),): name for kind, name in found}
+
+
 def _documents(arguments: TrainArguments, names: list[str], split: str) -> Iterator[str]:
     return read_documents(
         names, text_column=arguments.text_column, split=split, streaming=arguments.streaming,
@@ -84,7 +106,13 @@ def held_out_blocks(arguments: TrainArguments, tokenizer, block_size: int) -> di
     )
     _check_tokens("eval_data", arguments.eval_data, len(starts), len(tokens), block_size)
     blocks = Blocks(tokens, starts, block_size)
-    return batch_of(*blocks.rows(np.arange(min(len(blocks), arguments.eval_blocks))))
+    batch = batch_of(*blocks.rows(np.arange(min(len(blocks), arguments.eval_blocks))))
+    if not (batch["labels"] != IGNORED_LABEL).any():
+        raise ValueError(
+            f"eval_data {', '.join(arguments.eval_data)} has nothing to predict in {len(batch['labels'])} blocks of "
+            f"{block_size}: every token begins a document or a block. Use longer documents or a larger --block_size"
+        )
+    return batch
 
 
 def _check_tokens(option: str, names: list[str], documents: int, tokens: int, block_size: int) -> None:

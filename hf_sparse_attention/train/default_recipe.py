@@ -166,7 +166,7 @@ def stages_of_recipe(arguments: TrainArguments, settings: SparseAttentionConfig)
         "steps": arguments.steps - match,
         **_rates(arguments, settings, DISTILL_RATES),
         **({"alpha_schedule": "none"} if rises else {}),
-        **({"final_share": 0.02} if arguments.final_share is None else {}),
+        **({"final_share": 0.02} if arguments.final_share is None and arguments.schedule != "constant" else {}),
     }
     own = arguments.distill is None
     return replace(

@@ -80,7 +80,8 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
         idles: whether some trainable parameters take no part in some steps, which DDP has to be told.
 
     Raises:
-        ValueError: if DeepSpeed would step parameters that take no part.
+        ValueError: if DeepSpeed would step parameters that take no part, or this process has computed in another
+            precision before.
     """
     if idles and zero.wants_zero():
         raise ValueError(
@@ -91,6 +92,7 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
     from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    _check_precision(arguments)
     accelerator = Accelerator(
         cpu=arguments.cpu,
         mixed_precision=arguments.mixed_precision,
@@ -114,6 +116,19 @@ def make_accelerator(arguments: TrainArguments, output: Path, *, idles: bool) ->
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def _check_precision(arguments: TrainArguments) -> None:
+    """Accelerate keeps the precision of a process's first accelerator, and would give it to the next in silence."""
+    from accelerate.state import AcceleratorState
+
+    wanted = arguments.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
+    known = AcceleratorState._shared_state.get("_mixed_precision", wanted)
+    if known != wanted and not zero.wants_zero():
+        raise ValueError(
+            f"mixed_precision is {wanted}, but this process has already trained with {known}, which accelerate does "
+            "not change: use a new process"
+        )
 
 
 def _shard_on_cpus(accelerator) -> None:

@@ -82,6 +82,18 @@ def _last_gradient(model: nn.Module) -> str | None:
     return last
 
 
+def spoiled_parameters(accelerator, model: nn.Module) -> list[str]:
+    """The trainable parameters that are not finite; every process has to ask, and all get the same answer."""
+    from accelerate.utils import gather_object
+
+    own = []
+    for name, parameter in model.named_parameters():
+        value = getattr(parameter, "_local_tensor", parameter)
+        if parameter.requires_grad and not bool(value.isfinite().all()):
+            own.append(name)
+    return list(dict.fromkeys(gather_object(own)))
+
+
 def explain_no_memory(error: BaseException, model: nn.Module, blocks: list[int], data, *, step: int) -> str:
     """Where memory ran out, read off the error's own frames."""
     names = {id(module): name for name, module in model.named_modules()}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -17,10 +18,18 @@ from tqdm import tqdm
 from ..files import write_json
 from ..loading import count_parameters, load_model
 from ..models import new_parameter_names, set_alpha
-from ..text import find_texts, load_tokenizer
+from ..text import load_tokenizer
 from .arguments import TrainArguments, check_arguments
 from .compilation import compile_parts, hold_rising_alpha
-from .data import held_out_batches, held_out_blocks, packed_tokens, rows_of_process, streamed_blocks, tensors_of
+from .data import (
+    check_texts,
+    held_out_batches,
+    held_out_blocks,
+    packed_tokens,
+    rows_of_process,
+    streamed_blocks,
+    tensors_of,
+)
 from .distributed import (
     all_agree,
     backward,
@@ -35,10 +44,18 @@ from .distributed import (
     way_of,
     whole_parameters,
 )
-from .faults import explain_no_memory, explain_not_finite, last_whole
+from .faults import explain_no_memory, explain_not_finite, last_whole, spoiled_parameters
 from .head import Distillation, chunk_loss
 from .lengths import parse_block_sizes, phase_at, phases_of
-from .matching import begin_matching, end_matching, match_errors, matched, measure_scales, set_matching
+from .matching import (
+    begin_matching,
+    end_matching,
+    leave_out_dropout,
+    match_errors,
+    matched,
+    measure_scales,
+    set_matching,
+)
 from .measures import attention_statistics, held_out_loss
 from .packing import Blocks, ShuffledBlocks, batch_of
 from .plan import (
@@ -54,6 +71,7 @@ from .recipe import (
     LOWEST_ALPHA,
     alpha_at,
     freeze,
+    freeze_outside_sparse_layers,
     fused_adamw,
     idle_parameters,
     parameter_groups,
@@ -114,9 +132,7 @@ def train_stage(
         raise ValueError(f"report_to names {', '.join(lost)}, which is not installed")
     output = Path(arguments.output).expanduser()
     check_output(output, arguments)
-    for names in (arguments.train_data, arguments.eval_data):
-        if names:
-            find_texts(names)
+    check_texts(arguments)
 
     # The model's folder; what the run will make of it.
     with state.local_main_process_first():
@@ -141,8 +157,10 @@ def train_stage(
     passes, processes = arguments.gradient_accumulation, accelerator.num_processes
     step_tokens = phases[0].batch_size * phases[0].block_size * passes * processes
     lengths = block_size if len(sizes) == 1 else sizes
-    identity = identity_of(arguments, step_tokens // phases[0].block_size, lengths, tokenizer, source, dense_source)
-    if arguments.resume == "auto" and (finished := finished_summary(output, identity)) is not None:
+    # What accelerate was told counts as if it were an option.
+    known = replace(arguments, mixed_precision=accelerator.mixed_precision)
+    identity = identity_of(known, step_tokens // phases[0].block_size, lengths, tokenizer, source, dense_source)
+    if arguments.resume == "auto" and (finished := finished_summary(output, arguments, identity)) is not None:
         accelerator.print(f"{output} holds this run, finished: nothing to do")
         return finished
 
@@ -179,10 +197,13 @@ def train_stage(
         model, _ = load_model(source, None if source.is_sparse else settings, arguments.dtype)
         start_factors(model, arguments.scale_start, arguments.seed)
         if arguments.lora_rank:
-            return with_lora(
+            model = with_lora(
                 model, rank=arguments.lora_rank, alpha=arguments.lora_alpha, dropout=arguments.lora_dropout,
-                targets=arguments.lora_targets,
+                targets=arguments.lora_targets, merged=arguments.lora_save == "merge",
             )  # fmt: skip
+            if matches:
+                freeze_outside_sparse_layers(model)
+            return model
         freeze(model, arguments.trained or ("map" if matches else "all"))
         return model
 
@@ -235,6 +256,8 @@ def train_stage(
         begin()
     start, run = begin_run(output, arguments, identity, checkpoint, accelerator, model, optimizer, data)
     earlier = run["seconds"]
+    # A run from before counted its seconds alone.
+    earlier_of_devices = run.setdefault("device_seconds", earlier * processes)
     metrics = Metrics(output / "metrics.jsonl", start, accelerator)
     if arguments.report_to:
         accelerator.init_trackers(
@@ -269,15 +292,33 @@ def train_stage(
         set_matching(model, False)
         if held_out is not None:
             loss = held_out_loss(wrapped, held_out_batches(held_out, phases[-1].batch_size, accelerator), accelerator)
+            if not math.isfinite(loss):
+                # What is trained on is not the matter; the files of a run have no such number.
+                accelerator.print(f"warning: at step {step} the held-out loss is {loss}")
+                loss = None
             run["held_out"].append([step, loss])
             metrics.write(step, "eval", loss=loss, **alpha)
         if target is not None and arguments.statistics_blocks:
             looked = attention_statistics(wrapped, tensors_of(watched, slice(None), accelerator.device))
-            run["attention"], by_layer = looked
+            run["attention"], by_layer = ({} if _not_finite(found) else found for found in looked)
             metrics.write(step, "attention", **alpha, **run["attention"])
             metrics.write(step, "layers", **by_layer)
         set_matching(model, True)
+
+    def stop(step: int, reason: str, error: BaseException | None = None) -> NoReturn:
+        metrics.write(step, "failed", reason=reason)
+        raise RuntimeError(f"{reason}. {last_whole(output)}") from error
+
+    # Some models have rows of no token that are not numbers.
+    spoiled_before = spoiled_parameters(accelerator, model)
+
+    def newly_spoiled() -> list[str]:
+        return [name for name in spoiled_parameters(accelerator, model) if name not in spoiled_before]
+
+    def learn() -> None:
         wrapped.train()
+        if matches:
+            leave_out_dropout(model)
 
     def share_of_loss(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """(1,) this part's share of the step's mean loss; when matching (layers,), one for each layer."""
@@ -290,7 +331,7 @@ def train_stage(
     window, checked = run["window"], False
     window_begun, window_tokens = time.perf_counter(), 0
     peak = peak_flops(accelerator.device)
-    wrapped.train()
+    learn()
     with tqdm(
         total=arguments.steps, initial=start, desc="train", unit="step", disable=not accelerator.is_main_process,
         mininterval=0.5 if sys.stderr.isatty() else 10, dynamic_ncols=True,
@@ -319,11 +360,12 @@ def train_stage(
                 report = explain_no_memory(error, model, numbers, data, step=done)
                 # The other processes wait for this one's gradients: no step can be skipped by one of several.
                 if arguments.on_nonfinite == "stop" or processes > 1 or is_zero(model):
-                    metrics.write(done, "failed", reason=report)
-                    raise RuntimeError(f"{report}. {last_whole(output)}") from error
+                    stop(done, report, error)
                 accelerator.step = 0
                 if accelerator.device.type == "cuda":
                     torch.cuda.empty_cache()
+                # In the middle of a step's passes accelerate's optimizer would keep what the earlier ones gave.
+                model.zero_grad()
             if watch is not None:
                 all_agree(accelerator, watch.close())
                 checked = True
@@ -341,8 +383,12 @@ def train_stage(
                         numbers, data, values=values + (f", alpha {alpha:g}" if alpha is not None else ""),
                     )  # fmt: skip
                     if arguments.on_nonfinite == "stop":
-                        metrics.write(done, "failed", reason=report)
-                        raise RuntimeError(f"{report}. {last_whole(output)}")
+                        stop(done, report)
+                    if spoiled := newly_spoiled():
+                        stop(done, f"{report}; {spoiled[0]} is not finite itself, which no later step mends")
+                    if accelerator.scaler is not None:
+                        # Its gradients were unscaled, which can be done once between two updates.
+                        accelerator.scaler.update()
             if not checked and report is None and (alpha != 1.0 or target == 1.0):
                 _warn_of_idle(model, accelerator)
                 checked = True
@@ -386,8 +432,15 @@ def train_stage(
             pause = time.perf_counter()
             if done % arguments.eval_every == 0 or done == arguments.steps:
                 evaluate(done)
+                learn()
             run["seconds"] = earlier + time.perf_counter() - begun
-            if arguments.checkpoint_every and (done % arguments.checkpoint_every == 0 or done == arguments.steps):
+            # It may have had another number of processes before.
+            run["device_seconds"] = earlier_of_devices + (run["seconds"] - earlier) * processes
+            checkpoints = arguments.checkpoint_every and done % arguments.checkpoint_every == 0
+            if (checkpoints or done == arguments.steps) and (spoiled := newly_spoiled()):
+                # Before it takes the place of a checkpoint, or of the model, that is whole.
+                stop(done, f"step {done}: {spoiled[0]} is not finite after it")
+            if arguments.checkpoint_every and (checkpoints or done == arguments.steps):
                 metrics.flush()
                 save_state(
                     output / "checkpoints", accelerator, model, optimizer, data.state_dict(),
@@ -418,6 +471,10 @@ def train_stage(
         tracker.finish()
     accelerator.free_memory()
     return summary
+
+
+def _not_finite(numbers: dict[str, float]) -> bool:
+    return not all(map(math.isfinite, numbers.values()))
 
 
 def _compute_loss_in_chunks(model, arguments: TrainArguments, dense_source, accelerator) -> None:

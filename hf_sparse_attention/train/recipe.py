@@ -109,7 +109,7 @@ def freeze(model: nn.Module, trained: str) -> None:
         return
     chosen = set(new_parameter_names(model))
     if trained == "attention":
-        inside = {id(item) for _, layer in attention_layers(model) for item in layer.parameters()}
+        inside = _inside_sparse_layers(model)
         chosen |= {name for name, item in model.named_parameters() if id(item) in inside}
     if not chosen:
         raise ValueError(
@@ -118,6 +118,27 @@ def freeze(model: nn.Module, trained: str) -> None:
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
+
+
+def freeze_outside_sparse_layers(model: nn.Module) -> None:
+    """Freezes what a stage that matches has no gradient for: adapters elsewhere than in a sparse layer's attention.
+
+    Raises:
+        ValueError: if no adapter is left.
+    """
+    inside = _inside_sparse_layers(model)
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            parameter.requires_grad_(False)
+    if not any("lora_" in name and item.requires_grad for name, item in model.named_parameters()):
+        raise ValueError(
+            "lora_targets names nothing in a sparse layer's attention, which is all that stage 'match' trains: leave "
+            "it out, or name projections such as q_proj"
+        )
+
+
+def _inside_sparse_layers(model: nn.Module) -> set[int]:
+    return {id(item) for _, layer in attention_layers(model) for item in layer.parameters()}
 
 
 def attention_projections(model: nn.Module) -> list[str]:
@@ -131,12 +152,17 @@ def attention_projections(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def with_lora(model: nn.Module, *, rank: int, alpha: float | None, dropout: float, targets: list[str]) -> nn.Module:
+def with_lora(
+    model: nn.Module, *, rank: int, alpha: float | None, dropout: float, targets: list[str], merged: bool = False
+) -> nn.Module:
     """The model with LoRA adapters; the map's new parameters are trained and saved whole.
+
+    Args:
+        merged: whether the adapters are to become part of the weights.
 
     Raises:
         ImportError: without PEFT.
-        ValueError: for a target the model does not have.
+        ValueError: for a target the model does not have, or one whose weights cannot take up an adapter alone.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -150,6 +176,12 @@ def with_lora(model: nn.Module, *, rank: int, alpha: float | None, dropout: floa
             f"lora_targets names {', '.join(unknown)}, which the model does not have; its attention has "
             f"{', '.join(attention_projections(model))}"
         )
+    if merged and (tied := _tied(modules, targets)):
+        raise ValueError(
+            f"lora_targets names {tied[0]}, whose weights are also those of {tied[1]}: merged, the adapter would "
+            "change both, and the model would be another than the one that was trained. Leave it out, or keep the "
+            "adapter of a sparse model with --lora_save adapter"
+        )
     whole = [leaf for leaf in NEW_MODULES if any(name.endswith(f".{leaf}") for name in modules)]
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -160,6 +192,18 @@ def with_lora(model: nn.Module, *, rank: int, alpha: float | None, dropout: floa
         modules_to_save=whole or None,
     )
     return get_peft_model(model, lora)
+
+
+def _tied(modules: dict[str, nn.Module], targets: list[str]) -> tuple[str, str] | None:
+    """Of two modules that share a parameter, one of them a target: the target and the other one."""
+    owners: dict[nn.Parameter, str] = {}
+    for name, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            other = owners.setdefault(parameter, name)
+            for one, two in ((name, other), (other, name)):
+                if one != two and any(f".{one}".endswith(f".{target}") for target in targets):
+                    return one, two
+    return None
 
 
 def idle_parameters(model: nn.Module) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -73,9 +73,9 @@ def check_output(output: Path, arguments: TrainArguments) -> None:
     """Raises FileExistsError if output is in use and the run neither goes on there nor replaces it."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} is a file, not a folder")
-    model = Path(arguments.model).expanduser()
-    if model.exists() and output.resolve() in (model.resolve(), *model.resolve().parents) and arguments.overwrite:
-        raise ValueError(f"output {output} holds the model {model}, which would be overwritten")
+    for model in (Path(name).expanduser() for name in (arguments.model, arguments.distill) if name is not None):
+        if model.exists() and output.resolve() in (model.resolve(), *model.resolve().parents) and arguments.overwrite:
+            raise ValueError(f"output {output} holds the model {model}, which would be overwritten")
     # Encoded text is kept from a run that failed before its first step, and is of use to the next.
     if not output.exists() or not set(os.listdir(output)) - {"packed"}:
         return
@@ -114,12 +114,18 @@ def _different(identity: dict, saved: dict) -> str:
     # What was saved went through JSON, which knows no tuples; runs from before do not know their teacher, nor
     # what their model was made of, which its weights stand for.
     known = {"teacher": identity.get("teacher"), **saved, "dense_weights": identity.get("dense_weights")}
+    # Nor the precision that accelerate was told.
+    known |= {"mixed_precision": identity["mixed_precision"]} if known.get("mixed_precision") is None else {}
     names = [name for name, value in json.loads(json.dumps(identity)).items() if known.get(name) != value]
     return ", ".join(f"{name} {saved.get(name)!r} then, {identity[name]!r} now" for name in names)
 
 
-def finished_summary(output: Path, identity: dict) -> dict | None:
-    """The summary of a run that is already done, if it is this one."""
+def finished_summary(output: Path, arguments: TrainArguments, identity: dict) -> dict | None:
+    """The summary of a run that is already done, if it is this one.
+
+    Raises:
+        ValueError: if it is another one, or its model was saved otherwise than is asked now.
+    """
     if not (output / "summary.json").is_file() or not (output / "model").is_dir():
         return None
     saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
@@ -128,11 +134,24 @@ def finished_summary(output: Path, identity: dict) -> dict | None:
             f"{output} holds another run, finished: {different}. To train its model further name it as --model, and "
             "another --output"
         )
-    return json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    then = summary.get("options", {})
+    for name in ("save_dtype", "lora_save"):
+        if name in then and then[name] != getattr(arguments, name):
+            raise ValueError(
+                f"{name} is {getattr(arguments, name)!r}, but {output} holds this run, finished and saved with "
+                f"{then[name]!r}: leave {name} as it was, or remove {output / 'summary.json'}, and the model is "
+                "written anew from the last checkpoint"
+            )
+    return summary
 
 
 def checkpoint_to_go_on_from(output: Path, arguments: TrainArguments, identity: dict) -> Path | None:
-    """The checkpoint that `resume` means, checked to be whole and of this run; None to begin at the beginning."""
+    """The checkpoint that `resume` means, checked to be whole and of this run; None to begin at the beginning.
+
+    Raises:
+        ValueError: if it is of another run, or output holds another one, which would be lost.
+    """
     path = None
     if arguments.resume == "auto":
         path = next(reversed(whole_states(output / "checkpoints")), None)
@@ -140,6 +159,13 @@ def checkpoint_to_go_on_from(output: Path, arguments: TrainArguments, identity: 
         path = Path(arguments.resume).expanduser()
     if path is not None and (different := _different(identity, read_state(path)["run"]["identity"])):
         raise ValueError(f"{path} belongs to a run with other options: {different}")
+    if arguments.resume not in ("auto", "never") and (output / "run.json").is_file():
+        saved = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        different = _different(identity, saved) if "blocks_per_step" in saved else "one of several stages"
+        if different:
+            raise ValueError(
+                f"{output} holds another run than {path} ({different}), which would be lost: name another --output"
+            )
     return path
 
 
@@ -172,6 +198,7 @@ def begin_run(
         fresh = {
             "tokens": 0,
             "seconds": 0.0,
+            "device_seconds": 0.0,
             "skipped": 0,
             "loss": None,
             "held_out": [],
@@ -230,18 +257,27 @@ def summary_of(
         "hardware": f"{accelerator.num_processes} x {device}",
         "mixed_precision": accelerator.mixed_precision,
         "seconds": run["seconds"],
+        "device_seconds": run["device_seconds"],
         "tokens_per_second": run["tokens"] / run["seconds"] if run["seconds"] else None,
         "flop_utilisation": run["utilisation"],
         "versions": {
             "hf-sparse-attention": VERSION,
             **_versions("torch", "transformers", "accelerate", "peft", "triton"),
         },
-        "command": command_of(arguments, accelerator.num_processes),
+        "command": command_of(arguments, accelerator.num_processes, accelerator.mixed_precision),
     }
 
 
-def command_of(arguments: TrainArguments, processes: int) -> str:
-    """The command line that gives these arguments, however they were given."""
+def device_seconds(summary: dict) -> float:
+    """Seconds of all devices together; of a run from before as if it had had as many as at its end throughout."""
+    known = summary.get("device_seconds")
+    return summary["seconds"] * int(summary["hardware"].split(" x ")[0]) if known is None else known
+
+
+def command_of(arguments: TrainArguments, processes: int, mixed_precision: str = "no") -> str:
+    """The command line that gives these arguments, however they were given; the precision may be accelerate's."""
+    if mixed_precision != "no":
+        arguments = replace(arguments, mixed_precision=mixed_precision)
     words = ["hf-sparse-attention", "train"]
     if processes > 1:
         words = ["accelerate", "launch", "--num_processes", str(processes), "-m", "hf_sparse_attention.train"]

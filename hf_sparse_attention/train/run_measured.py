@@ -75,10 +75,16 @@ def read_measured(runs: list[Run], files: list[str]) -> list[Measured]:
         kept["data"] = content["data"].get("sha256")
         same.setdefault(json.dumps(kept, sort_keys=True), []).append(content)
     own = {run.summary["fingerprint"] for run in runs if run.summary}
+    named = {name for run in runs for name in (run.name, run.folder.name)}
     found = []
     for contents in same.values():
         labels = {model["fingerprint"]: model["label"] for content in contents for model in content["models"]}
-        others = {key: label for key, label in labels.items() if key not in own}
+        others = {
+            # As of a run that was trained anew since.
+            key: f"{label} (other weights)" if label in named else label
+            for key, label in labels.items()
+            if key not in own
+        }
         cells = _cells(contents)
         for task in dict.fromkeys(task for _, task, _ in cells):
             of_task = {(key, length): cell for (key, name, length), cell in cells.items() if name == task}

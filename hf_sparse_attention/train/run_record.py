@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import tables
-from .run import FREE
+from .run import FREE, device_seconds
 
 # What may differ between two runs of a recipe; and where something lies, which their fingerprints stand for.
 _NO_RECIPE = FREE | {
@@ -62,7 +62,9 @@ class Run:
             # A later stage starts from what the one before has learned.
             values |= {"weights": None} if number else {}
             values["distill"] = Path(part["distill"]).name if part.get("distill") else None
-            values["data"] = _text(part)
+            values["data"] = _files(part)
+            # Of runs from before it is not known what accelerate was told.
+            values["mixed_precision"] = None if part.get("mixed_precision") == "no" else part.get("mixed_precision")
             kept.append({key: value for key, value in values.items() if value is not None})
         return json.dumps(kept, sort_keys=True)
 
@@ -130,7 +132,7 @@ class Run:
         """Minutes of all its devices together."""
         if self.summary is None:
             return None
-        return self.summary["seconds"] / 60 * int(self.summary["hardware"].split(" x ")[0])
+        return device_seconds(self.summary) / 60
 
 
 def is_training(file: Path) -> bool:
@@ -188,7 +190,9 @@ def _read_run(folder: Path) -> Run:
         if summary is not None:
             _ = run.held_out, summary["fingerprint"]
             skipped = summary["skipped_steps"]
-            return Run(folder, parts, summary, f"{skipped} steps left out" if skipped else "")
+            remarks = [f"{skipped} steps left out"] if skipped else []
+            remarks += ["held-out loss not finite"] if summary.get("eval_loss") and run.loss is None else []
+            return Run(folder, parts, summary, "; ".join(remarks))
         return Run(folder, parts, None, _how_far(places, parts))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise OSError(
@@ -215,5 +219,12 @@ def _how_far(places: list[Path], parts: list[dict]) -> str:
 
 
 def _text(part: dict) -> list:
+    """A run's text: its files, and what of them is read as which documents."""
+    names = ("text_column", "train_split", "eval_split", "blank_lines")
+    # What a run from before does not know was off.
+    return [_files(part), *(part.get(name) or None for name in names)]
+
+
+def _files(part: dict) -> list:
     """The files of a run's text by name and content."""
     return [[Path(name).name, fingerprint] for name, fingerprint in part["data"]]

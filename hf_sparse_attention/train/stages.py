@@ -19,7 +19,7 @@ from .lengths import parse_block_sizes
 from .loop import train_stage
 from .plan import default_block_size, find_source, find_teacher, settings_of
 from .publish import check_push, push_run
-from .run import check_output, command_of, print_summary
+from .run import check_output, command_of, device_seconds, print_summary
 
 # Options that are those of the whole run: what it starts from, reads and writes.
 COMMON = {
@@ -113,7 +113,12 @@ def stages_of(arguments: TrainArguments) -> list[TrainArguments]:
                     f"stage {number} is 'match', which needs the dense model's own layers: it can only come first"
                 )
         found.append(stage)
-    for stage in found:
+    for number, stage in enumerate(found, start=1):
+        if stage.lora_rank and stage.lora_save == "adapter" and stage is not found[-1]:
+            raise ValueError(
+                f"lora_save is 'adapter' in stage {number}, but stage {number + 1} goes on from a whole model: set "
+                "lora_save in the last stage alone"
+            )
         check_arguments(stage)
     _check_steps(arguments, found)
     return found
@@ -183,7 +188,8 @@ def _train_stages(arguments: TrainArguments, asked: TrainArguments) -> dict:
     for stage in stages:
         check_launch(stage)
     output = Path(arguments.output).expanduser()
-    check_output(output, arguments)
+    for stage in stages:
+        check_output(output, replace(arguments, distill=stage.distill))
     state = join_processes(arguments)
     with state.local_main_process_first():
         # What a later stage learns from is looked at before an earlier one is trained.
@@ -242,6 +248,7 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
     """The last stage's summary, as one of the whole run."""
     first, last = summaries[0], summaries[-1]
     total = {name: sum(summary[name] for summary in summaries) for name in ("steps", "tokens", "seconds", "epochs")}
+    total["device_seconds"] = sum(map(device_seconds, summaries))
     total["tokens_per_second"] = total["tokens"] / total["seconds"] if total["seconds"] else None
     held_out, alphas, steps = [], [], 0
     for summary in summaries:
@@ -259,5 +266,5 @@ def _joined(arguments: TrainArguments, summaries: list[dict], processes: int) ->
         "recipe": arguments.recipe,
         "stages": summaries,
         "options": {name: value for name, value in asdict(arguments).items() if name not in ("output", "resume")},
-        "command": command_of(arguments, processes),
+        "command": command_of(arguments, processes, last["mixed_precision"]),
     }
