@@ -102,7 +102,7 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     _, text, shown = made(tmp_path, home / "runs", results=[str(home / "lm")])
     content = json.loads((home / "lm" / "results.json").read_text())
     cells = {(cell["model"], cell["task"], cell["length"]): cell for cell in content["cells"]}
-    perplexity, *needles = shown[1:]
+    perplexity, positions, *needles = shown[1:]
     rows = {(row["run"], row["seed"]): row for row in perplexity}
     assert list(rows) == [
         ("base", "-"), ("control", "0"), ("asentmax", "0"), ("asentmax", "1"), ("**asentmax**", "**mean of 2**")
@@ -119,6 +119,15 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     assert rows["control", "0"]["16 to the control"] == rows["base", "-"]["16 to the control"] == "-"
     assert "2 windows of 64 tokens, drawn with seed 0" in text and "Mean over 1 depths" in text
     assert [row["run"] for row in needles[0]] == [row["run"] for row in perplexity]
+    # The mean loss of the longest windows, taken apart at the shorter length: positions 1 to 15, then 16 to 63.
+    rows = {(row["run"], row["seed"]): row for row in positions}
+    for place, label in ((("base", "-"), "base"), (("asentmax", "1"), "c")):
+        near, far = (float(rows[place][column].rstrip("*")) for column in ("16", "64"))
+        ranges = cells[label, "perplexity", 64]["positions"]
+        own = [(item["loss"], item["end"] - item["start"]) for item in ranges if item["start"] >= 16]
+        assert far == pytest.approx(sum(loss * count for loss, count in own) / 48, abs=6e-4) and near != far
+        assert (15 * near + 48 * far) / 63 == pytest.approx(cells[label, "perplexity", 64]["loss"], abs=2e-3)
+    assert "Loss by position in windows of 64 tokens" in text
     # Named as a file, or lying in a run's folder, it is the same.
     assert made(tmp_path, home / "runs", results=[str(home / "lm" / "results.json")])[1] == text
     shutil.copytree(home / "runs", tmp_path / "runs")
