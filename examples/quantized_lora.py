@@ -1,6 +1,6 @@
 """LoRA on a quantised sparse model: python examples/quantized_lora.py [int8 | nf4] [output]
 
-int8: torchao, on any device (pip install torchao). nf4: bitsandbytes, 4 bits, on a GPU (pip install bitsandbytes).
+int8: torchao (pip install torchao). nf4: bitsandbytes, 4 bits (pip install bitsandbytes; 0.50.2 also on a CPU).
 """
 
 import sys

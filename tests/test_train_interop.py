@@ -136,23 +136,44 @@ def test_examples_run(tmp_path, name):
         assert saved.config.sparse_attention["map"] == "asentmax"
 
 
-def test_a_quantised_model_learns_in_its_map_and_adapters(tmp_path, model):
-    """int8 weights of torchao: the projections are quantised and stay, the map's parameters are neither."""
-    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_model_learns_in_its_map_and_adapters(tmp_path, model, kind):
+    """8 bits of torchao, 4 of bitsandbytes: projections are quantised and stay, the map's parameters are neither."""
     from peft import LoraConfig, get_peft_model
-    from transformers import TorchAoConfig
 
     model.save_pretrained(tmp_path / "sparse")
+    if kind == "int8":
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+        from transformers import TorchAoConfig
+
+        quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    else:
+        bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=["lm_head", "sparse_scale", "sparse_alpha"],
+        )  # fmt: skip
     quantised = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "sparse", quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), device_map="cpu"
+        tmp_path / "sparse", quantization_config=quantization, device_map="cpu"
     )
     layer = quantised.model.layers[0].self_attn
-    assert "Int8" in type(layer.q_proj.weight).__name__
+    assert type(layer.q_proj.weight).__name__ == {"int8": "Int8Tensor", "nf4": "Params4bit"}[kind]
     assert all(type(value.data) is torch.Tensor for value in layer.sparse_scale.parameters())
     ids = torch.tensor(documents()[1])[None]
     with torch.no_grad():
+        if kind == "nf4":
+            # 4 bits move this small model's logits as far as another map would: beside what they stand for. In eval
+            # mode bitsandbytes packs weights for CPUs, which takes rows of 64.
+            quantised.train()
+            for name, module in quantised.named_modules():
+                if type(module).__name__ == "Linear4bit":
+                    whole = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                    model.get_submodule(name).weight.copy_(whole)
         # 8 bits of weights move logits of size 1 by their rounding, another map would move them by their size.
-        torch.testing.assert_close(quantised(ids).logits, model(ids).logits, atol=0.05, rtol=0.05)
+        bound = {"int8": 0.05, "nf4": 1e-4}[kind]
+        torch.testing.assert_close(quantised(ids).logits, model(ids).logits, atol=bound, rtol=bound)
     adapted = get_peft_model(quantised, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["sparse_scale"]))
     adapted(ids, labels=ids).loss.backward()
     trained = {name for name, value in adapted.named_parameters() if value.grad is not None}

@@ -102,7 +102,7 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     _, text, shown = made(tmp_path, home / "runs", results=[str(home / "lm")])
     content = json.loads((home / "lm" / "results.json").read_text())
     cells = {(cell["model"], cell["task"], cell["length"]): cell for cell in content["cells"]}
-    perplexity, *needles = shown[1:]
+    perplexity, positions, *needles = shown[1:]
     rows = {(row["run"], row["seed"]): row for row in perplexity}
     assert list(rows) == [
         ("base", "-"), ("control", "0"), ("asentmax", "0"), ("asentmax", "1"), ("**asentmax**", "**mean of 2**")
@@ -119,6 +119,15 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     assert rows["control", "0"]["16 to the control"] == rows["base", "-"]["16 to the control"] == "-"
     assert "2 windows of 64 tokens, drawn with seed 0" in text and "Mean over 1 depths" in text
     assert [row["run"] for row in needles[0]] == [row["run"] for row in perplexity]
+    # The mean loss of the longest windows, taken apart at the shorter length: positions 1 to 15, then 16 to 63.
+    rows = {(row["run"], row["seed"]): row for row in positions}
+    for place, label in ((("base", "-"), "base"), (("asentmax", "1"), "c")):
+        near, far = (float(rows[place][column].rstrip("*")) for column in ("16", "64"))
+        ranges = cells[label, "perplexity", 64]["positions"]
+        own = [(item["loss"], item["end"] - item["start"]) for item in ranges if item["start"] >= 16]
+        assert far == pytest.approx(sum(loss * count for loss, count in own) / 48, abs=6e-4) and near != far
+        assert (15 * near + 48 * far) / 63 == pytest.approx(cells[label, "perplexity", 64]["loss"], abs=2e-3)
+    assert "Loss by position in windows of 64 tokens" in text
     # Named as a file, or lying in a run's folder, it is the same.
     assert made(tmp_path, home / "runs", results=[str(home / "lm" / "results.json")])[1] == text
     shutil.copytree(home / "runs", tmp_path / "runs")
@@ -139,6 +148,34 @@ def test_what_was_measured_is_found_by_the_weights(home, tmp_path):
     (tmp_path / "runs" / "asentmax-s0" / "summary.json").write_text(json.dumps({**summary, "fingerprint": "0"}))
     _, _, shown = made(tmp_path, tmp_path / "runs")
     assert ("b", "-") in {(row["run"], row["seed"]) for row in shown[1]}
+
+
+def test_a_seed_that_was_not_measured_leaves_the_mean_of_the_others(home, tmp_path):
+    """Also of the control, which would be one seed of it otherwise, beside which the others stand."""
+    shutil.copytree(home / "runs", tmp_path / "runs")
+    for name, copies in (("control-lr1e-4", (1, 2)), ("asentmax", (2,))):
+        for seed in copies:
+            folder = tmp_path / "runs" / f"{name}-s{seed}"
+            shutil.copytree(home / "runs" / f"{name}-s0", folder)
+            for file in (folder / "run.json", folder / "summary.json"):
+                content = json.loads(file.read_text())
+                content |= {"seed": seed} if "seed" in content else {}
+                content |= {"fingerprint": str(seed)} if "fingerprint" in content else {}
+                file.write_text(json.dumps(content))
+    results = json.loads((home / "lm" / "results.json").read_text())
+    # The control's seed 1 was measured as the dense model, its seed 2 and asentmax's were not.
+    (base,) = [model for model in results["models"] if model["label"] == "base"]
+    base["fingerprint"] = "1"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    _, _, shown = made(tmp_path, tmp_path / "runs", results=[str(tmp_path / "results.json")])
+    assert {"mean of 3"} == {row["seed"].strip("*") for row in shown[0] if "mean" in row["seed"]}
+    rows = {(row["run"].strip("*"), row["seed"].strip("*")): row for row in shown[1]}
+    assert {seed for _, seed in rows} == {"0", "1", "mean of 2"}
+    values = [float(rows["control", seed]["16"]) for seed in "01"]
+    assert float(rows["control", "mean of 2"]["16"].strip("*").split(" ")[0]) == pytest.approx(mean(values), abs=0.01)
+    assert all(rows["control", seed]["16 to the control"] == "-" for seed in ("0", "1"))
+    excess = 100 * (float(rows["asentmax", "0"]["16"]) / mean(values) - 1)
+    assert float(rows["asentmax", "0"]["16 to the control"].split(" ")[0]) == pytest.approx(excess, abs=0.02)
 
 
 def test_runs_without_an_end_are_shown_as_such(home, tmp_path):

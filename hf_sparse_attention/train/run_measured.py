@@ -94,6 +94,30 @@ def read_measured(runs: list[Run], files: list[str]) -> list[Measured]:
                     remark = _remark(contents, task, of_task)
                     title = title.format(task=task.replace("_", " ").capitalize())
                     found.append(Measured(title, remark, task, lengths, of_task, others, get, digits))
+            if (pieces := _by_position(of_task, lengths)) and len(lengths) > 1:
+                longest = {place: cell for place, cell in of_task.items() if place[1] == lengths[-1]}
+                title = f"Loss by position in windows of {lengths[-1]:,} tokens"
+                remark = "Nats a token between the length before and this one. " + _remark(contents, task, longest)
+                found.append(
+                    Measured(title, remark, "positions", lengths, pieces, others, lambda cell: cell["loss"], 3)
+                )
+    return found
+
+
+def _by_position(cells: dict[tuple[str, int], dict], lengths: list[int]) -> dict[tuple[str, int], dict]:
+    """Of the longest windows the mean loss of the positions from the length before to each length, by fingerprint and
+    length; nothing if a length is no end of a range that was measured."""
+    found = {}
+    for (fingerprint, length), cell in cells.items():
+        ranges = cell.get("positions") if length == lengths[-1] else None
+        for first, end in zip([0, *lengths], lengths, strict=False) if ranges else ():
+            inside = [item for item in ranges if first <= item["start"] and item["end"] <= end]
+            if not inside or inside[-1]["end"] != end:
+                return {}
+            counts = [item["end"] - item["start"] for item in inside]
+            loss = sum(item["loss"] * count for item, count in zip(inside, counts, strict=True)) / sum(counts)
+            short = cells.get((fingerprint, end))
+            found[fingerprint, end] = {"loss": loss, "note": short and short["note"]}
     return found
 
 

@@ -157,7 +157,9 @@ def _by_length(measured: Measured, rows: list[_Row]) -> tuple[list[str], list[li
     named = ""
     header = ["run", "rate", "seed", *(f"{length:,}" for length in measured.lengths)]
     shown = [[label, *[tables.MISSING] * 2, *_values(measured, [key])] for key, label in measured.others.items()]
-    own = [row for row in rows if all(measured.has(run) for run in row.runs)]
+    # Of several seeds those that were measured: what is a mean of one has a line of its own.
+    kept = [_Row(row.label, [run for run in row.runs if measured.has(run)]) for row in rows]
+    own = [one for one, row in zip(kept, rows, strict=True) if len(one.runs) > 1 or one.runs == row.runs]
     shown += [row.shown([*row.first, *_values(measured, [_key(run) for run in row.runs])]) for row in own]
     if measured.task == "perplexity":
         header.append(f"{measured.lengths[0]:,} to the control")
