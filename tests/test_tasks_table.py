@@ -300,6 +300,8 @@ def test_the_picture_shows_all_runs_the_training_length_and_each_map_in_its_colo
     found = pictures.styles(models)
     assert len({style["color"] for style in found.values()}) == 3
     assert [style["linestyle"] == "-" for style in found.values()] == [True, False, True]
+    many = [{"label": str(number), "map": "asentmax"} for number in range(20)]
+    assert len({(style["color"], style["linestyle"]) for style in pictures.styles(many).values()}) == 20
     # The evaluation's pictures have the table's colours.
     assert found["a"]["color"] == pictures.styles([{"label": "softmax", "map": "softmax"}])["softmax"]["color"]
 
