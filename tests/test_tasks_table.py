@@ -233,6 +233,15 @@ def test_time_that_runs_share_is_counted_once(tmp_path):
     assert "12.5 min; sum of the runs' own: 17.5 min (NVIDIA H200)." in made(tmp_path)[0]
 
 
+def test_time_is_told_by_row(tmp_path):
+    """Of a row's own runs, whether or not another's were trained meanwhile; of old runs what they took."""
+    record(tmp_path / "a", 1e-3, 0, 0.5, spans=[[0, 300], [600, 900]], seconds=600, map="entmax")
+    record(tmp_path / "b", 1e-3, 0, 0.5, spans=[[0, 60]], seconds=60)
+    record(tmp_path / "b", 2e-3, 0, 0.5, seconds=30)
+    text, _ = made(tmp_path)
+    assert "10.5 min; sum of the runs' own: 11.5 min. The same by row: entmax 10.0 min; asentmax 1.5 min." in text
+
+
 def test_published_numbers_stand_below_the_runs(tmp_path):
     record(tmp_path / "runs", 1e-3, 0, 0.5, test={64: 0.5})
     file = tmp_path / "published.yaml"
@@ -291,6 +300,8 @@ def test_the_picture_shows_all_runs_the_training_length_and_each_map_in_its_colo
     found = pictures.styles(models)
     assert len({style["color"] for style in found.values()}) == 3
     assert [style["linestyle"] == "-" for style in found.values()] == [True, False, True]
+    many = [{"label": str(number), "map": "asentmax"} for number in range(20)]
+    assert len({(style["color"], style["linestyle"]) for style in pictures.styles(many).values()}) == 20
     # The evaluation's pictures have the table's colours.
     assert found["a"]["color"] == pictures.styles([{"label": "softmax", "map": "softmax"}])["softmax"]["color"]
 

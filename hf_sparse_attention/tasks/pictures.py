@@ -12,6 +12,8 @@ from ..results import mean_over_depths, reach_of
 # Colours of the share of right answers, from 0 to 1, told apart by the colour-blind.
 _SHARES = "cividis"
 _DASHES = (0, (4, 2))
+# Of more models than there are colours for.
+_FURTHER_DASHES = (_DASHES, (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (9, 3)))
 NAMES = ("results.png", "context.png", "depth.png", "exact_match.png")
 # Letters that a line of a legend is long.
 _LINE = 4.5
@@ -125,20 +127,24 @@ def by_depth(results: dict, cells: list[dict]) -> Figure:
 
 def styles(models: list[dict]) -> dict[str, dict]:
     """Colour, marker and dashes by label: the first model of a map has the map's colour, the others one that is free
-    and dashes. A model of alpha 1 is softmax."""
+    and dashes; if they are more than the free ones, each another pair of any colour and dashes. A model of alpha 1 is
+    softmax."""
     maps = {model["label"]: "softmax" if model.get("alpha") == 1 else model.get("map") for model in models}
     found = {}
     for label, name in maps.items():
         if name in _MAPS and _MAPS.index(name) not in found.values():
             found[label] = _MAPS.index(name)
     others = [label for label in maps if label not in found]
-    free = [index for index in range(len(COLOURS)) if index not in found.values()] or list(range(len(COLOURS)))
+    free = [index for index in range(len(COLOURS)) if index not in found.values()]
+    colours = free if len(others) <= len(free) else list(range(len(COLOURS)))
+    dashes = {}
     for number, label in enumerate(others):
-        found[label] = free[number % len(free)]
+        found[label] = colours[number % len(colours)]
+        dashes[label] = _FURTHER_DASHES[number // len(colours) % len(_FURTHER_DASHES)]
     return {
         label: {
             "color": COLOURS[found[label]], "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": _DASHES if label in others and maps[label] in _MAPS else "-",
+            "linestyle": dashes[label] if label in others and maps[label] in _MAPS else "-",
         }
         for index, label in enumerate(maps)
     }  # fmt: skip

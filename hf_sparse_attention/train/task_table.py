@@ -91,7 +91,7 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
             _settings(groups),
             tables.markdown(*best),
             *([remark] if remark else []),
-            _time(groups),
+            f"{_time(groups)} {_time_by_row(groups)}",
         ]
         blocks += [tables.markdown(*_every_run(groups, lengths))]
         header, rows = best
@@ -336,16 +336,26 @@ def _time(groups: list[_Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     failed = sum(bool(run.get("failed")) for run in runs)
     unfinished = sum(not run["finished"] for run in runs)
-    spans = [span for run in runs for span in run.get("spans", [])]
-    spans += [line["span"] for run in runs for line in run["tests"].values() if "span" in line]
-    # Runs that an earlier version recorded have no times, only how long they took.
-    alone = sum(run.get("seconds", 0.0) for run in runs if "spans" not in run)
     devices = sorted({run["device"] for run in runs if "device" in run})
     return (
         f"Runs: {len(runs)}; failed: {failed}; not finished: {unfinished}. Time in which at least one was trained or "
-        f"tested: {_minutes(covered(spans) + alone)}; sum of the runs' own: "
+        f"tested: {_minutes(_wall_seconds(runs))}; sum of the runs' own: "
         f"{_minutes(sum(run.get('seconds', 0.0) for run in runs))}" + (f" ({', '.join(devices)})." if devices else ".")
     )
+
+
+def _time_by_row(groups: list[_Group]) -> str:
+    """Of each row the same, whatever else the device did meanwhile."""
+    times = [f"{group.label} {_minutes(_wall_seconds(group.runs))}" for group in groups]
+    return f"The same by row: {'; '.join(times)}."
+
+
+def _wall_seconds(runs: list[dict]) -> float:
+    """Seconds in which at least one was trained or tested."""
+    spans = [span for run in runs for span in run.get("spans", [])]
+    spans += [line["span"] for run in runs for line in run["tests"].values() if "span" in line]
+    # Runs that an earlier version recorded have no times, only how long they took.
+    return covered(spans) + sum(run.get("seconds", 0.0) for run in runs if "spans" not in run)
 
 
 def covered(spans: list[list[float]]) -> float:
