@@ -66,31 +66,8 @@ def run_demo(arguments: DemoArguments) -> dict:
 
     stage(f"train both with the same tokens: {arguments.map}, then softmax")
     runs = {arguments.map: str(output / "converted"), "softmax": str(DENSE)}
-    has_parameters = MAPS[arguments.map].scale is not None or MAPS[arguments.map].learned_alpha
     for name, model in runs.items():
-        train_model(
-            TrainArguments(
-                model=model,
-                map=None if name == arguments.map else "none",
-                output=str(output / name),
-                train_data=[str(STORIES / "train.txt.xz")],
-                eval_data=[str(STORIES / "validation.txt.xz")],
-                block_size=TRAINED_LENGTH,
-                batch_size=arguments.batch_size,
-                steps=arguments.steps,
-                learning_rate=arguments.learning_rate,
-                # The map's few parameters start at zero and have a short run to find their size in.
-                new_learning_rate=10 * arguments.learning_rate if name == arguments.map and has_parameters else None,
-                alpha_share=0.4,
-                eval_every=max(1, arguments.steps // 3),
-                eval_blocks=16,
-                checkpoint_every=max(1, arguments.steps // 3),
-                resume="auto",
-                cpu=True,
-                # Two stages took longer here and ended no better: 191 s, +0.71 % against 168 s, +0.55 %.
-                recipe="anneal" if name == arguments.map else None,
-            )
-        )
+        train_model(training_of(arguments, name, model))
 
     stage(f"evaluate at {', '.join(f'{length:,}' for length in LENGTHS)} tokens")
     results = evaluate_models(
@@ -169,6 +146,33 @@ def _prepare(output: Path, overwrite: bool) -> None:
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     mark.touch()
+
+
+def training_of(arguments: DemoArguments, name: str, model: str) -> TrainArguments:
+    """The run of the map called `name`, or of its control, "softmax", from a model; both see the same tokens."""
+    sparse = name == arguments.map
+    has_parameters = MAPS[arguments.map].scale is not None or MAPS[arguments.map].learned_alpha
+    return TrainArguments(
+        model=model,
+        map=None if sparse else "none",
+        output=str(Path(arguments.output_dir) / name),
+        train_data=[str(STORIES / "train.txt.xz")],
+        eval_data=[str(STORIES / "validation.txt.xz")],
+        block_size=TRAINED_LENGTH,
+        batch_size=arguments.batch_size,
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        # The map's few parameters start at zero and have a short run to find their size in.
+        new_learning_rate=10 * arguments.learning_rate if sparse and has_parameters else None,
+        alpha_share=0.4 if sparse else None,
+        eval_every=max(1, arguments.steps // 3),
+        eval_blocks=16,
+        checkpoint_every=max(1, arguments.steps // 3),
+        resume="auto",
+        cpu=True,
+        # Two stages took longer here and ended no better: 191 s, +0.71 % against 168 s, +0.55 %.
+        recipe="anneal" if sparse else None,
+    )
 
 
 def _story(path: Path) -> str:
