@@ -5,6 +5,7 @@
 # What was interrupted goes on with the same command, and what is done is kept. From the environment:
 #   CARDS="0 1 2 3"  spreads the rows over several GPUs      TOGETHER  runs side by side on each
 #   STEPS  RATES  SEEDS  TESTED (best or all)  OUT (folder of the runs: runs)  OPTIONS (further ones of train-task)
+#   FAST=            without a GPU: instead of --precision bfloat16 --compile --cuda_graph
 set -eu
 task=$1
 shift
@@ -50,8 +51,8 @@ row() {
     # All runs wait while one writes its checkpoint. Several words on purpose.
     # shellcheck disable=SC2086
     hf-sparse-attention train-task --config "$here/$task.yaml" --steps "$steps" --warmup_steps $((steps / 20)) $what \
-        --learning_rates ${RATES:-$rates} --seeds ${SEEDS:-0} --tested "${TESTED:-$tested}" --precision bfloat16 --compile \
-        --cuda_graph --together "${TOGETHER:-4}" --checkpoint_every $((steps / 4)) --output "${OUT:-runs}/$task/$1" ${OPTIONS:-}
+        --learning_rates ${RATES:-$rates} --seeds ${SEEDS:-0} --tested "${TESTED:-$tested}" \
+        ${FAST---precision bfloat16 --compile --cuda_graph} --together "${TOGETHER:-4}" --checkpoint_every $((steps / 4)) --output "${OUT:-runs}/$task/$1" ${OPTIONS:-}
 }
 
 # A background process a card, which takes every so-manieth row.
