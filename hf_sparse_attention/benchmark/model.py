@@ -220,7 +220,8 @@ def _measure(arguments, variant: Variant, weights, tokens, device: str, backend:
     model = _with_weights(variant.config, weights, DTYPES[arguments.dtype], device)
     chunk_loss(model, LOSS_CHUNK)
     if arguments.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The second is its name in older Transformers, of which 5.23 warns; both leave out reentrant checkpoints.
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     _compile(model, arguments.compile, backend)
     optimizer = None
     if arguments.optimizer:

@@ -211,7 +211,8 @@ def train_stage(
     model = build()
     recompute = wants_checkpointing(arguments)
     if recompute and not matches:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The second is its name in older Transformers, of which 5.23 warns; both leave out reentrant checkpoints.
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     counts: dict = {
         # Of the model that is saved: adapters are merged into it, and what they replace is not.
         "parameters": sum(
