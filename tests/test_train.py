@@ -859,6 +859,7 @@ def test_two_processes_are_one(home, tmp_path):
     run(home, **{**values, "output": str(tmp_path / "one"), "batch_size": 4})
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
+    assert output.count("2 processes on cpu, 4 blocks of 32 tokens in a step") == 1
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["hardware"].startswith("2 x")
     assert_close_metrics(tmp_path / "one", tmp_path / "two")
     for name, value in weights(tmp_path / "one").items():

@@ -165,6 +165,11 @@ def train_stage(
         return finished
 
     checkpoint = checkpoint_to_go_on_from(output, arguments, identity)
+    # A launcher that started fewer processes than it was meant to says nothing of it.
+    accelerator.print(
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}, "
+        f"{step_tokens // phases[0].block_size:,} blocks of {phases[0].block_size:,} tokens in a step"
+    )
 
     # The data: every process knows all of a step's blocks and computes its share of them.
     held_out = held_out_blocks(arguments, tokenizer, block_size)

@@ -329,7 +329,7 @@ def save_model(folder: Path, source: Source, model: PreTrainedModel, arguments: 
 
 def print_summary(output: Path, summary: dict) -> None:
     lines = [f"model: {output / 'model'}", f"steps {summary['steps']:,}, tokens {summary['tokens']:,}"]
-    lines[1] += f", {summary['epochs']:.2f} passes over the data, {summary['seconds']:.0f} s"
+    lines[1] += f", {summary['epochs']:.2f} passes over the data, {summary['seconds']:.0f} s on {summary['hardware']}"
     if summary["flop_utilisation"]:
         lines[1] += f", model FLOP utilisation {summary['flop_utilisation']:.1%}"
     if summary["stage"] == "match" and summary["train_loss"] is not None:
