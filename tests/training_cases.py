@@ -49,6 +49,14 @@ def write_text(path: Path, documents: int = 60, *, seed: int = 0, longest: int =
     return path
 
 
+def home_folder(folder: Path) -> Path:
+    """With dense/, train.txt and eval.txt, which no test changes."""
+    dense_folder(folder / "dense")
+    write_text(folder / "train.txt")
+    write_text(folder / "eval.txt", 20, seed=1)
+    return folder
+
+
 def options(folder: Path, **changes) -> dict:
     """Arguments of a short run; `folder` holds dense/, train.txt and eval.txt."""
     values = {
