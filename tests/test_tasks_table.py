@@ -15,7 +15,7 @@ from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.tasks import pictures
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC
 from hf_sparse_attention.train import TableArguments, TrainArguments, TrainTaskArguments, table_of_runs, train_task
-from hf_sparse_attention.train.task_arguments import check_task_arguments
+from hf_sparse_attention.train.task_arguments import RISING, check_task_arguments
 from hf_sparse_attention.train.task_record import identity_of
 from hf_sparse_attention.train.task_table import covered
 
@@ -382,10 +382,14 @@ def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
         assert words[1] == "train-task"
         arguments = parse_arguments(TrainTaskArguments, words[2:], program="")
         check_task_arguments(arguments)
-        assert arguments.task == task and len(arguments.learning_rates) == 4 and arguments.resume == "auto"
-        # The paper's own rate is among them.
+        assert arguments.task == task and len(arguments.learning_rates) >= 3 and arguments.resume == "auto"
+        # The paper's own rate, which is AdamW's, is among them.
         plain = parse_arguments(TrainTaskArguments, [*words[2:4], "--output", ""], program="")
-        assert plain.learning_rates[0] == pytest.approx(arguments.learning_rates[1])
+        is_muon = task in ("sort", "local_count", "mqmtar")
+        assert arguments.optimizer == ("muon" if is_muon else "adamw")
+        assert is_muon or plain.learning_rates[0] == pytest.approx(arguments.learning_rates[1])
+        rises = task == "mqmtar" and arguments.map in RISING
+        assert arguments.softmax_share == (0.2 if rises else 0)
         assert arguments.warmup_steps == (0 if "no-warmup" in arguments.output else arguments.steps // 20)
         outputs.append((arguments.output, arguments.map, arguments.position, arguments.scale_start))
     assert outputs[1:3] + outputs[5:9] == [
@@ -402,11 +406,14 @@ def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
 def test_rows_go_on_several_cards_and_one_that_fails_stops_no_other(tmp_path):
     found, code = commands(
         tmp_path, "sort", "softmax", "ssmax", "entmax", "asentmax", CARDS="1 3", STEPS="400", SEEDS="0 1",
-        OPTIONS="--checkpoint_every 0", OUT="elsewhere",
+        OPTIONS="--checkpoint_every 0", OUT="elsewhere", OPTIMIZER="adamw", SHARE="0.1",
     )  # fmt: skip
     maps = {words[words.index("--map") + 1]: words[0] for words in found[:-1]}
     assert code == 1 and maps == {"softmax": "1", "entmax": "1", "ssmax": "3", "asentmax": "3"}
     assert "--steps 400 --warmup_steps 20" in " ".join(found[0]) and "--seeds 0 1 --tested" in " ".join(found[0])
+    assert all("--optimizer adamw" in " ".join(words) for words in found[:-1])
+    shares = {words[words.index("--map") + 1] for words in found[:-1] if "--softmax_share 0.1" in " ".join(words)}
+    assert shares == {"entmax", "asentmax"}
     assert found[-1][:3] == ["table", "--runs", "elsewhere/sort"]
     assert commands(tmp_path, "sort", "softmax")[1] == 0 and commands(tmp_path, "nothing") == ([], 2)
 

@@ -13,6 +13,9 @@ from .recipe import SCALE_STARTS, SCHEDULES
 MAPS = ("softmax", *SPECIFICATIONS)
 PRECISIONS = ("float32", "bfloat16")
 TESTED = ("best", "all")
+# Maps whose alpha is above 1, or begins there.
+RISING = ("entmax", "asentmax", "adaptive_entmax")
+OPTIMIZERS = ("adamw", "muon")
 TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
 
@@ -44,6 +47,13 @@ class TrainTaskArguments:
             "training)"
         ),
     )
+    softmax_share: float = field(
+        default=0.0,
+        metadata=_help(
+            "share of the steps, from the first, in which alpha is 1, softmax, which finds sooner what the map then "
+            "does sparsely (entmax, asentmax, adaptive_entmax)"
+        ),
+    )
     layers: int = field(default=2, metadata=_help("layers of the model"))
     hidden_size: int = field(default=256, metadata=_help("its hidden size"))
     heads: int = field(default=8, metadata=_help("its attention heads"))
@@ -57,7 +67,13 @@ class TrainTaskArguments:
     schedule: str = field(default="cosine", metadata=_help(f"rate after warm-up: {', '.join(SCHEDULES)}"))
     warmup_steps: int = field(default=500, metadata=_help("steps in which the rate rises from 0, fewer than steps"))
     final_share: float = field(default=0.0, metadata=_help("share of the peak that cosine and linear end at"))
-    weight_decay: float = field(default=0.0, metadata=_help("AdamW's, of matrices; a map's own parameters have none"))
+    optimizer: str = field(
+        default="adamw",
+        metadata=_help(
+            "adamw, or muon: Muon for the matrices of the layers, at the same rate, and AdamW for all else"
+        ),
+    )
+    weight_decay: float = field(default=0.0, metadata=_help("of matrices; a map's own parameters have none"))
     beta1: float = field(default=0.9, metadata=_help("AdamW's first beta"))
     beta2: float = field(default=0.99, metadata=_help("AdamW's second beta"))
     clip: float = field(default=1.0, metadata=_help("largest gradient norm; 0 does not clip"))
@@ -132,6 +148,10 @@ class TrainTaskArguments:
             raise ValueError(f"lengths is {self.lengths}; give the shortest and the longest")
         return task.check_lengths(tuple(self.lengths) or task.default_lengths)
 
+    def softmax_steps(self) -> int:
+        """Steps from the first in which alpha is 1."""
+        return math.ceil(self.softmax_share * self.steps)
+
     def validated_lengths(self) -> list[int]:
         longest = self.training_lengths()[1]
         return sorted(set(self.validation_lengths)) or [longest, 2 * longest, 4 * longest]
@@ -162,6 +182,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
         "scale_start": TASK_SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
+        "optimizer": OPTIMIZERS,
         "test_precision": (None, *PRECISIONS),
     }  # fmt: skip
     for name, allowed in choices.items():
@@ -184,6 +205,16 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         )
     if arguments.map == "softmax" and arguments.alpha is not None:
         raise ValueError(f"alpha is {arguments.alpha}, but softmax has none; entmax takes it")
+    if not 0 <= arguments.softmax_share < 1 or arguments.softmax_steps() == arguments.steps:
+        raise ValueError(
+            f"softmax_share is {arguments.softmax_share}; it must be from 0 to below 1, so that some of the "
+            f"{arguments.steps} steps are the map's own"
+        )
+    if arguments.softmax_share and (arguments.map not in RISING or arguments.alpha == 1):
+        raise ValueError(
+            f"softmax_share is {arguments.softmax_share}, but map {arguments.map!r} at alpha {arguments.alpha} has no "
+            f"alpha to rise to; {', '.join(RISING)} with one above 1 have: leave it out"
+        )
     if arguments.scale_start != "neutral" and arguments.map != "asentmax":
         raise ValueError(
             f"scale_start is {arguments.scale_start!r}, which only asentmax has; map is {arguments.map!r}: "

@@ -7,12 +7,15 @@ import json
 from collections import Counter
 
 from ..config import SPECIFICATIONS
+from .task_arguments import RISING
 
 # Value of an option that a run's record does not have.
 UNKNOWN = "unknown"
 # Options that some maps do not have: which do, and what stands for nothing special.
 _ALPHAS = tuple(name for name, row in SPECIFICATIONS.items() if row.lowest < row.highest)
-_OF_MAPS = {"scale_start": (("asentmax",), "neutral"), "alpha": (_ALPHAS, None)}
+_OF_MAPS = {
+    "scale_start": (("asentmax",), "neutral"), "alpha": (_ALPHAS, None), "softmax_share": (RISING, 0.0),
+}  # fmt: skip
 
 
 def has_option(identity: dict, key: str) -> bool:

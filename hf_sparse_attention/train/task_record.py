@@ -53,6 +53,11 @@ def share(line: dict | None) -> str:
     return tables.number(100 * line["exact_match"], 1) + ("" if error == "0.0" else f" ±{error}")
 
 
+def whole_run(record: dict) -> dict:
+    """A record, or what a checkpoint says of its run, with what earlier versions did and had no option for."""
+    return {**record, "identity": {"optimizer": "adamw", "softmax_share": 0.0, **record["identity"]}}
+
+
 def read_record(folder: Path) -> dict:
     """What is in a run's run.json.
 
@@ -67,7 +72,7 @@ def read_record(folder: Path) -> dict:
         if lost := [key for key in needed if key not in saved]:
             raise ValueError(f"it has no {', '.join(lost)}")
         _check_lines(saved.get("validation", []))
-        return {**saved, "identity": dict(saved["identity"])}
+        return whole_run(saved)
     except (ValueError, KeyError, TypeError) as error:
         raise OSError(f"{file} is damaged ({error}): train this run anew with --overwrite") from error
 

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM
 from ..files import flush_file, whole_folder, write_bytes, write_json, write_text
 from ..loading import count_parameters
 from ..maps import MAPS
+from ..models import set_alpha
 from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from ..tasks.streams import Layout, Stream, packed_layout
 from .recipe import rate_at
 from .task_arguments import TrainTaskArguments
 from .task_model import new_model
-from .task_record import identity_of, read_record
+from .task_record import identity_of, read_record, whole_run
 from .task_step import TaskStep, working_precision
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,11 @@ def train_run(
         start, spans = _load_checkpoint(folder / "checkpoint.pt", step, device, _whose(record))
         bar.update(start)
         logger.info("%s goes on from step %d of %d", folder, start, arguments.steps)
+    softmax_steps, alpha = arguments.softmax_steps(), None
+    if softmax_steps:
+        alpha = model.config.sparse_attention["alpha"]
+    if start < softmax_steps:
+        set_alpha(model, 1.0)
     earlier = sum(end - begin for begin, end in spans)
     write_json(folder / "run.json", {**record, "finished": False})
     _keep_metrics(folder / "metrics.jsonl", start, arguments.steps)
@@ -75,6 +81,9 @@ def train_run(
         if not step.left:
             batches = next(arrays)
             step.hand_over(batches, [_rate(arguments, rate, done + ahead) for ahead in range(len(batches))])
+        if done == softmax_steps + 1 > 1:
+            set_alpha(model, alpha)
+            step.function_changed()
         try:
             step()
         except ValueError as error:
@@ -96,6 +105,8 @@ def train_run(
                 break
             line = {"kind": "train", "loss": loss, "gradient_norm": norm}
             line["learning_rate"] = _rate(arguments, rate, done)
+            if softmax_steps:
+                line["alpha"] = 1.0 if done <= softmax_steps else alpha
             timing = {"steps_per_second": window / (now - window_begun), "seconds": earlier + time.time() - begun}
             _write_metrics(folder / "metrics.jsonl", done, **line, timing=timing)
             bar.set_postfix_str(f"{folder.name} loss {loss:.4f}", refresh=False)
@@ -183,7 +194,7 @@ def _load_checkpoint(file: Path, step: TaskStep, device: torch.device, whose: di
     """Takes up a checkpoint; returns the steps done and when they were: [begin, end] of each time."""
     try:
         state = torch.load(file, map_location=device, weights_only=True)
-        if state.get("run", whose) != whose:
+        if whole_run(state.get("run", whose)) != whose:
             raise ValueError("it is of another run")
         step.load(state["step"])
         return state["done"], state["spans"]

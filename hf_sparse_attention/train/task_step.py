@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..models import new_parameter_names
 from ..tasks.streams import CHUNK, Layout
+from .muon import Muon, layer_matrices
 from .recipe import parameter_groups
 from .task_arguments import TrainTaskArguments
 from .task_model import answer_loss
@@ -36,12 +38,19 @@ class TaskStep:
 
     def __init__(self, model: PreTrainedModel, arguments: TrainTaskArguments, layout: Layout, device: torch.device):
         self.model, self.device, self.clip = model, device, arguments.clip or math.inf
-        self.compiled = torch.compile(self._loss) if arguments.compile else self._loss
         self.arguments = arguments
-        self.wants_graph, self.graph, self.eager_steps = arguments.cuda_graph, None, 0
         groups = parameter_groups(
             model, learning_rate=0.0, new_learning_rate=None, weight_decay=arguments.weight_decay
         )
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self.muon = None
+        if arguments.optimizer == "muon":
+            matrices = layer_matrices(model, set(new_parameter_names(model)))
+            taken = {id(matrix) for matrix in matrices}
+            self.muon = Muon(matrices, lr=0.0, weight_decay=arguments.weight_decay)
+            groups = [
+                {**group, "params": [item for item in group["params"] if id(item) not in taken]} for group in groups
+            ]
         self.optimizer = torch.optim.AdamW(
             groups,
             lr=0.0,
@@ -51,7 +60,6 @@ class TaskStep:
         )
         self.rate = torch.zeros((), device=device)
         self._share_rate()
-        self.parameters = [parameter for group in groups for parameter in group["params"]]
         shape = (layout.planes, layout.rows, layout.width)
         # What a captured step reads: the batch whose turn it is, at an address that stays.
         self.chunk = torch.zeros((CHUNK, *shape), dtype=torch.int32, device=device)
@@ -63,11 +71,22 @@ class TaskStep:
         self.norm = torch.zeros((), device=device)
         self.steps_summed = 0
         # Captured kernels are replayed on this stream too, so that copies into the batch stay in order.
-        self.stream = torch.cuda.Stream(device) if self.wants_graph else None
+        self.stream = torch.cuda.Stream(device) if arguments.cuda_graph else None
+        self.function_changed()
+
+    def function_changed(self) -> None:
+        """To be called when the model computes another function: it is compiled and captured anew."""
+        self.wait()
+        self.compiled = torch.compile(self._loss) if self.arguments.compile else self._loss
+        self.graph, self.eager_steps = None, 0
 
     def _share_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer] if self.muon is None else [self.optimizer, self.muon]
 
     def hand_over(self, batches: np.ndarray, rates: list[float]) -> None:
         """Hands over the batches (batches, planes, rows, width) of the next steps, `CHUNK` at most, and their rates.
@@ -140,7 +159,8 @@ class TaskStep:
             loss = loss_of(tokens, targets, positions[0] if positions else None)
         loss.backward()
         self.norm.copy_(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
-        self.optimizer.step()
+        for optimizer in self._optimizers():
+            optimizer.step()
         self.loss_sum += loss.detach()
         self.turn += 1
 
@@ -179,10 +199,11 @@ class TaskStep:
     def state(self) -> dict:
         """Parameters and optimizer, to be saved."""
         self.wait()
-        return {
+        state = {
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "loss_sum": self.loss_sum, "steps_summed": self.steps_summed,
         }  # fmt: skip
+        return state if self.muon is None else {**state, "muon": self.muon.state_dict()}
 
     def load(self, state: dict) -> None:
         """Takes up a saved state; only before the first step, as a graph knows where its numbers lie."""
@@ -191,6 +212,8 @@ class TaskStep:
         for group in state["optimizer"]["param_groups"]:
             group["capturable"] = self.device.type == "cuda"
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.muon is not None:
+            self.muon.load_state_dict(state["muon"])
         self._share_rate()
         self.loss_sum.copy_(state["loss_sum"])
         self.steps_summed = state["steps_summed"]

@@ -1,0 +1,214 @@
+"""How small models are trained on synthetic tasks: by Muon, and as softmax first."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_sparse_attention.models import attention_layers, new_parameter_names
+from hf_sparse_attention.tasks.streams import Stream
+from hf_sparse_attention.train import TrainTaskArguments, train_task
+from hf_sparse_attention.train.muon import Muon, layer_matrices, orthogonal
+from hf_sparse_attention.train.task_arguments import MAPS, RISING, check_task_arguments
+from hf_sparse_attention.train.task_model import new_model
+from hf_sparse_attention.train.task_run import _layout
+from hf_sparse_attention.train.task_step import TaskStep
+
+TINY = {
+    "task": "copy", "task_settings": ["symbols=6"], "lengths": [4, 6], "layers": 2, "hidden_size": 32, "heads": 4,
+    "ffn_size": 64, "batch_size": 32, "learning_rates": [1e-2], "steps": 20, "warmup_steps": 10, "device": "cpu",
+    "log_every": 5, "validation_lengths": [6], "validation_samples": 20, "checkpoint_every": 0,
+}  # fmt: skip
+
+
+def options(output="unused", **changes) -> TrainTaskArguments:
+    return TrainTaskArguments(**{**TINY, "output": str(output), **changes})
+
+
+def trained(arguments: TrainTaskArguments, steps: int):
+    """The model of seed 0 after some steps at one rate, and the step that trained it."""
+    task = arguments.chosen_task()
+    model, layout = new_model(arguments, task, 0), _layout(arguments, task)
+    step = TaskStep(model, arguments, layout, torch.device("cpu"))
+    for batches in Stream(task, 0, arguments.batch_size, (4, 6), layout, 0, steps):
+        step.hand_over(batches, [1e-2] * len(batches))
+        for _ in range(len(batches)):
+            step()
+    return model, step
+
+
+def test_an_update_has_the_singular_vectors_of_its_momentum_and_values_of_about_one():
+    matrices = torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    found = left.mT @ orthogonal(matrices).float() @ right.mT
+    values = found.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.6 and values.max() < 1.25
+    torch.testing.assert_close(found, torch.diag_embed(values), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_muon_is_that_of_torch(tensor):
+    """Tall, wide and square matrices, one that has no gradient in a step, and a rate that changes."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(8, 16), (16, 8), (8, 16), (6, 6), (1, 5)]
+    ours = [nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    theirs = [nn.Parameter(item.detach().clone()) for item in ours]
+    rate = torch.tensor(0.0) if tensor else 0.0
+    optimizers = [
+        Muon(ours, lr=rate, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for step in range(4):
+        for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            gradient = None if (step, number) == (1, 2) else torch.randn(one.shape, generator=random)
+            one.grad, other.grad = gradient, gradient
+        if tensor:
+            rate.fill_(0.01 * (step + 1))
+        for optimizer in optimizers[tensor:]:
+            optimizer.param_groups[0]["lr"] = 0.01 * (step + 1)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"the shape \(3,\)"):
+        Muon([nn.Parameter(torch.zeros(3))], lr=1e-3)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_all_else(name):
+    arguments = options(map=name, optimizer="muon")
+    before = new_model(arguments, arguments.chosen_task(), 0)
+    model, step = trained(arguments, 3)
+    new = set(new_parameter_names(model))
+    taken = {id(item) for group in step.muon.param_groups for item in group["params"]}
+    others = {id(item) for group in step.optimizer.param_groups for item in group["params"]}
+    assert not taken & others and taken | others == {id(item) for item in model.parameters()}
+    for (key, item), start in zip(model.named_parameters(), before.parameters(), strict=True):
+        inside = key.endswith("_proj.weight")
+        assert (id(item) in taken) == inside and not (inside and key in new)
+        assert not torch.equal(item, start), f"{key} was not trained"
+    assert len(layer_matrices(model, new)) == 2 * 7
+
+
+@pytest.mark.parametrize("name", ["asentmax", "adaptive_entmax"])
+def test_an_interrupted_run_with_muon_that_was_softmax_first_goes_on_exactly(tmp_path, monkeypatch, name):
+    """Interrupted before alpha rises, and after."""
+    changes = {
+        "map": name, "optimizer": "muon", "softmax_share": 0.5, "checkpoint_every": 5, "validate_every": 10,
+    }  # fmt: skip
+    whole = train_task(options(tmp_path / "whole", **changes))["runs"][0]["name"]
+    call = TaskStep.__call__
+    for stop in (8, 9):
+        left = [stop]
+
+        def interrupted(self, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            call(self)
+
+        monkeypatch.setattr(TaskStep, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    monkeypatch.setattr(TaskStep, "__call__", call)
+    train_task(options(tmp_path / "cut", **changes, resume="auto"))
+    found = []
+    for kind in ("whole", "cut"):
+        folder = tmp_path / kind / whole
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+        text = (folder / "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        found.append((state, [{key: value for key, value in row.items() if key != "timing"} for row in rows]))
+    (one, lines), (other, again) = found
+    assert lines == again
+    assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+    buffers = [[item["momentum_buffer"] for item in state["muon"]["state"].values()] for state in (one, other)]
+    assert len(buffers[0]) == 14 and all(map(torch.equal, *buffers))
+
+
+def test_alpha_is_one_first_and_the_maps_own_then(tmp_path, monkeypatch):
+    seen, call = [], TaskStep.__call__
+
+    def noted(self):
+        ((_, layer), *_) = attention_layers(self.model)
+        seen.append(layer.alpha)
+        call(self)
+
+    monkeypatch.setattr(TaskStep, "__call__", noted)
+    summary = train_task(options(tmp_path, map="entmax", alpha=1.4, steps=15, softmax_share=0.3))
+    assert seen == [1.0] * 5 + [1.4] * 10
+    folder = tmp_path / summary["best"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["alpha"] for line in lines if line["kind"] == "train"] == [1.0, 1.4, 1.4]
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert saved.config.sparse_attention["alpha"] == 1.4
+
+
+def test_steps_as_softmax_are_those_of_alpha_one(tmp_path):
+    """And those after them are not."""
+    losses = []
+    for number, changes in enumerate(({"softmax_share": 0.5}, {"alpha": 1.0})):
+        output = tmp_path / str(number)
+        train_task(options(output, map="asentmax", log_every=1, optimizer="muon", **changes))
+        lines = map(json.loads, (output / "rate-0.01-seed-0" / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if line["kind"] == "train"])
+    # Samples stand side by side in the one and alone in the other: sums in another order.
+    assert losses[0][:10] == pytest.approx(losses[1][:10], rel=1e-3)
+    assert losses[0][10] != pytest.approx(losses[1][10], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose one of adamw, muon"),
+        ({"softmax_share": 1.0}, "softmax_share is 1.0; it must be from 0 to below 1"),
+        ({"softmax_share": -0.1}, "softmax_share is -0.1"),
+        ({"softmax_share": float("nan")}, "softmax_share is nan"),
+        ({"softmax_share": 0.99}, "some of the 20 steps are the map's own"),
+        *(
+            ({"softmax_share": 0.5, "map": name}, f"map {name!r} at alpha None has no alpha to rise to")
+            for name in MAPS if name not in RISING
+        ),
+        ({"softmax_share": 0.5, "map": "entmax", "alpha": 1.0}, "map 'entmax' at alpha 1.0"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_task_arguments(options(**changes))
+
+
+def test_runs_of_before_there_was_a_choice_go_on_and_stand_in_one_table(tmp_path):
+    """Their records have neither option: they were AdamW's, and never softmax first."""
+    train_task(options(tmp_path, checkpoint_every=10))
+    folder = tmp_path / "rate-0.01-seed-0"
+    record = json.loads((folder / "run.json").read_text())
+    for key in ("optimizer", "softmax_share"):
+        del record["identity"][key]
+    (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for key in ("optimizer", "softmax_share"):
+        del state["run"]["identity"][key]
+    torch.save(state, folder / "checkpoint.pt")
+    (run,) = train_task(options(tmp_path, checkpoint_every=10, resume="auto"))["runs"]
+    assert run["steps"] == 20 and run["validation"]
+    with pytest.raises(ValueError, match="optimizer 'adamw' then, 'muon' now"):
+        train_task(options(tmp_path, checkpoint_every=10, resume="auto", optimizer="muon"))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_of_muon_gives_the_same_losses(tmp_path):
+    """Captured once for softmax and once for the map."""
+    found = []
+    for graph in (False, True):
+        changes = {"device": "cuda", "cuda_graph": graph, "compile": graph, "map": "asentmax", "optimizer": "muon"}
+        output = tmp_path / str(graph)
+        train_task(options(output, **changes, steps=60, softmax_share=0.4))
+        lines = map(json.loads, (output / "rate-0.01-seed-0" / "metrics.jsonl").read_text().splitlines())
+        found.append([line["loss"] for line in lines if line["kind"] == "train"])
+    assert len(found[0]) == 12 and found[0] == pytest.approx(found[1], rel=0.05)
+    assert found[1][-1] < found[1][0]
