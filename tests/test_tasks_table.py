@@ -306,6 +306,29 @@ def test_the_picture_shows_all_runs_the_training_length_and_each_map_in_its_colo
     assert found["a"]["color"] == pictures.styles([{"label": "softmax", "map": "softmax"}])["softmax"]["color"]
 
 
+def test_the_picture_has_one_line_a_model_however_it_was_trained(tmp_path, monkeypatch):
+    """The one that validation prefers, among those that were validated furthest; the others are pale."""
+    record(tmp_path / "a", 1e-3, 0, 0.9, test={64: 1.0, 128: 0.5}, map="asentmax")
+    record(tmp_path / "b", 1e-3, 0, 0.8, test={64: 1.0, 128: 0.9}, map="asentmax", steps=500, optimizer="muon")
+    record(tmp_path / "c", 1e-3, 0, 0.7, test={64: 1.0, 128: 0.8}, map="asentmax", scale_start="logarithm")
+    record(tmp_path / "d", 1e-3, 0, 0.99, map="asentmax", softmax_share=0.5)
+    record(tmp_path / "e", 1e-3, 0, 0.1, test={64: 0.3, 128: 0.2}, map="asentmax", layers=3)
+    for name in ("b", "c"):
+        file = tmp_path / name / "rate-0.001-seed-0" / "run.json"
+        run = json.loads(file.read_text())
+        run["validation"].append({**run["validation"][0], "length": 128})
+        file.write_text(json.dumps({**run, "validation_of": [[64, 128], 200]}))
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"")
+    table_of_runs(TableArguments(runs=[str(tmp_path)], output_dir=str(tmp_path / "out")))
+    (axes,) = drawn[0].axes
+    lines = [container.lines[0].get_ydata().tolist() for container in axes.containers]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["asentmax", "asentmax, layers 3"]
+    assert lines == [pytest.approx([100, 90]), pytest.approx([30, 20])]
+    pale = [list(line.get_ydata()) for line in axes.lines if line.get_alpha() is not None and line.get_alpha() < 0.5]
+    assert sorted(pale) == [pytest.approx([100, 50]), pytest.approx([100, 80])]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no run of train or train-task"):
         made(tmp_path)

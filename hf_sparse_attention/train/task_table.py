@@ -6,18 +6,17 @@ hf-sparse-attention table --runs runs --published examples/reproduction/publishe
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import tables
 from ..files import write_bytes, write_text
 from ..tasks.synthetic import SYNTHETIC, make_task
-from .run_record import is_training, read_runs
+from .run_record import read_runs
 from .run_table import blocks_of
-from .task_arguments import MAPS, TrainTaskArguments
-from .task_options import UNKNOWN, has_option, usual_value, values_of
-from .task_record import TIES, best_of, read_record, read_tests, share
+from .task_groups import Group, grouped, read_task_runs
+from .task_options import UNKNOWN, usual_value, values_of
+from .task_record import TIES, share
 
 
 @dataclass(frozen=True)
@@ -43,26 +42,6 @@ class TableArguments:
     figure: bool = field(default=True, metadata={"help": "draw table.png of train-task's runs (needs matplotlib)"})
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Runs of one task that differ in rate and seed alone.
-
-    Args:
-        label: its map, and what else is not as in most of the task's runs.
-        runs: each as in its run.json, with `tests`, its lines of test.json by length; in order of rate and seed.
-        best: the one of them that validation prefers, or None.
-    """
-
-    label: str
-    identity: dict
-    runs: list[dict]
-    best: dict | None
-
-    def place(self) -> tuple:
-        """What it is sorted by: those that differ in their map alone first, in the order of the maps."""
-        return self.label != self.identity["map"], MAPS.index(self.identity["map"])
-
-
 def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
     """Writes table.md and table.png, prints the best runs, and returns them by task: label, run.json and tests.
 
@@ -74,10 +53,10 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
         OSError: if a file of a run is damaged.
     """
     published = {} if arguments.published is None else _published(Path(arguments.published))
-    tasks, trainings = _read(arguments.runs)
-    by_task = _grouped(tasks)
+    tasks, trainings = read_task_runs(arguments.runs)
+    by_task = grouped(tasks)
     if arguments.figure and by_task:
-        from ..tasks import pictures
+        from . import task_picture
     if arguments.results and not trainings:
         raise ValueError(f"results is {arguments.results}, but there is no run of `train`: leave it out")
     output = Path(arguments.output_dir).expanduser()
@@ -105,84 +84,15 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
     trained: tuple[list[str], list[str], list[dict]] = ([], [], [])
     if trainings:
         trained = blocks_of(read_runs(trainings), arguments.results)
-    if arguments.figure and (content := _cells(found)):
-        groups = sorted((group for groups in by_task.values() for group in groups), key=_Group.place)
-        # Its map by label.
-        shown_as = {group.label: group.identity["map"] for group in groups if group.best}
-        models = [{"label": label, "map": name} for label, name in shown_as.items()]
-        figure = pictures.by_length(
-            {"models": models}, content, others=_others(by_task), marks=_training_lengths(by_task)
-        )
-        write_bytes(output / "table.png", pictures.picture(figure))
+    if arguments.figure and by_task and (picture := task_picture.drawn(by_task)):
+        write_bytes(output / "table.png", picture)
         blocks.insert(1, "![exact match by length](table.png)")
     write_text(output / "table.md", "\n\n".join([*blocks, *trained[0]]) + "\n")
     print("\n".join([*shown, *trained[1]]))
     return found | ({"train": trained[2]} if trainings else {})
 
 
-def _read(folders: list[str]) -> tuple[list[dict], list[Path]]:
-    """Records of train-task's runs, and run.json files of those of `train`."""
-    found, trainings = {}, []
-    for name in folders:
-        folder = Path(name).expanduser()
-        files = sorted(folder.rglob("run.json"))
-        if not files:
-            raise ValueError(f"{folder} holds no run of train or train-task (no run.json)")
-        own = [file for file in files if is_training(file)]
-        trainings += own
-        for file in (file for file in files if file not in own):
-            tests = {line["length"]: line for line in read_tests(file.parent)}
-            run = {**read_record(file.parent), "folder": file.parent, "tests": tests}
-            run["identity"] = {
-                key: value for key, value in run["identity"].items() if has_option(run["identity"], key)
-            }
-            same = json.dumps([run["identity"], run["learning_rate"], run["seed"]], sort_keys=True)
-            other = found.setdefault(same, run)
-            if other["folder"].resolve() == file.parent.resolve():
-                continue
-            if run["finished"] and other["finished"]:
-                raise ValueError(
-                    f"{other['folder']} and {file.parent} are the same run, trained twice: leave one of them out"
-                )
-            # One that was cut off says nothing that the whole one does not.
-            found[same] = run if run["finished"] else other
-    return list(found.values()), trainings
-
-
-def _grouped(runs: list[dict]) -> dict[str, list[_Group]]:
-    """Groups by task, in the order in which tasks and maps are listed elsewhere."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    for run in runs:
-        same = json.dumps(run["identity"], sort_keys=True)
-        found.setdefault(run["identity"]["task"], {}).setdefault(same, []).append(run)
-    by_task = {}
-    for task in sorted(found, key=list(SYNTHETIC).index):
-        identities = [own[0]["identity"] for own in found[task].values()]
-        keys = dict.fromkeys(key for identity in identities for key in identity)
-        common = {key: usual_value(identities, key) for key in keys}
-        groups = [_group(own, common) for own in found[task].values()]
-        by_task[task] = sorted(groups, key=_Group.place)
-    return by_task
-
-
-def _group(runs: list[dict], common: dict) -> _Group:
-    runs = sorted(runs, key=lambda run: (run["learning_rate"], run["seed"]))
-    identity = runs[0]["identity"]
-    # An option that is newer than a run is not in what was written of it.
-    values = {key: identity.get(key, UNKNOWN) for key in common if has_option(identity, key)}
-    unusual = [f"{key} {value}" for key, value in values.items() if key != "map" and value != common[key]]
-    done = [run for run in runs if run["finished"]]
-    sound = [run for run in done if not run["failed"]]
-    for run in sound:
-        if run.get("validation_of") != sound[0].get("validation_of"):
-            raise ValueError(
-                f"{sound[0]['folder']} and {run['folder']} were not validated on the same lengths and number of "
-                "samples: call train-task for both again with --resume auto and the same ones"
-            )
-    return _Group(", ".join([identity["map"], *unusual]), identity, runs, best_of(done) if done else None)
-
-
-def _settings(groups: list[_Group]) -> str:
+def _settings(groups: list[Group]) -> str:
     """What is the same for all groups of a task, and how their numbers are to be read."""
     identities = [group.identity for group in groups]
     common = {
@@ -219,7 +129,7 @@ def _tested(run: dict) -> list[str]:
     return sorted({line.get("precision", trained) for line in run["tests"].values() if "missing" not in line})
 
 
-def _precisions(groups: list[_Group]) -> list[str]:
+def _precisions(groups: list[Group]) -> list[str]:
     """The precisions of all tests; none if every test was computed in that of its training."""
     runs = [run for group in groups for run in group.runs]
     if all(_tested(run) in ([], [run["identity"].get("precision", UNKNOWN)]) for run in runs):
@@ -227,24 +137,14 @@ def _precisions(groups: list[_Group]) -> list[str]:
     return sorted({precision for run in runs for precision in _tested(run)})
 
 
-def _computed_in(groups: list[_Group], run: dict | None) -> list[str]:
+def _computed_in(groups: list[Group], run: dict | None) -> list[str]:
     """The cell that says so, where tests differ in it; None makes its heading."""
     if len(_precisions(groups)) < 2:
         return []
     return ["computed in" if run is None else " and ".join(_tested(run)) or tables.MISSING]
 
 
-def _arguments(group: _Group) -> TrainTaskArguments:
-    """What its runs were called with, as far as the task goes."""
-    return TrainTaskArguments(output="", **{key: group.identity[key] for key in ("task", "task_settings", "lengths")})
-
-
-def _longest(group: _Group) -> int:
-    """Longest training length."""
-    return _arguments(group).training_lengths()[1]
-
-
-def _beside(task: str, groups: list[_Group], published: dict) -> tuple[dict, str]:
+def _beside(task: str, groups: list[Group], published: dict) -> tuple[dict, str]:
     """Published numbers at the lengths where they can stand beside the runs', and what to say of that.
 
     They are of the task's own sizes and training lengths; beside runs of other lengths they stand at the same multiple
@@ -253,10 +153,10 @@ def _beside(task: str, groups: list[_Group], published: dict) -> tuple[dict, str
     if not published:
         return {}, ""
     usual = make_task(task, {})
-    comparable = [group for group in groups if _arguments(group).chosen_task() == usual]
+    comparable = [group for group in groups if group.arguments().chosen_task() == usual]
     if not comparable:
         return {}, f"Published numbers are left out: they are of {task} with its own sizes, which no run here has."
-    theirs, ours = usual.default_lengths[1], {_longest(group) for group in comparable}
+    theirs, ours = usual.default_lengths[1], {group.longest() for group in comparable}
     if len(ours) > 1:
         return {}, "Published numbers are left out: the runs have several training lengths."
     (longest,) = ours
@@ -277,14 +177,14 @@ def _beside(task: str, groups: list[_Group], published: dict) -> tuple[dict, str
     )
 
 
-def _length_header(groups: list[_Group], lengths: list[int]) -> list[str]:
-    longest = {_longest(group) for group in groups}
+def _length_header(groups: list[Group], lengths: list[int]) -> list[str]:
+    longest = {group.longest() for group in groups}
     if len(longest) > 1:
         return [f"{length:,}" for length in lengths]
     return [f"{length:,} ({length / min(longest):g}x)" for length in lengths]
 
 
-def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tuple[list[str], list[list[str]]]:
+def _best_table(groups: list[Group], lengths: list[int], published: dict) -> tuple[list[str], list[list[str]]]:
     """A row per group, its best run, and the published ones; the highest of a length in bold, if it is not that of
     all."""
     lengths = sorted({*lengths, *(length for numbers in published.values() for length in numbers)})
@@ -310,7 +210,7 @@ def _best_table(groups: list[_Group], lengths: list[int], published: dict) -> tu
     return [*header, *_computed_in(groups, None)], rows
 
 
-def _every_run(groups: list[_Group], lengths: list[int]) -> tuple[list[str], list[list[str]]]:
+def _every_run(groups: list[Group], lengths: list[int]) -> tuple[list[str], list[list[str]]]:
     """A row per run, failures too; the best of each group in bold."""
     rows = []
     for group in groups:
@@ -332,7 +232,7 @@ def _mean(run: dict) -> str:
     return tables.MISSING if not shares or None in shares else f"{100 * sum(shares) / len(shares):.2f}"
 
 
-def _time(groups: list[_Group]) -> str:
+def _time(groups: list[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     failed = sum(bool(run.get("failed")) for run in runs)
     unfinished = sum(not run["finished"] for run in runs)
@@ -344,7 +244,7 @@ def _time(groups: list[_Group]) -> str:
     )
 
 
-def _time_by_row(groups: list[_Group]) -> str:
+def _time_by_row(groups: list[Group]) -> str:
     """Of each row the same, whatever else the device did meanwhile."""
     times = [f"{group.label} {_minutes(_wall_seconds(group.runs))}" for group in groups]
     return f"The same by row: {'; '.join(times)}."
@@ -369,31 +269,6 @@ def covered(spans: list[list[float]]) -> float:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _cells(found: dict[str, list[dict]]) -> list[dict]:
-    """The best runs' tests as evaluate's cells, which the picture is drawn of."""
-    return [
-        {"model": run["label"], "task": task, **line}
-        for task, runs in found.items() for run in runs for line in run["tests"].values() if "exact_match" in line
-    ]  # fmt: skip
-
-
-def _others(by_task: dict[str, list[_Group]]) -> list[dict]:
-    """The tests of the runs that are not the best of their group, as `_cells`."""
-    return [
-        {"model": group.label, "task": task, "run": run["name"], **line}
-        for task, groups in by_task.items() for group in groups if group.best for run in group.runs
-        if run is not group.best for line in run["tests"].values() if "exact_match" in line
-    ]  # fmt: skip
-
-
-def _training_lengths(by_task: dict[str, list[_Group]]) -> dict[str, list[tuple[int, str]]]:
-    """The longest training lengths of a task's runs."""
-    return {
-        task: [(length, "training length") for length in sorted({_longest(group) for group in groups})]
-        for task, groups in by_task.items()
-    }
 
 
 def _published(file: Path) -> dict[str, dict[str, dict[int, float]]]:
