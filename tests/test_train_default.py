@@ -401,9 +401,9 @@ def test_a_config_says_whether_logits_are_scaled(name):
 
 
 def test_it_goes_on_as_what_it_was(here, home, tmp_path, monkeypatch):
-    from hf_sparse_attention.train import loop
+    from hf_sparse_attention.train import packing
 
-    take, calls = loop.ShuffledBlocks.take, []
+    take, calls = packing.ShuffledBlocks.take, []
 
     def stop(self, *arguments):
         calls.append(1)
@@ -412,7 +412,7 @@ def test_it_goes_on_as_what_it_was(here, home, tmp_path, monkeypatch):
         return take(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.ShuffledBlocks, "take", stop)
+        patched.setattr(packing.ShuffledBlocks, "take", stop)
         with pytest.raises(KeyboardInterrupt):
             here()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["recipe"] == "match_distill"

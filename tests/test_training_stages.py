@@ -260,10 +260,10 @@ def test_stages_one_after_the_other(here, home, tmp_path):
 
 @pytest.mark.parametrize("stopped", [pytest.param(3, marks=pytest.mark.slow), 7])
 def test_stages_that_go_on_are_the_same(here, tmp_path, monkeypatch, stopped):
-    from hf_sparse_attention.train import loop
+    from hf_sparse_attention.train import packing
 
     changes = {"stages": [{"stage": "match", "steps": 4, "trained": "attention"}, {"steps": 5}], "checkpoint_every": 1}
-    take, calls = loop.ShuffledBlocks.take, []
+    take, calls = packing.ShuffledBlocks.take, []
 
     def stop(self, *arguments):
         calls.append(1)
@@ -272,7 +272,7 @@ def test_stages_that_go_on_are_the_same(here, tmp_path, monkeypatch, stopped):
         return take(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.ShuffledBlocks, "take", stop)
+        patched.setattr(packing.ShuffledBlocks, "take", stop)
         with pytest.raises(KeyboardInterrupt):
             here(**changes)
     here(**changes, resume="auto")
@@ -610,9 +610,9 @@ def test_a_step_without_memory_leaves_nothing_of_its_passes(here, tmp_path, monk
 
 def test_a_step_that_is_left_out_does_not_end_the_next_one_in_fp16(here, monkeypatch):
     """Gradients are scaled: the scaler takes a step that was left out for one."""
-    from hf_sparse_attention.train import loop
+    from hf_sparse_attention.train import job
 
-    make = loop.make_accelerator
+    make = job.make_accelerator
 
     def scaling(*arguments, **keywords):
         accelerator = make(*arguments, **keywords)
@@ -621,7 +621,7 @@ def test_a_step_that_is_left_out_does_not_end_the_next_one_in_fp16(here, monkeyp
         accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)
         return accelerator
 
-    monkeypatch.setattr(loop, "make_accelerator", scaling)
+    monkeypatch.setattr(job, "make_accelerator", scaling)
     _poison(monkeypatch, "nan", 3)
     summary = here(on_nonfinite="skip", checkpoint_every=0)
     assert summary["skipped_steps"] == 1 and math.isfinite(summary["train_loss"])
