@@ -39,7 +39,7 @@ def orthogonal(matrices_NAB: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def lying(matrix: torch.Tensor) -> torch.Tensor:
+def _lying(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix, or its transpose if that has fewer rows."""
     return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
@@ -88,9 +88,9 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         momentum, rate = group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        wide = [lying(item) for item in torch._foreach_lerp(gradients, buffers, momentum)]
+        wide = [_lying(item) for item in torch._foreach_lerp(gradients, buffers, momentum)]
         update = orthogonal(torch.stack(wide))
         update = update.to(parameters[0].dtype) * (_SIZE * update.shape[2] ** 0.5 * rate)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        torch._foreach_sub_([lying(parameter) for parameter in parameters], list(update.unbind()))
+        torch._foreach_sub_([_lying(parameter) for parameter in parameters], list(update.unbind()))

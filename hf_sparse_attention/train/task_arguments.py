@@ -50,7 +50,7 @@ class TrainTaskArguments:
     softmax_share: float = field(
         default=0.0,
         metadata=_help(
-            "share of the steps, from the first, in which alpha is 1, softmax, which finds sooner what the map then "
+            "share of the steps, from the first, in which alpha is 1: as softmax a model finds sooner what it then "
             "does sparsely (entmax, asentmax, adaptive_entmax)"
         ),
     )
@@ -182,8 +182,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
         "scale_start": TASK_SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
-        "optimizer": OPTIMIZERS,
-        "test_precision": (None, *PRECISIONS),
+        "optimizer": OPTIMIZERS, "test_precision": (None, *PRECISIONS),
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
