@@ -121,8 +121,8 @@ def decide(arguments: TrainArguments) -> Job:
     # What looks for trackers logs, which accelerate does only when it knows its processes.
     state = join_processes(arguments)
     found = filter_trackers(arguments.report_to, arguments.output)
-    known = {"all", *(str(getattr(tracker, "value", tracker)) for tracker in found)}
-    if lost := sorted(set(arguments.report_to) - known):
+    installed = {"all", *(str(getattr(tracker, "value", tracker)) for tracker in found)}
+    if lost := sorted(set(arguments.report_to) - installed):
         raise ValueError(f"report_to names {', '.join(lost)}, which is not installed")
     output = Path(arguments.output).expanduser()
     check_output(output, arguments)
@@ -151,5 +151,6 @@ def decide(arguments: TrainArguments) -> Job:
     blocks = _step_tokens(arguments, phases, accelerator.num_processes) // phases[0].block_size
     identity = identity_of(known, blocks, lengths, tokenizer, source, teacher)
     return Job(
-        arguments, output, source, teacher, settings, tokenizer, phases, first_alpha, accelerator, identity
+        arguments=arguments, output=output, source=source, teacher=teacher, settings=settings, tokenizer=tokenizer,
+        phases=phases, first_alpha=first_alpha, accelerator=accelerator, identity=identity,
     )  # fmt: skip
