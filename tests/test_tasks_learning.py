@@ -149,6 +149,28 @@ def test_alpha_is_one_first_and_the_maps_own_then(tmp_path, monkeypatch):
     assert saved.config.sparse_attention["alpha"] == 1.4
 
 
+@pytest.mark.parametrize(
+    ("share", "steps", "expected"),
+    [(0.07, 100, 7), (0.2, 90_000, 18_000), (0.14, 90_000, 12_600), (1e-9, 20, 1), (0, 9, 0)],
+)
+def test_a_share_is_that_many_steps(share, steps, expected):
+    assert options(softmax_share=share, steps=steps).softmax_steps() == expected
+
+
+def test_alpha_of_a_map_that_learns_it_is_no_number_of_the_run(tmp_path):
+    train_task(options(tmp_path, map="adaptive_entmax", softmax_share=0.5))
+    lines = map(json.loads, (tmp_path / "rate-0.01-seed-0" / "metrics.jsonl").read_text().splitlines())
+    assert [line.get("alpha") for line in lines if line["kind"] == "train"] == [1.0, 1.0, None, None]
+
+
+def test_tests_at_other_lengths_stay(tmp_path):
+    train_task(options(tmp_path, test_lengths=[6, 12], test_samples=50))
+    summary = train_task(options(tmp_path, test_lengths=[12, 24], test_samples=30, resume="auto"))
+    assert [line["length"] for line in summary["tests"][summary["best"]]] == [12, 24]
+    kept = json.loads((tmp_path / summary["best"] / "test.json").read_text())
+    assert sorted((line["length"], line["samples"]) for line in kept) == [(6, 50), (12, 30), (24, 30)]
+
+
 def test_steps_as_softmax_are_those_of_alpha_one(tmp_path):
     """And those after them are not."""
     losses = []
@@ -171,10 +193,10 @@ def test_steps_as_softmax_are_those_of_alpha_one(tmp_path):
         ({"softmax_share": float("nan")}, "softmax_share is nan"),
         ({"softmax_share": 0.99}, "some of the 20 steps are the map's own"),
         *(
-            ({"softmax_share": 0.5, "map": name}, f"map {name!r} at alpha None has no alpha to rise to")
+            ({"softmax_share": 0.5, "map": name}, f"map is {name!r}, alpha None: leave it out")
             for name in MAPS if name not in RISING
         ),
-        ({"softmax_share": 0.5, "map": "entmax", "alpha": 1.0}, "map 'entmax' at alpha 1.0"),
+        ({"softmax_share": 0.5, "map": "entmax", "alpha": 1.0}, "map is 'entmax', alpha 1.0: leave it out"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(changes, message):

@@ -153,7 +153,10 @@ def test_what_differs_is_part_of_the_name(tmp_path):
         "softmax", "asentmax", "softmax, position rope", "asentmax, scale_start normal, warmup_steps 7",
     ]  # fmt: skip
     settings = re.search("Trained with: (.*)", text)[1]
-    assert "steps 10000" in settings and "position" not in settings and "warmup_steps" not in settings
+    common, usual = settings.split("; where a row says nothing else: ")
+    assert "steps 10000" in common and "position" not in common and "warmup_steps" not in common
+    # What has no name in a row must be read somewhere.
+    assert usual.startswith("position nape, warmup_steps 500. Exact match")
 
 
 def test_an_option_that_a_map_does_not_have_never_names_its_row(tmp_path):
@@ -327,6 +330,28 @@ def test_the_picture_has_one_line_a_model_however_it_was_trained(tmp_path, monke
     assert lines == [pytest.approx([100, 90]), pytest.approx([30, 20])]
     pale = [list(line.get_ydata()) for line in axes.lines if line.get_alpha() is not None and line.get_alpha() < 0.5]
     assert sorted(pale) == [pytest.approx([100, 50]), pytest.approx([100, 80])]
+
+
+def test_a_run_that_was_not_tested_is_no_line_of_the_picture_and_hides_no_other(tmp_path, monkeypatch):
+    """The one that validation prefers has no test: its model has no line, its tested runs are pale, the text says so.
+    And of runs that validation cannot tell apart the one with the lowest loss is shown."""
+    record(tmp_path / "a", 1e-3, 0, 0.3, test={64: 0.5, 128: 0.1}, map="asentmax")
+    record(tmp_path / "a", 1e-3, 1, 0.9, map="asentmax")
+    record(tmp_path / "b", 1e-3, 0, 0.2, test={64: 0.4, 128: 0.3}, map="asentmax", optimizer="muon")
+    record(tmp_path / "c", 1e-3, 0, 1.0, test={64: 1.0, 128: 0.2}, map="softmax")
+    record(tmp_path / "d", 1e-3, 0, 1.0, test={64: 1.0, 128: 0.9}, map="softmax", optimizer="muon")
+    file = tmp_path / "d" / "rate-0.001-seed-0" / "run.json"
+    run = json.loads(file.read_text())
+    run["validation"][0]["loss"] = 0.01
+    file.write_text(json.dumps(run))
+    drawn = []
+    monkeypatch.setattr(pictures, "picture", lambda figure: drawn.append(figure) or b"png")
+    text, _ = made(tmp_path, figure=True)
+    (axes,) = drawn[0].axes
+    assert [container.lines[0].get_ydata().tolist() for container in axes.containers] == [pytest.approx([100, 90])]
+    pale = [list(line.get_ydata()) for line in axes.lines if line.get_alpha() is not None and line.get_alpha() < 0.5]
+    assert sorted(pale) == [pytest.approx([40, 30]), pytest.approx([50, 10]), pytest.approx([100, 20])]
+    assert "Without a line, as that run was not tested: asentmax on copy." in text
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

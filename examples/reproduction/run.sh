@@ -5,7 +5,7 @@
 # What was interrupted goes on with the same command, and what is done is kept. From the environment:
 #   CARDS="0 1 2 3"  spreads the rows over several GPUs      TOGETHER  runs side by side on each
 #   STEPS  RATES  SEEDS  TESTED (best or all)  OUT (folder of the runs: runs)  OPTIONS (further ones of train-task)
-#   OPTIMIZER (adamw or muon)  SHARE (of the steps of the entmax family that are softmax)
+#   OPTIMIZER (adamw or muon; with RATES, as the rates here are those of the task's own)  SHARE (of the steps of the entmax family that are softmax)
 #   FAST=            without a GPU: instead of --precision bfloat16 --compile --cuda_graph
 set -eu
 task=$1
@@ -53,8 +53,7 @@ row() {
     *) what="--map $1" ;;
     esac
     case $what in
-    *"--map softmax"* | *"--map ssmax"*) ;;
-    *) what="$what --softmax_share ${SHARE:-$share}" ;;
+    *"--map entmax"* | *"--map asentmax"* | *"--map adaptive_entmax"*) what="$what --softmax_share ${SHARE:-$share}" ;;
     esac
     # All runs wait while one writes its checkpoint. Several words on purpose.
     # shellcheck disable=SC2086

@@ -150,7 +150,8 @@ class TrainTaskArguments:
 
     def softmax_steps(self) -> int:
         """Steps from the first in which alpha is 1."""
-        return math.ceil(self.softmax_share * self.steps)
+        # A share such as 0.07 is not exact: 7.000000000000001 steps are 7.
+        return max(math.ceil(round(self.softmax_share * self.steps, 6)), int(self.softmax_share > 0))
 
     def validated_lengths(self) -> list[int]:
         longest = self.training_lengths()[1]
@@ -211,8 +212,8 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         )
     if arguments.softmax_share and (arguments.map not in RISING or arguments.alpha == 1):
         raise ValueError(
-            f"softmax_share is {arguments.softmax_share}, but map {arguments.map!r} at alpha {arguments.alpha} has no "
-            f"alpha to rise to; {', '.join(RISING)} with one above 1 have: leave it out"
+            f"softmax_share is {arguments.softmax_share}, which {', '.join(RISING)} have with an alpha above 1; "
+            f"map is {arguments.map!r}, alpha {arguments.alpha}: leave it out"
         )
     if arguments.scale_start != "neutral" and arguments.map != "asentmax":
         raise ValueError(

@@ -138,7 +138,12 @@ def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, devi
     precision = arguments.test_precision or arguments.precision
     # Earlier versions tested in the precision of training and did not say so.
     same = (arguments.test_samples, precision)
-    found = [line for line in found if (line.get("wanted"), line.get("precision", arguments.precision)) == same]
+    found = [
+        line for line in found
+        # What was measured at other lengths stays.
+        if line["length"] not in arguments.test_lengths
+        or (line.get("wanted"), line.get("precision", arguments.precision)) == same
+    ]  # fmt: skip
     left = [length for length in sorted(set(arguments.test_lengths)) if length not in {row["length"] for row in found}]
     model = AutoModelForCausalLM.from_pretrained(folder / "model").to(device).eval()
     with tqdm(

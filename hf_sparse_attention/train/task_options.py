@@ -18,9 +18,14 @@ _OF_MAPS = {
 }  # fmt: skip
 
 
+def is_of_every_map(key: str) -> bool:
+    """Whether every map has that option."""
+    return key not in _OF_MAPS
+
+
 def has_option(identity: dict, key: str) -> bool:
     """Whether its map has that option."""
-    return key not in _OF_MAPS or identity["map"] in _OF_MAPS[key][0]
+    return is_of_every_map(key) or identity["map"] in _OF_MAPS[key][0]
 
 
 def values_of(identities: list[dict], key: str) -> list:

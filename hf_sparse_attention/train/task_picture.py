@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from ..tasks import pictures
 from .task_groups import Group, common_values, label_of, place_of
+from .task_record import rank
 
 # Options of how a model is trained: models that differ in these alone are one line.
 _TRAINED_WITH = {
@@ -13,27 +14,36 @@ _TRAINED_WITH = {
 }  # fmt: skip
 
 
-def drawn(by_task: dict[str, list[Group]]) -> bytes | None:
-    """The PNG file of the groups of each task; None if no run was tested."""
-    by_line = {task: _lines(groups) for task, groups in by_task.items()}
-    best = {
-        (task, label): max((group for group in groups if _tested(group.best)), key=_preference).best
-        for task, lines in by_line.items() for label, groups in lines.items()
-        if any(_tested(group.best) for group in groups)
-    }  # fmt: skip
-    if not best:
-        return None
-    cells = [{"model": label, "task": task, **line} for (task, label), run in best.items() for line in _tested(run)]
-    others = [
-        {"model": label, "task": task, "run": str(run["folder"]), **line}
-        for (task, label), chosen in best.items() for group in by_line[task][label] for run in group.runs
-        if run is not chosen for line in _tested(run)
-    ]  # fmt: skip
-    maps = {label: own[0].identity["map"] for lines in by_line.values() for label, own in lines.items()}
-    models = [{"label": label, "map": maps[label]} for label in {label for _, label in best}]
+# What the picture shows, in words.
+SHOWN = (
+    "A line is the run that validation prefers of all of a model, whatever its steps and optimizer; of runs that were "
+    "validated at different lengths, those that were validated furthest. Pale: its other tested runs."
+)
+
+
+def drawn(by_task: dict[str, list[Group]]) -> tuple[bytes | None, str]:
+    """The PNG file of the groups of each task, None if no run was tested; and what is to be said of it."""
+    cells, others, maps, untested = [], [], {}, []
+    for task, groups in by_task.items():
+        for label, own in _lines(groups).items():
+            best = _preferred([group.best for group in own if group.best])
+            maps[label] = own[0].identity["map"]
+            cells += [{"model": label, "task": task, **line} for line in _tested(best)]
+            if best and not _tested(best):
+                untested.append(f"{label} on {task}")
+            others += [
+                {"model": label, "task": task, "run": str(run["folder"]), **line}
+                for group in own for run in group.runs if run is not best for line in _tested(run)
+            ]  # fmt: skip
+    if not cells:
+        return None, ""
+    shown = {cell["model"] for cell in (*cells, *others)}
+    # Those of a map alone first, in the order of the maps.
+    models = [{"label": label, "map": name} for label, name in maps.items() if label in shown]
     models.sort(key=lambda model: (*place_of(model["label"], model["map"]), model["label"]))
     figure = pictures.by_length({"models": models}, cells, others=others, marks=_training_lengths(by_task))
-    return pictures.picture(figure)
+    remark = f" Without a line, as that run was not tested: {', '.join(untested)}." if untested else ""
+    return pictures.picture(figure), SHOWN + remark
 
 
 def _lines(groups: list[Group]) -> dict[str, list[Group]]:
@@ -45,11 +55,16 @@ def _lines(groups: list[Group]) -> dict[str, list[Group]]:
     return found
 
 
-def _preference(group: Group) -> tuple:
-    """Groups that were validated further come first: at short lengths many runs are perfect. Then as `best_of`."""
-    lines = group.best["validation"]
-    means = [sum(line[name] for line in lines) / len(lines) for name in ("exact_match", "token_accuracy")]
-    return max(line["length"] for line in lines), *means
+def _preferred(runs: list[dict]) -> dict | None:
+    """The best of those that were validated furthest, at the lengths that all of these were validated at: at short
+    lengths many runs are perfect."""
+    reach = {id(run): {line["length"] for line in run["validation"]} for run in runs}
+    furthest = max((max(lengths) for lengths in reach.values()), default=0)
+    runs = [run for run in runs if furthest in reach[id(run)]]
+    common = set.intersection(*(reach[id(run)] for run in runs)) if runs else set()
+    return max(
+        runs, key=lambda run: rank([line for line in run["validation"] if line["length"] in common]), default=None
+    )  # fmt: skip
 
 
 def _tested(run: dict | None) -> list[dict]:

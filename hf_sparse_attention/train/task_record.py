@@ -32,17 +32,17 @@ def identity_of(arguments: TrainTaskArguments) -> dict:
     return json.loads(json.dumps(values | ({"task_version": version} if version > 1 else {})))
 
 
+def rank(lines: list[dict]) -> tuple[float, float, float]:
+    """What validations at the same lengths are compared by: means of exact answers, right tokens and -loss."""
+    means = [sum(line[name] for line in lines) / len(lines) for name in ("exact_match", "token_accuracy", "loss")]
+    return means[0], means[1], -means[2]
+
+
 def best_of(runs: list[dict]) -> dict | None:
     """The run with the most exact answers, then right tokens, then the lowest loss, mean over validation lengths; None
     if there is none with a number for each."""
-
-    def rank(run: dict) -> tuple:
-        lines = run["validation"]
-        mean = [sum(line[name] for line in lines) / len(lines) for name in ("exact_match", "token_accuracy", "loss")]
-        return (mean[0], mean[1], -mean[2])
-
     sound = [run for run in runs if not run["failed"] and not any("missing" in line for line in run["validation"])]
-    return max(sound, key=rank, default=None)
+    return max(sound, key=lambda run: rank(run["validation"]), default=None)
 
 
 def share(line: dict | None) -> str:

@@ -105,8 +105,10 @@ def train_run(
                 break
             line = {"kind": "train", "loss": loss, "gradient_norm": norm}
             line["learning_rate"] = _rate(arguments, rate, done)
-            if softmax_steps:
-                line["alpha"] = 1.0 if done <= softmax_steps else alpha
+            if done <= softmax_steps:
+                line["alpha"] = 1.0
+            elif softmax_steps and not MAPS[arguments.map].learned_alpha:
+                line["alpha"] = alpha
             timing = {"steps_per_second": window / (now - window_begun), "seconds": earlier + time.time() - begun}
             _write_metrics(folder / "metrics.jsonl", done, **line, timing=timing)
             bar.set_postfix_str(f"{folder.name} loss {loss:.4f}", refresh=False)

@@ -15,7 +15,7 @@ from ..tasks.synthetic import SYNTHETIC, make_task
 from .run_record import read_runs
 from .run_table import blocks_of
 from .task_groups import Group, grouped, read_task_runs
-from .task_options import UNKNOWN, usual_value, values_of
+from .task_options import UNKNOWN, is_of_every_map, usual_value, values_of
 from .task_record import TIES, share
 
 
@@ -84,9 +84,10 @@ def table_of_runs(arguments: TableArguments) -> dict[str, list[dict]]:
     trained: tuple[list[str], list[str], list[dict]] = ([], [], [])
     if trainings:
         trained = blocks_of(read_runs(trainings), arguments.results)
-    if arguments.figure and by_task and (picture := task_picture.drawn(by_task)):
+    picture, said = task_picture.drawn(by_task) if arguments.figure and by_task else (None, "")
+    if picture:
         write_bytes(output / "table.png", picture)
-        blocks.insert(1, "![exact match by length](table.png)")
+        blocks[1:1] = ["![exact match by length](table.png)", said]
     write_text(output / "table.md", "\n\n".join([*blocks, *trained[0]]) + "\n")
     print("\n".join([*shown, *trained[1]]))
     return found | ({"train": trained[2]} if trainings else {})
@@ -103,6 +104,11 @@ def _settings(groups: list[Group]) -> str:
         f"{key} {value}" for key, value in common.items()
         if value not in (None, []) and all(other == value for other in values_of(identities, key))
     ]  # fmt: skip
+    usual = [
+        f"{key} {value}" for key, value in common.items()
+        if is_of_every_map(key) and value not in (None, [])
+        and any(identity.get(key) != value for identity in identities)
+    ]  # fmt: skip
     runs = [run for group in groups for run in group.runs]
     validated = dict.fromkeys(
         f"{samples:,} other samples of each of the lengths {', '.join(f'{length:,}' for length in lengths)}"
@@ -115,7 +121,9 @@ def _settings(groups: list[Group]) -> str:
     computed = f", computed in {precisions[0]}" if len(precisions) == 1 else ", computed as each row says"
     tested = " to ".join(f"{count:,}" for count in dict.fromkeys(counts[:1] + counts[-1:]))
     return (
-        f"Trained with: {', '.join(shared)}. Exact match in %"
+        f"Trained with: {', '.join(shared)}"
+        + (f"; where a row says nothing else: {', '.join(usual)}" if usual else "")
+        + ". Exact match in %"
         + (f" of {tested} test samples a length, ± standard error unless it is 0.0" if counts else "")
         + (computed if precisions else "")
         + f"; validation, which chooses the best: its mean over {' or '.join(validated)}. {TIES}"
