@@ -44,3 +44,19 @@ def a_card_is_shared(monkeypatch):
     yield
     if torch.cuda.memory_reserved() > 2**28:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with a dense model and text to train on."""
+    from training_cases import home_folder
+
+    return home_folder(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def here(home, tmp_path):
+    """Trains what is in home; runs of a test go to tmp_path/run."""
+    from training_cases import run
+
+    return lambda **changes: run(home, **{"output": str(tmp_path / "run"), **changes})

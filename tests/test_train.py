@@ -11,7 +11,6 @@ from training_cases import (
     assert_close_metrics,
     assert_same_weights,
     dense_folder,
-    home_folder,
     metrics,
     options,
     python,
@@ -30,17 +29,6 @@ from hf_sparse_attention.train.packing import Blocks, ShuffledBlocks, pack
 from hf_sparse_attention.train.recipe import alpha_at, parameter_groups, rate_at
 
 pytest.importorskip("accelerate")
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    return home_folder(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture
-def here(home, tmp_path):
-    """Runs of a test go to tmp_path/run."""
-    return lambda **changes: run(home, **{"output": str(tmp_path / "run"), **changes})
 
 
 # The recipe

@@ -5,17 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_cases import home_folder
 from transformers import AutoModelForCausalLM
 
 from hf_sparse_attention.train.packing import Blocks, ShuffledBlocks, StreamedBlocks, batch_of, pack
 
 pytest.importorskip("accelerate")
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    return home_folder(tmp_path_factory.mktemp("home"))
 
 
 def lists(count=40, seed=0, longest=50):

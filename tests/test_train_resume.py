@@ -13,7 +13,6 @@ import torch
 from training_cases import (
     assert_same_weights,
     dense_folder,
-    home_folder,
     metrics,
     options,
     python,
@@ -29,17 +28,6 @@ from hf_sparse_attention.train.data import check_texts
 from hf_sparse_attention.train.state import whole_states
 
 pytest.importorskip("accelerate")
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    return home_folder(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture
-def here(home, tmp_path):
-    """Runs of a test go to tmp_path/run."""
-    return lambda **changes: run(home, **{"output": str(tmp_path / "run"), **changes})
 
 
 @pytest.mark.parametrize(
