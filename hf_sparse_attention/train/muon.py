@@ -65,12 +65,8 @@ class Muon(torch.optim.Optimizer):
                     raise ValueError(f"Muon takes matrices; a parameter has the shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self) -> None:
         """One step of every matrix that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for parameter in group["params"]:
@@ -78,7 +74,6 @@ class Muon(torch.optim.Optimizer):
                     by_shape[tuple(sorted(parameter.shape))].append(parameter)
             for parameters in by_shape.values():
                 self._step(group, parameters)
-        return loss
 
     def _step(self, group: dict, parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
