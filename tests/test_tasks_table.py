@@ -352,6 +352,11 @@ def test_a_run_that_was_not_tested_is_no_line_of_the_picture_and_hides_no_other(
     pale = [list(line.get_ydata()) for line in axes.lines if line.get_alpha() is not None and line.get_alpha() < 0.5]
     assert sorted(pale) == [pytest.approx([40, 30]), pytest.approx([50, 10]), pytest.approx([100, 20])]
     assert "Without a line, as that run was not tested: asentmax on copy." in text
+    # Alone, too.
+    made(tmp_path, runs=[str(tmp_path / "a")], figure=True)
+    (axes,) = drawn[1].axes
+    assert not axes.containers
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_alpha() == 0.35] == [pytest.approx([50, 10])]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -159,7 +159,7 @@ def by_length(
         others: cells of further runs of the models, each with the `run` it is of: a pale thin line a run.
         marks: (length, what it is) by task, where a line stands; those beyond which numbers are marked by default.
     """
-    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    tasks = list(dict.fromkeys(cell["task"] for cell in (*cells, *others)))
     across = min(3, len(tasks))
     down = -(-len(tasks) // across)
     labels = [model["label"] for model in results["models"]]
@@ -170,7 +170,7 @@ def by_length(
     grid = figure.subplots(down, across, squeeze=False)
     handles, shown = {}, styles(results["models"])
     for axes, task in zip(grid.flat, tasks, strict=False):
-        lengths = sorted({cell["length"] for cell in cells if cell["task"] == task})
+        lengths = sorted({cell["length"] for cell in (*cells, *others) if cell["task"] == task})
         for length, what in _marks(_of_task(results, task)) if marks is None else marks.get(task, []):
             if lengths[0] <= length < lengths[-1]:
                 # At its training length a model is mostly right.

@@ -12,8 +12,6 @@ _TRAINED_WITH = {
     "steps", "warmup_steps", "schedule", "final_share", "optimizer", "softmax_share", "weight_decay", "beta1", "beta2",
     "clip", "precision", "batch_size", "scale_start",
 }  # fmt: skip
-
-
 # What the picture shows, in words.
 SHOWN = (
     "A line is the run that validation prefers of all of a model, whatever its steps and optimizer; of runs that were "
@@ -35,7 +33,7 @@ def drawn(by_task: dict[str, list[Group]]) -> tuple[bytes | None, str]:
                 {"model": label, "task": task, "run": str(run["folder"]), **line}
                 for group in own for run in group.runs if run is not best for line in _tested(run)
             ]  # fmt: skip
-    if not cells:
+    if not cells and not others:
         return None, ""
     shown = {cell["model"] for cell in (*cells, *others)}
     # Those of a map alone first, in the order of the maps.
