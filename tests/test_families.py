@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import hf_sparse_attention as hsa
 from hf_sparse_attention import models
+from hf_sparse_attention.train.distributed import checkpoint_activations
 
 MAPS_AT_ALPHA_ONE = [name for name, row in hsa.MAPS.items() if not row.softmax]
 
@@ -118,8 +119,7 @@ def test_gradient_checkpointing_changes_nothing(sparse):
     def gradients(checkpointing):
         model = copy.deepcopy(sparse).train()
         if checkpointing:
-            # The second is its name in older Transformers, of which 5.23 warns; both leave out reentrant checkpoints.
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+            checkpoint_activations(model)
         torch.manual_seed(0)
         model(ids, labels=ids, use_cache=False).loss.backward()
         return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

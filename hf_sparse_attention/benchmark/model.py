@@ -213,6 +213,7 @@ def _with_weights(config, weights: dict[str, torch.Tensor], dtype, device: str) 
 
 
 def _measure(arguments, variant: Variant, weights, tokens, device: str, backend: str) -> dict:
+    from ..train.distributed import checkpoint_activations
     from ..train.head import chunk_loss
     from ..train.throughput import flops_per_token, peak_flops
 
@@ -220,8 +221,7 @@ def _measure(arguments, variant: Variant, weights, tokens, device: str, backend:
     model = _with_weights(variant.config, weights, DTYPES[arguments.dtype], device)
     chunk_loss(model, LOSS_CHUNK)
     if arguments.checkpointing:
-        # The second is its name in older Transformers, of which 5.23 warns; both leave out reentrant checkpoints.
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+        checkpoint_activations(model)
     _compile(model, arguments.compile, backend)
     optimizer = None
     if arguments.optimizer:

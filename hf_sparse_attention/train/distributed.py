@@ -144,6 +144,12 @@ def wants_checkpointing(arguments: TrainArguments) -> bool:
     return arguments.gradient_checkpointing or (_wants_fsdp() and asked)
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Makes the decoder layers compute their activations again on the way back."""
+    # The second is its name in older Transformers, of which 5.23 warns; both leave out reentrant checkpoints.
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+
+
 def spread(accelerator: Accelerator, model: nn.Module, optimizer, own_units: tuple[type, ...] = ()) -> tuple:
     """The model as it is called and the optimizer, on their devices.
 

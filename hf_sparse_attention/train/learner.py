@@ -10,7 +10,7 @@ from ..loading import count_parameters, load_model
 from ..models import new_parameter_names, set_alpha
 from .compilation import compile_parts, hold_rising_alpha
 from .data import tensors_of
-from .distributed import backward, spread, wants_checkpointing, way_of
+from .distributed import backward, checkpoint_activations, spread, wants_checkpointing, way_of
 from .head import Distillation, chunk_loss
 from .job import Job
 from .matching import begin_matching, leave_out_dropout, match_errors, matched, measure_scales
@@ -45,8 +45,7 @@ class Learner:
         self.model = model = self.build()
         recompute = wants_checkpointing(arguments)
         if recompute and not job.matches:
-            # The second is its name in older Transformers, of which 5.23 warns; both leave out reentrant checkpoints.
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+            checkpoint_activations(model)
         self.counts = _counts(model)
         if job.matches:
             same = (arguments.trained or "map") == "map" and not arguments.lora_rank
