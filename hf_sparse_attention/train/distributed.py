@@ -57,8 +57,12 @@ def join_processes(arguments: TrainArguments) -> PartialState:
 
     Raises:
         ValueError: if it is one of several and would train alone, into the same folder as the others.
+        ImportError: without accelerate.
     """
-    from accelerate import PartialState
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError('training needs accelerate: pip install "hf-sparse-attention[train]"') from error
 
     # Accelerate itself reads the variable only later, when without a GPU no process would know of the others.
     asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")

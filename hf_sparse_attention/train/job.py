@@ -114,12 +114,10 @@ def decide(arguments: TrainArguments) -> Job:
     """
     arguments = check_arguments(arguments)
     check_launch(arguments)
-    try:
-        from accelerate.tracking import filter_trackers
-    except ImportError as error:
-        raise ImportError('training needs accelerate: pip install "hf-sparse-attention[train]"') from error
     # What looks for trackers logs, which accelerate does only when it knows its processes.
     state = join_processes(arguments)
+    from accelerate.tracking import filter_trackers
+
     found = filter_trackers(arguments.report_to, arguments.output)
     installed = {"all", *(str(getattr(tracker, "value", tracker)) for tracker in found)}
     if lost := sorted(set(arguments.report_to) - installed):

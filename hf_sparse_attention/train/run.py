@@ -19,6 +19,7 @@ from ..config import VERSION
 from ..files import fingerprint, flush_file, remove_partial, whole_folder, write_json
 from ..held_out import held_out_in_words
 from ..loading import Source, companions_of
+from ..lock import LOCK
 from ..text import find_texts
 from .arguments import DEFAULTS, TrainArguments
 from .state import load_state, read_state, whole_states
@@ -77,7 +78,7 @@ def check_output(output: Path, arguments: TrainArguments) -> None:
         if model.exists() and output.resolve() in (model.resolve(), *model.resolve().parents) and arguments.overwrite:
             raise ValueError(f"output {output} holds the model {model}, which would be overwritten")
     # Encoded text is kept from a run that failed before its first step, and is of use to the next.
-    if not output.exists() or not set(os.listdir(output)) - {"packed"}:
+    if not output.exists() or not set(os.listdir(output)) - {"packed", LOCK}:
         return
     if arguments.resume == "never" and not arguments.overwrite:
         raise FileExistsError(

@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
 from ..files import write_json
+from ..lock import sole_writer
 from .arguments import TrainArguments, check_arguments
 from .default_recipe import ANNEAL, MATCH_DISTILL, check_reach, choose, said, stages_of_recipe
 from .distributed import check_launch, join_processes
@@ -40,18 +42,22 @@ def train_model(arguments: TrainArguments) -> dict:
 
     Raises:
         ValueError: for arguments, a model, data or a tokenizer that do not fit together, before anything is written.
-        FileExistsError: if output is in use and the run is neither to go on nor to be replaced.
+        FileExistsError: if output is in use and the run is neither to go on nor to be replaced, or if another run is
+            writing there.
         OSError: if the model or data is missing or corrupt, the disk is full, or the model could not be pushed.
         RuntimeError: if the loss is not finite or memory runs out, and `on_nonfinite` is stop.
     """
     check_push(arguments)
     asked, planned = _with_recipe(arguments)
-    summary = _train_stages(planned, asked) if planned.stages else train_stage(planned)
-    from accelerate import PartialState
-
-    state = PartialState()
-    if arguments.push_to_hub and state.is_main_process:
-        push_run(Path(arguments.output).expanduser(), arguments)
+    for stage in stages_of(planned) if planned.stages else [planned]:
+        check_launch(stage)
+    state = join_processes(arguments)
+    output = Path(arguments.output).expanduser()
+    # Of several processes one writes.
+    with sole_writer(output) if state.is_main_process else nullcontext():
+        summary = _train_stages(planned, asked) if planned.stages else train_stage(planned)
+        if arguments.push_to_hub and state.is_main_process:
+            push_run(output, arguments)
     state.destroy_process_group()
     return summary
 
@@ -185,8 +191,6 @@ def _train_stages(arguments: TrainArguments, asked: TrainArguments) -> dict:
     if arguments.resume not in ("never", "auto"):
         raise ValueError(f"resume is {arguments.resume!r}; with stages it is auto, which finds the stage, or never")
     stages = stages_of(arguments)
-    for stage in stages:
-        check_launch(stage)
     output = Path(arguments.output).expanduser()
     for stage in stages:
         check_output(output, replace(arguments, distill=stage.distill))

@@ -21,6 +21,7 @@ from .. import tables
 from ..checkpoint import choose_device
 from ..config import VERSION
 from ..files import write_json, write_text
+from ..lock import sole_writer
 from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from .task_arguments import TrainTaskArguments, check_task_arguments
@@ -39,7 +40,8 @@ def train_task(arguments: TrainTaskArguments) -> dict:
     Raises:
         ValueError: for arguments that do not fit together, before anything is written; for runs in output that were
             trained otherwise.
-        FileExistsError: if a run of the grid is there and is neither to go on nor to be replaced.
+        FileExistsError: if a run of the grid is there and is neither to go on nor to be replaced, or if another
+            process trains into output.
     """
     check_task_arguments(arguments)
     task = arguments.chosen_task()
@@ -50,6 +52,14 @@ def train_task(arguments: TrainTaskArguments) -> dict:
     new_model(arguments, task, 0)
     output = Path(arguments.output).expanduser()
     grid = [(rate, seed) for rate in sorted(set(arguments.learning_rates)) for seed in sorted(set(arguments.seeds))]
+    with sole_writer(output):
+        return _train_grid(arguments, task, device, output, grid)
+
+
+def _train_grid(
+    arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device, output: Path, grid: list
+) -> dict:
+    """The runs of a grid [(rate, seed)] and their tests."""
     names = {place: f"rate-{place[0]!r}-seed-{place[1]}" for place in grid}
     _check_output(output, arguments, names)
     with tqdm(

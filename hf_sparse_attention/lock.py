@@ -1,0 +1,69 @@
+"""A folder -> nobody else's while a run writes into it. A leaf."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# In the folder while it is written to; what a killed process leaves of it holds no lock.
+LOCK = ".lock"
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """No second block of this kind is inside a folder, from any process of the file system that `folder` is on.
+
+    The folder is made, and goes again if the block leaves it empty. The system lets go of the lock when its process
+    ends, however it ends. Where a file system has no locks, a warning says so and the block runs.
+
+    Raises:
+        FileExistsError: if another run, of this process or another, is inside.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} is a file, not a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise FileExistsError(
+            f"another run is writing into output {folder}{_holder(path)}: wait until it ends, or name another output"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        logger.warning("the file system of %s has no locks: nothing keeps another run from writing there", folder)
+        lock = None
+    try:
+        if lock is not None:
+            path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if lock is not None:
+            lock.release()
+        for empty in made:
+            try:
+                empty.rmdir()
+            except OSError:
+                break
+
+
+def _holder(path: Path) -> str:
+    try:
+        process, host = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return ""
+    return f" (process {process} on {host})"
