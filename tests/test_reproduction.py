@@ -1,0 +1,89 @@
+"""examples/reproduction/mqmtar_mistakes.py: mistakes of models that make known ones are told apart."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from hf_sparse_attention.tasks.recall import COLON, LETTER, MultiQueryRecall
+from hf_sparse_attention.tasks.samples import EOS, SEP
+from hf_sparse_attention.train import TrainTaskArguments, train_task
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "reproduction" / "mqmtar_mistakes.py"
+TASK = MultiQueryRecall(alphabet=6, entries=36, queries=2)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("mqmtar_mistakes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Reader:
+    """Answers from the haystack; the second letter by the key, or as the last value with that first letter has it."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, by_key: bool):
+        self.by_key = by_key
+
+    def __call__(self, *, input_ids, use_cache, logits_to_keep):
+        tokens = input_ids[0].tolist()
+        colons = [place for place, token in enumerate(tokens) if token == COLON]
+        pairs = {tuple(tokens[place - 2 : place]): tuple(tokens[place + 1 : place + 3]) for place in colons}
+        begins = {value[0]: value[1] for value in pairs.values()}
+        end = tokens.index(SEP)
+        asked = [tuple(tokens[place : place + 2]) for place in range(end - 3 * TASK.queries, end, 3)]
+        said = []
+        for key in asked:
+            first, second = pairs[key]
+            said += [first, second if self.by_key else begins[first], tokens[end - 1]]
+        logits = torch.zeros(1, len(tokens), TASK.vocabulary)
+        for place, token in enumerate([*said, EOS], start=end):
+            logits[0, place, token] = 1
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def test_a_model_that_reads_the_key_makes_no_mistake(script):
+    row = dict(zip(script.COLUMNS, script.mistakes(Reader(True), TASK, 40, 30), strict=True))
+    assert row["exact match"] == "100.0" and int(row["value begins alone"]) + int(row["others begin alike"]) == 60
+    assert row["wrong"] == row["first letter wrong"] == row["second letter wrong"] == row["then another's"] == 0
+    assert float(row["exact match by first letters"]) < 60
+
+
+def test_a_model_that_reads_the_first_letter_makes_that_mistake_alone(script):
+    row = dict(zip(script.COLUMNS, script.mistakes(Reader(False), TASK, 40, 200), strict=True))
+    assert row["wrong"] == row["first letter wrong"] == 0
+    assert row["second letter wrong"] == row["then another's"] > 50
+    # It takes one of those that begin alike without regard to the key: each as likely.
+    assert float(row["exact match"]) == pytest.approx(float(row["exact match by first letters"]), abs=12)
+
+
+def test_questions_are_those_of_the_sample(script):
+    values, asked = script.questions(TASK.fixed_set(40, 1), TASK.queries)
+    assert values.shape == (5, 2) and asked.shape == (2, 2) and (values >= LETTER).all()
+    assert all((values == right).all(1).any() for right in asked) and np.isin(asked, values).all()
+
+
+def test_the_command_reads_the_folder_of_a_run(tmp_path):
+    train_task(
+        TrainTaskArguments(
+            task="mqmtar", task_settings=["alphabet=6", "entries=36", "queries=2"], lengths=[16, 20], layers=1,
+            hidden_size=16, heads=2, ffn_size=16, batch_size=4, steps=2, warmup_steps=1, learning_rates=[1e-3],
+            validation_lengths=[16], validation_samples=2, device="cpu", output=str(tmp_path),
+        )
+    )  # fmt: skip
+    words = [sys.executable, str(SCRIPT), str(tmp_path / "rate-0.001-seed-0"), "--lengths", "24", "--samples", "3"]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert text.splitlines()[0].startswith("| length | exact match |")
+    cells = [cell.strip() for cell in text.splitlines()[2].strip("| ").split("|")]
+    assert cells[0] == "24" and int(cells[2]) + int(cells[4]) == 6
+    refused = subprocess.run([*words[:2], str(tmp_path)], capture_output=True, text=True)
+    assert refused.returncode == 2 and "has no model/" in refused.stderr
