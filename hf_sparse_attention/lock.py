@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,13 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         logger.warning("the file system of %s has no locks: nothing keeps another run from writing there", folder)
         lock = None
     try:
-        if lock is not None:
+        # Only said to whom it keeps out: a full disk is met by the run itself.
+        with suppress(OSError):
             path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
         if lock is not None:
             lock.release()
         for empty in made:

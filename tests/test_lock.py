@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from training_cases import home_folder, run
+from training_cases import home_folder, options, run, train_together
 
 from hf_sparse_attention.lock import LOCK, sole_writer
 from hf_sparse_attention.train import TrainTaskArguments, train_task
@@ -89,6 +89,14 @@ def test_small_models_are_not_trained_where_others_are(tmp_path, holder):
     with pytest.raises(FileExistsError, match="another run"):
         train_task(arguments)
     assert sorted(os.listdir(tmp_path / "output")) == before
+
+
+def test_all_processes_of_a_run_are_refused(tmp_path, holder):
+    """The one that asks for the lock does not leave the others waiting for it."""
+    values = options(home_folder(tmp_path), output=str(tmp_path / "output"))
+    assert train_together(values, tmp_path / "log") == [1, 1]
+    for rank in range(2):
+        assert "another run is writing into output" in (tmp_path / f"log-{rank}").read_text()
 
 
 def test_a_model_is_not_trained_where_another_is(tmp_path, holder):

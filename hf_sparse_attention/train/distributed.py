@@ -243,17 +243,17 @@ def put_parameters(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
             parameters[name].copy_(value)
 
 
-def all_agree(accelerator: Accelerator, error: BaseException | None) -> None:
+def all_agree(state: Accelerator | PartialState, error: BaseException | None) -> None:
     """Raises where a process failed, in every process: none waits for one that is gone.
 
     Raises:
         error: in a process that had one.
         OSError: in the others, saying which process failed and why.
     """
-    if accelerator.num_processes > 1:
+    if state.num_processes > 1:
         from accelerate.utils import gather_object
 
-        messages = gather_object([None if error is None else f"process {accelerator.process_index}: {error}"])
+        messages = gather_object([None if error is None else f"process {state.process_index}: {error}"])
         if error is None and any(messages):
             raise OSError("; ".join(message for message in messages if message))
     if error is not None:

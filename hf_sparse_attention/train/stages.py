@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import HfArgumentParser
 
@@ -16,12 +18,15 @@ from ..files import write_json
 from ..lock import sole_writer
 from .arguments import TrainArguments, check_arguments
 from .default_recipe import ANNEAL, MATCH_DISTILL, check_reach, choose, said, stages_of_recipe
-from .distributed import check_launch, join_processes
+from .distributed import all_agree, check_launch, join_processes
 from .lengths import parse_block_sizes
 from .loop import train_stage
 from .plan import default_block_size, find_source, find_teacher, settings_of
 from .publish import check_push, push_run
 from .run import check_output, command_of, device_seconds, print_summary
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 # Options that are those of the whole run: what it starts from, reads and writes.
 COMMON = {
@@ -53,13 +58,26 @@ def train_model(arguments: TrainArguments) -> dict:
         check_launch(stage)
     state = join_processes(arguments)
     output = Path(arguments.output).expanduser()
-    # Of several processes one writes.
-    with sole_writer(output) if state.is_main_process else nullcontext():
+    with _writing(output, state):
         summary = _train_stages(planned, asked) if planned.stages else train_stage(planned)
         if arguments.push_to_hub and state.is_main_process:
             push_run(output, arguments)
     state.destroy_process_group()
     return summary
+
+
+@contextmanager
+def _writing(output: Path, state: PartialState) -> Iterator[None]:
+    """Keeps other runs out of output; all processes of this one are refused together."""
+    with ExitStack() as held:
+        refusal = None
+        if state.is_main_process:
+            try:
+                held.enter_context(sole_writer(output))
+            except OSError as error:
+                refusal = error
+        all_agree(state, refusal)
+        yield
 
 
 def _with_recipe(arguments: TrainArguments) -> tuple[TrainArguments, TrainArguments]:
