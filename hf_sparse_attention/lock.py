@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import socket
@@ -21,7 +20,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     """No second block of this kind is inside a folder, from any process of the file system that `folder` is on.
 
     The folder is made, and goes again if the block leaves it empty. The system lets go of the lock when its process
-    ends, however it ends. Where a file system has no locks, a warning says so and the block runs.
+    ends, however it ends. Where no lock can be had, a warning says why and the block runs.
 
     Raises:
         FileExistsError: if another run, of this process or another, is inside.
@@ -42,9 +41,8 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
             f"another run is writing into output {folder}{_holder(path)}: wait until it ends, or name another output"
         ) from None
     except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        logger.warning("the file system of %s has no locks: nothing keeps another run from writing there", folder)
+        # A file system without locks; or one that is full or may only be read, which a finished run does not mind.
+        logger.warning("%s cannot be locked (%s): nothing keeps another run from writing there", folder, error)
         lock = None
     try:
         # Only said to whom it keeps out: a full disk is met by the run itself.

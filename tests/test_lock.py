@@ -71,14 +71,14 @@ def test_a_file_is_no_output(tmp_path):
         pytest.fail("was inside")
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+def test_where_no_lock_can_be_had_a_warning_says_why(tmp_path, monkeypatch, caplog):
     def acquire(self, **_):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     with sole_writer(tmp_path):
         pass
-    assert "has no locks: nothing keeps another run from writing there" in caplog.text
+    assert "No locks available): nothing keeps another run from writing there" in caplog.text
 
 
 def test_small_models_are_not_trained_where_others_are(tmp_path, holder):
