@@ -43,16 +43,17 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     except (NotImplementedError, OSError) as error:
         # A file system without locks; or one that is full or may only be read, which a finished run does not mind.
         logger.warning("%s cannot be locked (%s): nothing keeps another run from writing there", folder, error)
-        lock = None
     try:
-        # Only said to whom it keeps out: a full disk is met by the run itself.
-        with suppress(OSError):
-            path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
+        if lock.is_locked:
+            # Only said to whom it keeps out: a full disk is met by the run itself.
+            with suppress(OSError):
+                path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
-        if lock is not None:
+        if lock.is_locked:
+            # Before the lock goes, or it could be the file of the next run.
+            with suppress(OSError):
+                path.unlink()
             lock.release()
         for empty in made:
             try:

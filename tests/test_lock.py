@@ -75,9 +75,12 @@ def test_where_no_lock_can_be_had_a_warning_says_why(tmp_path, monkeypatch, capl
     def acquire(self, **_):
         raise OSError(37, "No locks available")
 
+    # Such as the file of another user's run, which is not this one's to remove.
+    (tmp_path / LOCK).touch()
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     with sole_writer(tmp_path):
         pass
+    assert (tmp_path / LOCK).exists()
     assert "No locks available): nothing keeps another run from writing there" in caplog.text
 
 
