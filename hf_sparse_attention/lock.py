@@ -34,11 +34,13 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     lock = FileLock(path)
+    # Earlier versions of filelock empty the file of whoever holds it when they ask.
+    holder = _holder(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise FileExistsError(
-            f"another run is writing into output {folder}{_holder(path)}: wait until it ends, or name another output"
+            f"another run is writing into output {folder}{holder}: wait until it ends, or name another output"
         ) from None
     except (NotImplementedError, OSError) as error:
         # A file system without locks; or one that is full or may only be read, which a finished run does not mind.
