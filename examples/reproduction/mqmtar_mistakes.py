@@ -9,7 +9,6 @@ one of the values that begin alike, each as likely.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +17,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import hf_sparse_attention  # noqa: F401  makes the maps known to Transformers
+from hf_sparse_attention import tables
 from hf_sparse_attention.tasks.recall import COLON, ITEM, MultiQueryRecall
 from hf_sparse_attention.tasks.samples import NO_TARGET, Samples
 from hf_sparse_attention.train import TrainTaskArguments
+from hf_sparse_attention.train.task_record import read_record
 
 COLUMNS = (
     "length", "exact match", "value begins alone", "wrong", "others begin alike", "first letter wrong",
@@ -44,12 +44,14 @@ def said(model: PreTrainedModel, sample: Samples, queries: int) -> tuple[np.ndar
     tokens = torch.from_numpy(sample.tokens).to(model.device)
     asked = sample.targets[0] != NO_TARGET
     logits = model(input_ids=tokens, use_cache=False, logits_to_keep=tokens.shape[1] - int(asked.argmax())).logits[0]
+    if not logits.isfinite().all():
+        raise ValueError("logits of the model are not finite (NaN or infinity): what it says is no answer")
     tokens = logits.argmax(-1).cpu().numpy()[asked[asked.argmax() :]]
     whole = bool((tokens == sample.targets[0][asked]).all())
     return tokens[: ITEM * queries].reshape(-1, ITEM)[:, :2], whole
 
 
-def mistakes(model: PreTrainedModel, task: MultiQueryRecall, length: int, count: int) -> list:
+def mistakes(model: PreTrainedModel, task: MultiQueryRecall, length: int, count: int) -> list[str]:
     """A row of the table."""
     exact, alone, alone_wrong, alike, first, second, another, expected = 0, 0, 0, 0, 0, 0, 0, 0.0
     for sample in tqdm(_single(task, length, count), total=count, desc=f"length {length}", disable=None):
@@ -70,10 +72,8 @@ def mistakes(model: PreTrainedModel, task: MultiQueryRecall, length: int, count:
             second += wrong
             another += wrong and answer[1] in begin_alike[:, 1]
         expected += share
-    return [
-        f"{length:,}", f"{100 * exact / count:.1f}", f"{alone:,}", alone_wrong, f"{alike:,}", first, second, another,
-        f"{100 * expected / count:.1f}",
-    ]  # fmt: skip
+    numbers = [f"{number:,}" for number in (alone, alone_wrong, alike, first, second, another)]
+    return [f"{length:,}", f"{100 * exact / count:.1f}", *numbers, f"{100 * expected / count:.1f}"]
 
 
 def _single(task: MultiQueryRecall, length: int, count: int) -> Iterator[Samples]:
@@ -92,17 +92,20 @@ def main() -> None:
         parser.error(f"--samples is {options.samples}; take at least 1")
     if not (options.run / "model").is_dir():
         parser.error(f"{options.run} has no model/; a run has one once it is trained")
-    identity = json.loads((options.run / "run.json").read_text())["identity"]
+    identity = read_record(options.run)["identity"]
     if identity["task"] != MultiQueryRecall.name:
         parser.error(f"{options.run} is a run of {identity['task']}, this reads those of {MultiQueryRecall.name}")
     same = {"task": identity["task"], "task_settings": identity["task_settings"]}
     task = TrainTaskArguments(output=str(options.run), **same).chosen_task()
+    for length in options.lengths:
+        try:
+            task.check_lengths((length, length))
+        except ValueError as error:
+            parser.error(str(error))
     model = AutoModelForCausalLM.from_pretrained(options.run / "model").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = [mistakes(model, task, length, options.samples) for length in options.lengths]
-    print("| " + " | ".join(COLUMNS) + " |\n|" + " ---: |" * len(COLUMNS))
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
+    print(tables.markdown(COLUMNS, rows))
 
 
 if __name__ == "__main__":

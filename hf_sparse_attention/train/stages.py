@@ -54,12 +54,13 @@ def train_model(arguments: TrainArguments) -> dict:
     """
     check_push(arguments)
     asked, planned = _with_recipe(arguments)
-    for stage in stages_of(planned) if planned.stages else [planned]:
+    stages = stages_of(planned) if planned.stages else [planned]
+    for stage in stages:
         check_launch(stage)
     state = join_processes(arguments)
     output = Path(arguments.output).expanduser()
     with _writing(output, state):
-        summary = _train_stages(planned, asked) if planned.stages else train_stage(planned)
+        summary = _train_stages(planned, asked, stages) if planned.stages else train_stage(planned)
         if arguments.push_to_hub and state.is_main_process:
             push_run(output, arguments)
     state.destroy_process_group()
@@ -205,10 +206,9 @@ def _changes(text: str | dict, number: int) -> dict:
     return {name: getattr(parsed, name) for name in values}
 
 
-def _train_stages(arguments: TrainArguments, asked: TrainArguments) -> dict:
+def _train_stages(arguments: TrainArguments, asked: TrainArguments, stages: list[TrainArguments]) -> dict:
     if arguments.resume not in ("never", "auto"):
         raise ValueError(f"resume is {arguments.resume!r}; with stages it is auto, which finds the stage, or never")
-    stages = stages_of(arguments)
     output = Path(arguments.output).expanduser()
     for stage in stages:
         check_output(output, replace(arguments, distill=stage.distill))

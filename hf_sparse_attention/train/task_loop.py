@@ -112,8 +112,6 @@ def _side_by_side(runs: list[Generator[None, None, dict]], together: int) -> lis
 
 def _check_output(output: Path, arguments: TrainTaskArguments, names: dict[tuple[float, int], str]) -> None:
     """Looks at the folders of a grid, {(rate, seed): name}."""
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output {output} is a file, not a folder")
     for (rate, seed), name in names.items():
         record = output / name / "run.json"
         if not (output / name).exists():
