@@ -184,6 +184,24 @@ def test_compiles_for_any_length(taken):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("changes", [{}, {"short_keys": 20}], ids=["as it is", "configured"])
+def test_softmax_of_few_keys_compiles_without_a_warning(changes, taken):
+    """Whether a call is one of few keys is asked in the graph: warnings of the compiler are errors here."""
+
+    def layer(query, key, value):
+        return softmax_of_few_keys(query * 2, key, value).square()
+
+    torch._dynamo.reset()
+    tensors = [randn(1, heads, 10, 16, seed=heads).to(torch.float16).requires_grad_() for heads in (2, 1, 1)]
+    with configured(**changes):
+        expected = torch.autograd.grad(layer(*tensors).sum(), tensors)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(*tensors).sum(), tensors)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert taken == 2 * ["attend_short", "short_gradients"]
+    torch._dynamo.reset()
+
+
 def test_every_kernel_can_be_noted_down_and_every_launch_is_planned(monkeypatch):
     rooms = (short.output, short.gradients)
     kernels = [value for room in rooms for name, value in vars(room).items() if name.endswith("_kernel")]
@@ -245,7 +263,7 @@ def test_softmax_of_few_keys(seed, taken, poisoned):  # noqa: F811
     arguments = {name: value for name, value in case.arguments.items() if name != "alpha"}
     tensors = [tensor.requires_grad_() for tensor in (case.query, case.key, case.value)]
     # On a card wide heads take few keys the other way: then SDPA computes it.
-    if not operators.takes_softmax(*tensors, arguments.get("slopes")):
+    if not operators.takes_softmax(*tensors):
         assert CUDA and softmax_of_few_keys(*tensors, **arguments) is None
         return
 

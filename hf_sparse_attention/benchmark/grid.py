@@ -230,7 +230,7 @@ def _apart(variant: Variant, shapes, device: str) -> list[list[tuple[int, int]]]
     from ..kernels.short import is_short
 
     row = configuration(torch.device(device), DTYPES[variant.dtype].itemsize, _block_dim(variant.head_dim))
-    few = [shape for shape in shapes if is_short(row, *shape)]
+    few = [shape for shape in shapes if is_short(row.short_keys, *shape)]
     return [some for some in ([shape for shape in shapes if shape not in few], few) if some]
 
 

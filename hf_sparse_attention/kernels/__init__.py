@@ -132,7 +132,7 @@ def softmax_of_few_keys(query, key, value, *, scaling=None, causal=True, visible
         tensors = [tensor.to(dtype) for tensor in tensors]
     call = {"scaling": scaling, "causal": causal, "visible": visible, "slopes": slopes, "mask": mask}
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not trains or supports(*tensors, **call) is not None or not takes_softmax(*tensors, slopes):
+    if not trains or supports(*tensors, **call) is not None or not takes_softmax(*tensors):
         return None
     scaling = 1.0 / math.sqrt(query.shape[-1]) if scaling is None else float(scaling)
     out, *_ = entmax_forward(*tensors, 1.0, None, scaling, causal, visible, slopes, mask, True)

@@ -7,13 +7,24 @@ Enters: head dimension, element size, device. Leaves: a `Configuration` with til
 import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
 
 # Rows and columns of the tiles the lists speak of: what can be skipped is skipped in this unit.
 TILE = 64
+
+
+def _kept(function):
+    """`functools.cache` that torch.compile passes by: it would do so by itself, with a warning to every user."""
+    kept = cache(function)
+
+    @wraps(function)
+    def call(*arguments):
+        return function(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Configuration:
         return max(self.stray_limit * 3 // 4, 1)
 
 
-@cache
+@_kept
 def _default(element_size, block_dim):
     wide = block_dim * element_size >= 512
     warps = 8 if block_dim > 128 else 4
@@ -287,7 +298,7 @@ def device_name(device):
     return _card(device.index if device.index is not None else torch.cuda.current_device())
 
 
-@cache
+@_kept
 def _capability(device_index):
     return torch.cuda.get_device_capability(device_index)[0]
 
@@ -307,6 +318,12 @@ def configuration(device, element_size, block_dim):
     """
     row = _row(device, element_size, block_dim)
     return _changed(row, tuple(_changes.items())) if _changes else row
+
+
+def short_keys(device, element_size, block_dim):
+    """That field of `configuration`, asked for inside a graph, where a changed row cannot be made."""
+    known = _changes.get("short_keys")
+    return _row(device, element_size, block_dim).short_keys if known is None else known
 
 
 @cache

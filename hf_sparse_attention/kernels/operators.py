@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .backward import gradients
 from .compiling import compile_together, like
-from .configurations import TILE, Configuration, configuration, without_pairs
+from .configurations import TILE, Configuration, configuration, short_keys, without_pairs
 from .forward import attend
 from .gather import collect, collects, sparse_limits
 from .lists import Lists
@@ -134,11 +134,11 @@ def _configuration(query, power_kind, slopes, save):
     return without_pairs(row) if alone else row
 
 
-def takes_softmax(query, key, value, slopes):
+def takes_softmax(query, key, value):
     """Whether a training call of alpha 1 is one of few keys, in half precision: others are SDPA's."""
     halves = all(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in (query, key, value))
-    row = _configuration(query, SOFTMAX, slopes, True)
-    return halves and is_short(row, query.shape[2], key.shape[2])
+    most = short_keys(query.device, query.element_size(), _block_dim(query.shape[-1]))
+    return halves and is_short(most, query.shape[2], key.shape[2])
 
 
 def describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save=False):
@@ -217,7 +217,7 @@ def _forward(
     torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
     call = describe(query, key, value, alpha, alpha_tensor, scaling, causal, visible, slopes, mask, save)
-    if is_short(call.configuration, query.shape[2], key.shape[2]):
+    if is_short(call.configuration.short_keys, query.shape[2], key.shape[2]):
         return _forward_short(call, save)
     if call.alpha_kind == SOFTMAX:
         raise ValueError(f"softmax of {key.shape[2]} keys: these kernels compute that of few keys alone")
@@ -294,7 +294,7 @@ def _forward_fake(query, key, value, alpha, alpha_tensor, scaling, causal, visib
     out = query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
     tau = query.new_empty((batch, heads, queries), dtype=torch.float32)
     config = _configuration(query, _kinds(query.dtype, alpha, alpha_tensor)[1], slopes, save)
-    if not save or is_short(config, queries, key.shape[2]):
+    if not save or is_short(config.short_keys, queries, key.shape[2]):
         return out, tau, tau.new_empty(0), *(tau.new_empty(0, dtype=dtype) for dtype in LIST_DTYPES)
     query_tiles, key_tiles = _tiles(queries), _tiles(key.shape[2])
     shapes = [(batch, heads, query_tiles, key_tiles), (batch, heads, query_tiles), (0,), (0,)]
