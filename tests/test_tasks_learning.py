@@ -1,4 +1,4 @@
-"""How small models are trained on synthetic tasks: by Muon, and as softmax first."""
+"""How small models learn synthetic tasks: by Muon, as softmax first, a map's own parameters at their own rate."""
 
 import json
 
@@ -11,7 +11,7 @@ from hf_sparse_attention.models import attention_layers, new_parameter_names
 from hf_sparse_attention.tasks.streams import Stream
 from hf_sparse_attention.train import TrainTaskArguments, train_task
 from hf_sparse_attention.train.muon import Muon, layer_matrices, orthogonal
-from hf_sparse_attention.train.task_arguments import MAPS, RISING, check_task_arguments
+from hf_sparse_attention.train.task_arguments import LEARNED, MAPS, RISING, check_task_arguments
 from hf_sparse_attention.train.task_model import new_model
 from hf_sparse_attention.train.task_run import _layout
 from hf_sparse_attention.train.task_step import TaskStep
@@ -95,11 +95,32 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_all_else(name):
     assert len(layer_matrices(model, new)) == 2 * 7
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_maps_own_parameters_learn_at_their_share_of_the_rate(name, optimizer):
+    """AdamW's first step is the rate wherever there is a gradient."""
+    for share in (0.0, 0.25, 1.0, 3.0):
+        arguments = options(map=name, optimizer=optimizer, new_learning_rate_share=share)
+        before = dict(new_model(arguments, arguments.chosen_task(), 0).named_parameters())
+        model, step = trained(arguments, 1)
+        new = new_parameter_names(model)
+        moved = {key: (item - before[key]).abs().max().item() for key, item in model.named_parameters()}
+        assert new and max(moved[key] for key in new) == pytest.approx(1e-2 * share, rel=1e-2)
+        assert moved["model.embed_tokens.weight"] == pytest.approx(1e-2, rel=1e-2)
+        # A step that goes on has the same rates.
+        step.load(step.state())
+        step.new_rate.fill_(7.0)
+        assert {id(item) for group in step.optimizer.param_groups if group["lr"] == 7 for item in group["params"]} == {
+            id(item) for key, item in model.named_parameters() if key in new
+        }
+
+
 @pytest.mark.parametrize("name", ["asentmax", "adaptive_entmax"])
 def test_an_interrupted_run_with_muon_that_was_softmax_first_goes_on_exactly(tmp_path, monkeypatch, name):
     """Interrupted before alpha rises, and after."""
     changes = {
         "map": name, "optimizer": "muon", "softmax_share": 0.5, "checkpoint_every": 5, "validate_every": 10,
+        "new_learning_rate_share": 0.5,
     }  # fmt: skip
     whole = train_task(options(tmp_path / "whole", **changes))["runs"][0]["name"]
     call = TaskStep.__call__
@@ -196,6 +217,14 @@ def test_steps_as_softmax_are_those_of_alpha_one(tmp_path):
             ({"softmax_share": 0.5, "map": name}, f"map is {name!r}, alpha None: leave it out")
             for name in MAPS if name not in RISING
         ),
+        *(
+            ({"new_learning_rate_share": share}, f"new_learning_rate_share is {share}")
+            for share in (-0.1, float("nan"), float("inf"))
+        ),
+        *(
+            ({"new_learning_rate_share": 0.1, "map": name}, f"map is {name!r}: leave it out")
+            for name in MAPS if name not in LEARNED
+        ),
         ({"softmax_share": 0.5, "map": "entmax", "alpha": 1.0}, "map is 'entmax', alpha 1.0: leave it out"),
     ],
 )  # fmt: skip
@@ -205,19 +234,21 @@ def test_wrong_arguments_are_named(changes, message):
 
 
 def test_runs_of_before_there_was_a_choice_go_on_and_stand_in_one_table(tmp_path):
-    """Their records have neither option: they were AdamW's, and never softmax first."""
+    """Their records have none of the options: they were AdamW's at one rate, and never softmax first."""
     train_task(options(tmp_path, checkpoint_every=10))
     folder = tmp_path / "rate-0.01-seed-0"
     record = json.loads((folder / "run.json").read_text())
-    for key in ("optimizer", "softmax_share"):
+    for key in ("optimizer", "softmax_share", "new_learning_rate_share"):
         del record["identity"][key]
     (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for key in ("optimizer", "softmax_share"):
+    for key in ("optimizer", "softmax_share", "new_learning_rate_share"):
         del state["run"]["identity"][key]
     torch.save(state, folder / "checkpoint.pt")
     (run,) = train_task(options(tmp_path, checkpoint_every=10, resume="auto"))["runs"]
     assert run["steps"] == 20 and run["validation"]
+    with pytest.raises(ValueError, match="new_learning_rate_share 1.0 then, 0.5 now"):
+        train_task(options(tmp_path, checkpoint_every=10, resume="auto", new_learning_rate_share=0.5))
     with pytest.raises(ValueError, match="optimizer 'adamw' then, 'muon' now"):
         train_task(options(tmp_path, checkpoint_every=10, resume="auto", optimizer="muon"))
 

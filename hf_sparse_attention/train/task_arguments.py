@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from ..config import POSITIONS, SPECIFICATIONS
+from ..maps import MAPS as ROWS
 from ..tasks.samples import SyntheticTask
 from ..tasks.synthetic import SYNTHETIC, make_task
 from .recipe import SCALE_STARTS, SCHEDULES
@@ -15,6 +16,8 @@ PRECISIONS = ("float32", "bfloat16")
 TESTED = ("best", "all")
 # Maps whose alpha is above 1, or begins there.
 RISING = ("entmax", "asentmax", "adaptive_entmax")
+# Maps with parameters of their own.
+LEARNED = tuple(name for name in SPECIFICATIONS if ROWS[name].scale is not None or ROWS[name].learned_alpha)
 OPTIMIZERS = ("adamw", "muon")
 TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
@@ -61,6 +64,13 @@ class TrainTaskArguments:
     steps: int = field(default=10_000, metadata=_help("optimizer steps of a run"))
     batch_size: int = field(default=128, metadata=_help("samples in a step"))
     learning_rates: list[float] = field(default_factory=lambda: [1e-3], metadata=_help("peak rates, one run each"))
+    new_learning_rate_share: float = field(
+        default=1.0,
+        metadata=_help(
+            "rate of a map's own parameters (ASEntmax's factor, SSMax's, a learned alpha) as a share of the run's; 0 "
+            "leaves them at their start"
+        ),
+    )
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata=_help("of parameters and training samples; every rate has every seed")
     )
@@ -167,7 +177,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     at_least = {
         "layers": 1, "hidden_size": 1, "heads": 1, "ffn_size": 1, "steps": 1, "batch_size": 1, "warmup_steps": 0,
         "weight_decay": 0, "clip": 0, "log_every": 1, "validate_every": 0, "validation_samples": 1, "test_samples": 1,
-        "batch_tokens": 1, "checkpoint_every": 0, "together": 1,
+        "batch_tokens": 1, "checkpoint_every": 0, "together": 1, "new_learning_rate_share": 0,
     }  # fmt: skip
     for name, least in at_least.items():
         if not (value := getattr(arguments, name)) >= least:
@@ -214,6 +224,13 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         raise ValueError(
             f"softmax_share is {arguments.softmax_share}, which {', '.join(RISING)} have with an alpha above 1; "
             f"map is {arguments.map!r}, alpha {arguments.alpha}: leave it out"
+        )
+    if arguments.new_learning_rate_share == math.inf:
+        raise ValueError("new_learning_rate_share is inf; give a number")
+    if arguments.new_learning_rate_share != 1 and arguments.map not in LEARNED:
+        raise ValueError(
+            f"new_learning_rate_share is {arguments.new_learning_rate_share}, which maps with parameters of their own "
+            f"have ({', '.join(LEARNED)}); map is {arguments.map!r}: leave it out"
         )
     if arguments.scale_start != "neutral" and arguments.map != "asentmax":
         raise ValueError(

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 
 from ..config import SPECIFICATIONS
-from .task_arguments import RISING
+from .task_arguments import LEARNED, RISING
 
 # Value of an option that a run's record does not have.
 UNKNOWN = "unknown"
@@ -15,6 +15,7 @@ UNKNOWN = "unknown"
 _ALPHAS = tuple(name for name, row in SPECIFICATIONS.items() if row.lowest < row.highest)
 _OF_MAPS = {
     "scale_start": (("asentmax",), "neutral"), "alpha": (_ALPHAS, None), "softmax_share": (RISING, 0.0),
+    "new_learning_rate_share": (LEARNED, 1.0),
 }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def share(line: dict | None) -> str:
 
 def whole_run(record: dict) -> dict:
     """A record, or what a checkpoint says of its run, with what earlier versions did and had no option for."""
-    return {**record, "identity": {"optimizer": "adamw", "softmax_share": 0.0, **record["identity"]}}
+    before = {"optimizer": "adamw", "softmax_share": 0.0, "new_learning_rate_share": 1.0}
+    return {**record, "identity": {**before, **record["identity"]}}
 
 
 def read_record(folder: Path) -> dict:

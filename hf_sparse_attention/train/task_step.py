@@ -43,9 +43,11 @@ class TaskStep:
             model, learning_rate=0.0, new_learning_rate=None, weight_decay=arguments.weight_decay
         )
         self.parameters = [parameter for group in groups for parameter in group["params"]]
+        new_names = set(new_parameter_names(model))
+        self.new = {id(parameter) for name, parameter in model.named_parameters() if name in new_names}
         self.muon = None
         if arguments.optimizer == "muon":
-            matrices = layer_matrices(model, set(new_parameter_names(model)))
+            matrices = layer_matrices(model, new_names)
             taken = {id(matrix) for matrix in matrices}
             self.muon = Muon(matrices, lr=0.0, weight_decay=arguments.weight_decay)
             groups = [
@@ -58,7 +60,8 @@ class TaskStep:
             fused=True,
             capturable=device.type == "cuda",
         )
-        self.rate = torch.zeros((), device=device)
+        # Of the map's own parameters, and of all others.
+        self.new_rate, self.rate = torch.zeros((), device=device), torch.zeros((), device=device)
         self._share_rate()
         shape = (layout.planes, layout.rows, layout.width)
         # What a captured step reads: the batch whose turn it is, at an address that stays.
@@ -83,7 +86,8 @@ class TaskStep:
     def _share_rate(self) -> None:
         for optimizer in self._optimizers():
             for group in optimizer.param_groups:
-                group["lr"] = self.rate
+                # They are a group of their own.
+                group["lr"] = self.new_rate if id(group["params"][0]) in self.new else self.rate
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [self.optimizer] if self.muon is None else [self.optimizer, self.muon]
@@ -154,6 +158,7 @@ class TaskStep:
         for parameter in self.parameters:
             parameter.grad = None
         self.rate.copy_(self.rates.index_select(0, self.turn)[0])
+        self.new_rate.copy_(self.rate * self.arguments.new_learning_rate_share)
         tokens, targets, *positions = batch
         with working_precision(self.arguments.precision, self.device):
             loss = loss_of(tokens, targets, positions[0] if positions else None)
