@@ -1,6 +1,7 @@
-"""examples/reproduction/mqmtar_mistakes.py: mistakes of models that make known ones are told apart."""
+"""The scripts of examples/reproduction: they tell mistakes of models that make known ones, and read known factors."""
 
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -72,15 +73,20 @@ def test_questions_are_those_of_the_sample(script):
     assert all((values == right).all(1).any() for right in asked) and np.isin(asked, values).all()
 
 
-def test_the_command_reads_the_folder_of_a_run(tmp_path):
+def run_of(folder, **changes) -> Path:
+    """A small run of MQMTAR."""
     train_task(
         TrainTaskArguments(
-            task="mqmtar", task_settings=["alphabet=6", "entries=36", "queries=2"], lengths=[16, 20], layers=1,
+            task="mqmtar", task_settings=["alphabet=6", "entries=36", "queries=2"], lengths=[16, 20], layers=2,
             hidden_size=16, heads=2, ffn_size=16, batch_size=4, steps=2, warmup_steps=1, learning_rates=[1e-3],
-            validation_lengths=[16], validation_samples=2, device="cpu", output=str(tmp_path),
+            validation_lengths=[16], validation_samples=2, device="cpu", output=str(folder), **changes,
         )
     )  # fmt: skip
-    words = [sys.executable, str(SCRIPT), str(tmp_path / "rate-0.001-seed-0"), "--lengths", "24", "--samples", "3"]
+    return folder / "rate-0.001-seed-0"
+
+
+def test_the_command_reads_the_folder_of_a_run(tmp_path):
+    words = [sys.executable, str(SCRIPT), str(run_of(tmp_path)), "--lengths", "24", "--samples", "3"]
     text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert text.splitlines()[0].startswith("| length | exact match |")
     cells = [cell.strip() for cell in text.splitlines()[2].strip("| ").split("|")]
@@ -97,3 +103,30 @@ def test_what_a_model_says_in_nan_is_no_mistake(script):
     broken.device = torch.device("cpu")
     with pytest.raises(ValueError, match="not finite"):
         script.mistakes(broken, TASK, 40, 1)
+
+
+def test_factors_are_those_of_the_tokens(tmp_path):
+    """One that is known: SSMax's start grows with log n, and is 1 in the mean over the training length."""
+    still = {"new_learning_rate_share": 0.0}
+    grown, neutral, none = (
+        run_of(tmp_path / name, **changes)
+        for name, changes in {
+            "grown": {"scale_start": "logarithm", **still}, "neutral": still, "none": {"map": "entmax"},
+        }.items()
+    )  # fmt: skip
+    script = SCRIPT.with_name("factors.py")
+
+    def read(run, *options):
+        return subprocess.run([sys.executable, str(script), str(run), *options], capture_output=True, text=True)
+
+    tokens, length = TASK.fixed_set(40, 1).tokens.shape[1], TASK.width(20)
+    slope = length / math.lgamma(length + 2)
+    lines = read(grown, "--lengths", "40", "--samples", "3").stdout.splitlines()[2:]
+    for layer, line in enumerate(lines):
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        assert cells[:2] == [str(layer), "40"] and len(lines) == 2
+        assert float(cells[-1]) == pytest.approx(slope * math.log(tokens + 1), abs=6e-3)
+        assert float(cells[2]) < float(cells[3]) < float(cells[4]) <= float(cells[5])
+    assert read(neutral).stdout.splitlines()[2].endswith("| 1.00 | 1.00 | 1.00 | 1.00 |")
+    for refused, reason in ((read(none), "another map"), (read(tmp_path), "has no model/")):
+        assert refused.returncode == 2 and reason in refused.stderr
