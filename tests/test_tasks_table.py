@@ -443,7 +443,7 @@ def test_a_command_makes_the_whole_row_of_a_task(tmp_path, task):
         assert is_muon or plain.learning_rates[0] == pytest.approx(arguments.learning_rates[1])
         assert arguments.together == (1 if task == "mqmtar" else 4)
         rises = task == "mqmtar" and arguments.map in RISING
-        assert arguments.softmax_share == (0.2 if rises else 0)
+        assert arguments.softmax_share == (0.5 if rises else 0)
         assert arguments.warmup_steps == (0 if "no-warmup" in arguments.output else arguments.steps // 20)
         outputs.append((arguments.output, arguments.map, arguments.position, arguments.scale_start))
     assert outputs[1:3] + outputs[5:9] == [
