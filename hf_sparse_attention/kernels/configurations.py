@@ -22,7 +22,7 @@ def _kept(function):
 
     @wraps(function)
     def call(*arguments):
-        return function(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+        return function(*arguments) if torch.compiler.is_dynamo_compiling() else kept(*arguments)
 
     return call
 
@@ -286,7 +286,7 @@ def to_row(device, element_size, block_dim, configuration):
     }
 
 
-@cache
+@_kept
 def _card(device_index):
     return torch.cuda.get_device_name(device_index)
 
