@@ -151,7 +151,7 @@ def _prepare(output: Path, overwrite: bool) -> None:
 def training_of(arguments: DemoArguments, name: str, model: str) -> TrainArguments:
     """The run of the map called `name`, or of its control, "softmax", from a model; both see the same tokens."""
     sparse = name == arguments.map
-    has_parameters = MAPS[arguments.map].scale is not None or MAPS[arguments.map].learned_alpha
+    has_parameters = MAPS[arguments.map].has_parameters
     return TrainArguments(
         model=model,
         map=None if sparse else "none",

@@ -48,6 +48,11 @@ class AttentionMap:
         """The alpha the map is trained towards."""
         return SPECIFICATIONS[self.name].alpha
 
+    @property
+    def has_parameters(self) -> bool:
+        """Whether it adds any to the dense model's."""
+        return self.scale is not None or self.learned_alpha
+
 
 class SSMaxScale(nn.Module):
     """The factor `s_h log(n_i)` of SSMax (arXiv 2501.19399), `s_h = 1 / mean(log n) + scale_bias_h`.

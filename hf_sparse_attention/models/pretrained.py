@@ -201,7 +201,7 @@ def _check_split(config: PreTrainedConfig, kwargs: dict) -> None:
         return
     settings = SparseAttentionConfig.from_model_config(config)
     row = MAPS[settings.map]
-    if row.scale is not None or row.learned_alpha or settings.position in ALIBI or settings.heads != "all":
+    if row.has_parameters or settings.position in ALIBI or settings.heads != "all":
         chosen = "" if settings.heads == "all" else f" and heads {settings.heads}"
         raise ValueError(
             f"tensor parallelism splits the heads between processes, but {settings.map} with positions "

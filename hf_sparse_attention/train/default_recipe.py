@@ -183,7 +183,7 @@ def _rates(arguments: TrainArguments, settings: SparseAttentionConfig, multiples
     rates = {"learning_rate": _short(arguments.learning_rate * multiples[0])}
     if arguments.new_learning_rate is not None:
         rates["new_learning_rate"] = arguments.new_learning_rate
-    elif row.scale is not None or row.learned_alpha:
+    elif row.has_parameters:
         rates["new_learning_rate"] = _short(arguments.learning_rate * multiples[1])
     return rates
 

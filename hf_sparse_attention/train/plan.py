@@ -178,7 +178,7 @@ def alpha_schedule_of(arguments: TrainArguments, source: Source, settings: Spars
 def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments: TrainArguments) -> None:
     """Raises ValueError for options that this model and map have no use for."""
     row = None if settings is None else MAPS[settings.map]
-    if arguments.new_learning_rate is not None and row.scale is None and not row.learned_alpha:
+    if arguments.new_learning_rate is not None and not row.has_parameters:
         raise ValueError(
             f"new_learning_rate is {arguments.new_learning_rate}, but {settings.map} has no new parameters: leave "
             "it out"

@@ -17,7 +17,7 @@ TESTED = ("best", "all")
 # Maps whose alpha is above 1, or begins there.
 RISING = ("entmax", "asentmax", "adaptive_entmax")
 # Maps with parameters of their own.
-LEARNED = tuple(name for name in SPECIFICATIONS if ROWS[name].scale is not None or ROWS[name].learned_alpha)
+LEARNED = tuple(name for name in SPECIFICATIONS if ROWS[name].has_parameters)
 OPTIMIZERS = ("adamw", "muon")
 TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
