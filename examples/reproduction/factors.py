@@ -15,9 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_sparse_attention import tables
 from hf_sparse_attention.attention import record
 from hf_sparse_attention.tasks.exact_match import score
+from hf_sparse_attention.tasks.inputs import trained_task
 from hf_sparse_attention.tasks.samples import SyntheticTask
-from hf_sparse_attention.train import TrainTaskArguments
-from hf_sparse_attention.train.task_record import read_record
 
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
 COLUMNS = ("layer", "length", "5 %", "median", "95 %", "largest")
@@ -53,7 +52,7 @@ def quantiles(values: torch.Tensor) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run, with run.json and model/")
+    parser.add_argument("run", type=Path, help="folder of a run, with model/")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64], help="lengths of the samples")
     parser.add_argument("--samples", type=int, default=50, help="test samples of each length")
     options = parser.parse_args()
@@ -61,9 +60,7 @@ def main() -> None:
         parser.error(f"--samples is {options.samples}; take at least 1")
     if not (options.run / "model").is_dir():
         parser.error(f"{options.run} has no model/; a run has one once it is trained")
-    identity = read_record(options.run)["identity"]
-    same = {"task": identity["task"], "task_settings": identity["task_settings"]}
-    task = TrainTaskArguments(output=str(options.run), **same).chosen_task()
+    task = trained_task(options.run / "model", str(options.run))
     model = AutoModelForCausalLM.from_pretrained(options.run / "model").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = []

@@ -18,10 +18,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_sparse_attention import tables
+from hf_sparse_attention.tasks.inputs import trained_task
 from hf_sparse_attention.tasks.recall import COLON, ITEM, MultiQueryRecall
 from hf_sparse_attention.tasks.samples import NO_TARGET, Samples
-from hf_sparse_attention.train import TrainTaskArguments
-from hf_sparse_attention.train.task_record import read_record
 
 COLUMNS = (
     "length", "exact match", "value begins alone", "wrong", "others begin alike", "first letter wrong",
@@ -84,7 +83,7 @@ def _single(task: MultiQueryRecall, length: int, count: int) -> Iterator[Samples
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run, with run.json and model/")
+    parser.add_argument("run", type=Path, help="folder of a run, with model/")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 1024], help="tokens of the haystack")
     parser.add_argument("--samples", type=int, default=100, help="test samples of each length")
     options = parser.parse_args()
@@ -92,11 +91,9 @@ def main() -> None:
         parser.error(f"--samples is {options.samples}; take at least 1")
     if not (options.run / "model").is_dir():
         parser.error(f"{options.run} has no model/; a run has one once it is trained")
-    identity = read_record(options.run)["identity"]
-    if identity["task"] != MultiQueryRecall.name:
-        parser.error(f"{options.run} is a run of {identity['task']}, this reads those of {MultiQueryRecall.name}")
-    same = {"task": identity["task"], "task_settings": identity["task_settings"]}
-    task = TrainTaskArguments(output=str(options.run), **same).chosen_task()
+    task = trained_task(options.run / "model", str(options.run))
+    if task.name != MultiQueryRecall.name:
+        parser.error(f"{options.run} is a run of {task.name}, this reads those of {MultiQueryRecall.name}")
     for length in options.lengths:
         try:
             task.check_lengths((length, length))
