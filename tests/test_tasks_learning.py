@@ -257,6 +257,8 @@ def test_runs_of_before_there_was_a_choice_go_on_and_stand_in_one_table(tmp_path
 # Raised inside PyTorch by its compiler, which loads its own parts and looks at what it traces.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+# Its advice to a step in float32, which is what is compared here.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_a_captured_step_of_muon_gives_the_same_losses(tmp_path):
     """Captured once for softmax and once for the map."""
     found = []
