@@ -11,8 +11,15 @@ from hf_sparse_attention.models import attention_layers, new_parameter_names
 from hf_sparse_attention.tasks.streams import Stream
 from hf_sparse_attention.train import TrainTaskArguments, train_task
 from hf_sparse_attention.train.muon import Muon, layer_matrices, orthogonal
-from hf_sparse_attention.train.task_arguments import LEARNED, MAPS, RISING, check_task_arguments
+from hf_sparse_attention.train.task_arguments import (
+    FACTOR_WHILE_SOFTMAX,
+    LEARNED,
+    MAPS,
+    RISING,
+    check_task_arguments,
+)
 from hf_sparse_attention.train.task_model import new_model
+from hf_sparse_attention.train.task_record import identity_of, whole_run
 from hf_sparse_attention.train.task_run import _layout
 from hf_sparse_attention.train.task_step import TaskStep
 
@@ -170,6 +177,26 @@ def test_alpha_is_one_first_and_the_maps_own_then(tmp_path, monkeypatch):
     assert saved.config.sparse_attention["alpha"] == 1.4
 
 
+@pytest.mark.parametrize("how", FACTOR_WHILE_SOFTMAX)
+def test_the_factor_is_held_while_alpha_is_one_unless_it_is_to_be_learned(tmp_path, monkeypatch, how):
+    """And learned from then on. What is no factor is learned from the first step."""
+    seen, call = [], TaskStep.__call__
+
+    def noted(self):
+        before = {name: item.detach().clone() for name, item in self.model.named_parameters()}
+        call(self)
+        new = set(new_parameter_names(self.model))
+        moved = {name for name, item in self.model.named_parameters() if not torch.equal(item, before[name])}
+        assert moved - new == set(before) - new
+        seen.append(moved & new == new)
+        assert seen[-1] or not moved & new
+
+    monkeypatch.setattr(TaskStep, "__call__", noted)
+    changes = {"map": "asentmax", "warmup_steps": 0, "steps": 15, "softmax_share": 0.3}
+    train_task(options(tmp_path, **changes, factor_while_softmax=how))
+    assert seen == [how == "learned"] * 5 + [True] * 10
+
+
 @pytest.mark.parametrize(
     ("share", "steps", "expected"),
     [(0.07, 100, 7), (0.2, 90_000, 18_000), (0.14, 90_000, 12_600), (1e-9, 20, 1), (0, 9, 0)],
@@ -195,7 +222,7 @@ def test_tests_at_other_lengths_stay(tmp_path):
 def test_steps_as_softmax_are_those_of_alpha_one(tmp_path):
     """And those after them are not."""
     losses = []
-    for number, changes in enumerate(({"softmax_share": 0.5}, {"alpha": 1.0})):
+    for number, changes in enumerate(({"softmax_share": 0.5, "factor_while_softmax": "learned"}, {"alpha": 1.0})):
         output = tmp_path / str(number)
         train_task(options(output, map="asentmax", log_every=1, optimizer="muon", **changes))
         lines = map(json.loads, (output / "rate-0.01-seed-0" / "metrics.jsonl").read_text().splitlines())
@@ -226,6 +253,13 @@ def test_steps_as_softmax_are_those_of_alpha_one(tmp_path):
             for name in MAPS if name not in LEARNED
         ),
         ({"softmax_share": 0.5, "map": "entmax", "alpha": 1.0}, "map is 'entmax', alpha 1.0: leave it out"),
+        ({"factor_while_softmax": "frozen"}, "factor_while_softmax is 'frozen'; choose one of held, learned"),
+        *(
+            ({"factor_while_softmax": "learned", **changes}, "factor_while_softmax is 'learned', which asentmax has")
+            for changes in (
+                {}, {"softmax_share": 0.5, "map": "entmax"}, {"softmax_share": 0.5, "new_learning_rate_share": 0.0},
+            )
+        ),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(changes, message):
@@ -233,16 +267,33 @@ def test_wrong_arguments_are_named(changes, message):
         check_task_arguments(options(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"softmax_share": 0.5}, "learned"),
+        ({"softmax_share": 0.5, "new_learning_rate_share": 0.0}, "held"),
+        ({"softmax_share": 0.0}, "held"),
+        ({"softmax_share": 0.5, "map": "adaptive_entmax"}, "held"),
+    ],
+)
+def test_the_factor_of_runs_of_before_was_learned_wherever_it_could(changes, expected):
+    identity = identity_of(options(**{"map": "asentmax", **changes}))
+    del identity["factor_while_softmax"]
+    assert whole_run({"identity": identity})["identity"]["factor_while_softmax"] == expected
+    now = identity_of(options(**{"map": "asentmax", **changes}))
+    assert whole_run({"identity": now})["identity"] == now
+
+
 def test_runs_of_before_there_was_a_choice_go_on_and_stand_in_one_table(tmp_path):
     """Their records have none of the options: they were AdamW's at one rate, and never softmax first."""
     train_task(options(tmp_path, checkpoint_every=10))
     folder = tmp_path / "rate-0.01-seed-0"
     record = json.loads((folder / "run.json").read_text())
-    for key in ("optimizer", "softmax_share", "new_learning_rate_share"):
+    for key in ("optimizer", "softmax_share", "new_learning_rate_share", "factor_while_softmax"):
         del record["identity"][key]
     (folder / "run.json").write_text(json.dumps({**record, "finished": False}))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for key in ("optimizer", "softmax_share", "new_learning_rate_share"):
+    for key in ("optimizer", "softmax_share", "new_learning_rate_share", "factor_while_softmax"):
         del state["run"]["identity"][key]
     torch.save(state, folder / "checkpoint.pt")
     (run,) = train_task(options(tmp_path, checkpoint_every=10, resume="auto"))["runs"]

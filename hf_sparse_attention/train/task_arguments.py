@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from ..config import POSITIONS, SPECIFICATIONS
 from ..maps import MAPS as ROWS
@@ -19,6 +19,8 @@ RISING = ("entmax", "asentmax", "adaptive_entmax")
 # Maps with parameters of their own.
 LEARNED = tuple(name for name in SPECIFICATIONS if ROWS[name].has_parameters)
 OPTIMIZERS = ("adamw", "muon")
+# How ASEntmax's factor is treated while alpha is 1.
+FACTOR_WHILE_SOFTMAX = ("held", "learned")
 TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
 
@@ -55,6 +57,13 @@ class TrainTaskArguments:
         metadata=_help(
             "share of the steps, from the first, in which alpha is 1: as softmax a model finds sooner what it then "
             "does sparsely (entmax, asentmax, adaptive_entmax)"
+        ),
+    )
+    factor_while_softmax: str = field(
+        default="held",
+        metadata=_help(
+            "ASEntmax's factor in those steps: held at its start, or learned, which was as good or worse in what came "
+            "of it"
         ),
     )
     layers: int = field(default=2, metadata=_help("layers of the model"))
@@ -168,6 +177,12 @@ class TrainTaskArguments:
         return sorted(set(self.validation_lengths)) or [longest, 2 * longest, 4 * longest]
 
 
+def may_learn_factor_while_softmax(options: dict) -> bool:
+    """Whether a run with these options can learn ASEntmax's factor while it is softmax."""
+    shares = options["softmax_share"], options["new_learning_rate_share"]
+    return options["map"] == "asentmax" and min(shares) > 0
+
+
 def check_task_arguments(arguments: TrainTaskArguments) -> None:
     """Raises ValueError for a number out of its range or a name that is not among the choices."""
     task = arguments.chosen_task()
@@ -193,7 +208,7 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
         "scale_start": TASK_SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
-        "optimizer": OPTIMIZERS, "test_precision": (None, *PRECISIONS),
+        "optimizer": OPTIMIZERS, "test_precision": (None, *PRECISIONS), "factor_while_softmax": FACTOR_WHILE_SOFTMAX,
     }  # fmt: skip
     for name, allowed in choices.items():
         if (value := getattr(arguments, name)) not in allowed:
@@ -224,6 +239,12 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         raise ValueError(
             f"softmax_share is {arguments.softmax_share}, which {', '.join(RISING)} have with an alpha above 1; "
             f"map is {arguments.map!r}, alpha {arguments.alpha}: leave it out"
+        )
+    if arguments.factor_while_softmax == "learned" and not may_learn_factor_while_softmax(asdict(arguments)):
+        raise ValueError(
+            "factor_while_softmax is 'learned', which asentmax has with a softmax_share and a new_learning_rate_share "
+            f"above 0; map is {arguments.map!r}, softmax_share {arguments.softmax_share}, new_learning_rate_share "
+            f"{arguments.new_learning_rate_share}: leave it out"
         )
     if arguments.new_learning_rate_share == math.inf:
         raise ValueError("new_learning_rate_share is inf; give a number")

@@ -15,7 +15,7 @@ UNKNOWN = "unknown"
 _ALPHAS = tuple(name for name, row in SPECIFICATIONS.items() if row.lowest < row.highest)
 _OF_MAPS = {
     "scale_start": (("asentmax",), "neutral"), "alpha": (_ALPHAS, None), "softmax_share": (RISING, 0.0),
-    "new_learning_rate_share": (LEARNED, 1.0),
+    "new_learning_rate_share": (LEARNED, 1.0), "factor_while_softmax": (("asentmax",), "held"),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from .task_record import rank
 # Options of how a model is trained: models that differ in these alone are one line.
 _TRAINED_WITH = {
     "steps", "warmup_steps", "schedule", "final_share", "optimizer", "softmax_share", "weight_decay", "beta1", "beta2",
-    "clip", "precision", "batch_size", "scale_start", "new_learning_rate_share",
+    "clip", "precision", "batch_size", "scale_start", "new_learning_rate_share", "factor_while_softmax",
 }  # fmt: skip
 # What the picture shows, in words.
 SHOWN = (

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import tables
-from .task_arguments import TrainTaskArguments
+from .task_arguments import TrainTaskArguments, may_learn_factor_while_softmax
 
 # Options that may differ between the runs of a folder, and when one goes on: they change what is looked at or how
 # fast it goes, not what is trained.
@@ -56,7 +56,9 @@ def share(line: dict | None) -> str:
 def whole_run(record: dict) -> dict:
     """A record, or what a checkpoint says of its run, with what earlier versions did and had no option for."""
     before = {"optimizer": "adamw", "softmax_share": 0.0, "new_learning_rate_share": 1.0}
-    return {**record, "identity": {**before, **record["identity"]}}
+    identity = {**before, **record["identity"]}
+    factor = "learned" if may_learn_factor_while_softmax(identity) else "held"
+    return {**record, "identity": {"factor_while_softmax": factor, **identity}}
 
 
 def read_record(folder: Path) -> dict:

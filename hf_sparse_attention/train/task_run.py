@@ -71,6 +71,7 @@ def train_run(
         alpha = model.config.sparse_attention["alpha"]
     if start < softmax_steps:
         set_alpha(model, 1.0)
+        step.function_changed(softmax=True)
     earlier = sum(end - begin for begin, end in spans)
     write_json(folder / "run.json", {**record, "finished": False})
     _keep_metrics(folder / "metrics.jsonl", start, arguments.steps)

@@ -77,9 +77,15 @@ class TaskStep:
         self.stream = torch.cuda.Stream(device) if arguments.cuda_graph else None
         self.function_changed()
 
-    def function_changed(self) -> None:
-        """To be called when the model computes another function: it is compiled and captured anew."""
+    def function_changed(self, softmax: bool = False) -> None:
+        """To be called when the model computes another function: it is compiled and captured anew.
+
+        Args:
+            softmax: whether it is that of alpha 1, in which a factor may be held.
+        """
         self.wait()
+        held = softmax and self.arguments.factor_while_softmax == "held"
+        self.new_share = 0.0 if held else self.arguments.new_learning_rate_share
         self.compiled = torch.compile(self._loss) if self.arguments.compile else self._loss
         self.graph, self.eager_steps = None, 0
 
@@ -158,7 +164,7 @@ class TaskStep:
         for parameter in self.parameters:
             parameter.grad = None
         self.rate.copy_(self.rates.index_select(0, self.turn)[0])
-        self.new_rate.copy_(self.rate * self.arguments.new_learning_rate_share)
+        self.new_rate.copy_(self.rate * self.new_share)
         tokens, targets, *positions = batch
         with working_precision(self.arguments.precision, self.device):
             loss = loss_of(tokens, targets, positions[0] if positions else None)
