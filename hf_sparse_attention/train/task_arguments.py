@@ -62,8 +62,8 @@ class TrainTaskArguments:
     factor_while_softmax: str = field(
         default="held",
         metadata=_help(
-            "ASEntmax's factor in those steps: held at its start, or learned, which was as good or worse in what came "
-            "of it"
+            "ASEntmax's factor in those steps: held at its start, or learned, from which most sparse models did not "
+            "recover what they had known"
         ),
     )
     layers: int = field(default=2, metadata=_help("layers of the model"))
