@@ -417,13 +417,28 @@ def identity_of_train() -> dict:
 SCRIPT = Path(__file__).parent.parent / "examples" / "reproduction" / "run.sh"
 
 
-def commands(tmp_path, *words, **environment):
-    """The commands that run.sh calls, in which `ssmax` cannot be trained, and its exit code."""
+FAKE = """#!/bin/sh
+echo "$CUDA_VISIBLE_DEVICES $*"
+case "$*" in *ssmax*) exit 3 ;; esac
+while [ $# -gt 1 ]; do
+    [ "$1" = --output ] && mkdir -p "$2/run" && touch "$2/run/run.json"
+    shift
+done
+"""
+
+
+def called(tmp_path, *words, **environment) -> subprocess.CompletedProcess:
+    """run.sh with a program that says how it was called, and cannot train `ssmax`."""
     fake = tmp_path / "hf-sparse-attention"
-    fake.write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*"\ncase "$*" in *ssmax*) exit 3 ;; esac\n')
+    fake.write_text(FAKE)
     fake.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **environment}
-    ended = subprocess.run(["sh", str(SCRIPT), *words], capture_output=True, text=True, env=environment)
+    return subprocess.run(["sh", str(SCRIPT), *words], capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+
+def commands(tmp_path, *words, **environment):
+    """The commands that run.sh calls, and its exit code."""
+    ended = called(tmp_path, *words, **environment)
     return [line.split() for line in ended.stdout.splitlines()], ended.returncode
 
 
@@ -471,6 +486,15 @@ def test_rows_go_on_several_cards_and_one_that_fails_stops_no_other(tmp_path):
     assert shares == {"entmax", "asentmax"}
     assert found[-1][:3] == ["table", "--runs", "elsewhere/sort"]
     assert commands(tmp_path, "sort", "softmax")[1] == 0 and commands(tmp_path, "nothing") == ([], 2)
+
+
+def test_the_script_says_what_it_takes_and_what_went_wrong(tmp_path):
+    alone = called(tmp_path)
+    assert alone.returncode == 2 and "run.sh TASK [ROW...]" in alone.stderr and "flip_flop" in alone.stderr
+    # No table of nothing.
+    failed = called(tmp_path, "sort", "ssmax", FAST="")
+    assert failed.returncode == 1 and failed.stdout.split()[1] == "train-task" and "table --" not in failed.stdout
+    assert "Not every row was trained" in failed.stderr and "no NVIDIA GPU" not in failed.stderr
 
 
 def test_the_published_numbers_are_read(tmp_path):

@@ -68,7 +68,11 @@ def test_a_small_model_learns_to_copy(learned):
     first, *_, last = [line["loss"] for line in lines(output / run["name"]) if line["kind"] == "train"]
     assert last < 0.1 * first
     assert json.loads((output / "summary.json").read_text()) == summary
-    assert run["name"] in (output / "summary.md").read_text()
+    text = (output / "summary.md").read_text()
+    assert run["name"] in text and "steps 250, " in text
+    assert ("scale_start" in text) == (run["identity"]["map"] == "asentmax")
+    # What decides the rounding.
+    assert run["threads"] == torch.get_num_threads() and run["versions"]["torch"] and run["compile"] is False
     saved = json.loads((output / run["name"] / "model" / "task.json").read_text())
     assert saved == {"task": "copy", "settings": {"symbols": 6}, "lengths": [4, 6]}
 

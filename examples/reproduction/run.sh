@@ -6,11 +6,16 @@
 #   CARDS="0 1 2 3"  spreads the rows over several GPUs      TOGETHER  runs side by side on each
 #   STEPS  RATES  SEEDS  TESTED (best or all)  OUT (folder of the runs: runs)  OPTIONS (further ones of train-task)
 #   OPTIMIZER (adamw or muon; with RATES, as the rates here are those of the task's own)  SHARE (of the steps of the entmax family that are softmax)
-#   FAST=            without a GPU: instead of --precision bfloat16 --compile --cuda_graph
+#   FAST=            without a GPU: leaves out --precision bfloat16 --compile --cuda_graph
 set -eu
+here=$(dirname "$0")
+if [ $# -eq 0 ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    echo "Tasks: copy, sort, reverse, mqmtar, 2back, flip_flop, local_count" >&2
+    exit 2
+fi
 task=$1
 shift
-here=$(dirname "$0")
 
 # Rates: with AdamW half, once, twice and four times the paper's own. Muon solves Sort, LocalCount and MQMTAR in a
 # fraction of AdamW's steps, and not Reverse; Copy was not searched with it. Steps: 20,000 take Copy's softmax to the
@@ -63,6 +68,8 @@ row() {
         ${FAST---precision bfloat16 --compile --cuda_graph} --together "${TOGETHER:-$together}" --checkpoint_every $((steps / 4)) --output "${OUT:-runs}/$task/$1" ${OPTIONS:-}
 }
 
+[ "${FAST+set}" ] || command -v nvidia-smi >/dev/null || echo "no NVIDIA GPU found: FAST= before this command leaves out what needs one" >&2
+
 # A background process a card, which takes every so-manieth row.
 cards=${CARDS:-${CUDA_VISIBLE_DEVICES:-0}} count=0 processes=
 for card in $cards; do count=$((count + 1)); done
@@ -82,6 +89,11 @@ done
 failed=0
 for process in $processes; do wait "$process" || failed=1; done
 # A row that could not be trained is no reason to have no table of the others.
-hf-sparse-attention table --runs "${OUT:-runs}/$task" --published "$here/published.yaml" \
-    --output_dir "${OUT:-runs}/$task/table"
+if ls "${OUT:-runs}/$task"/*/*/run.json >/dev/null 2>&1; then
+    hf-sparse-attention table --runs "${OUT:-runs}/$task" --published "$here/published.yaml" \
+        --output_dir "${OUT:-runs}/$task/table"
+fi
+if [ $failed -ne 0 ]; then
+    echo "Not every row was trained: see the errors above. A table has what is in ${OUT:-runs}/$task; OUT takes another folder." >&2
+fi
 exit $failed

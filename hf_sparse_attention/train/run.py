@@ -8,19 +8,18 @@ import platform
 import shlex
 import shutil
 from dataclasses import asdict, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from ..checkpoint import examine
-from ..config import VERSION
 from ..files import fingerprint, flush_file, remove_partial, whole_folder, write_json
 from ..held_out import held_out_in_words
 from ..loading import Source, companions_of
 from ..lock import LOCK
 from ..text import find_texts
+from ..versions import versions
 from .arguments import DEFAULTS, TrainArguments
 from .state import load_state, read_state, whole_states
 
@@ -261,10 +260,7 @@ def summary_of(
         "device_seconds": run["device_seconds"],
         "tokens_per_second": run["tokens"] / run["seconds"] if run["seconds"] else None,
         "flop_utilisation": run["utilisation"],
-        "versions": {
-            "hf-sparse-attention": VERSION,
-            **_versions("torch", "transformers", "accelerate", "peft", "triton"),
-        },
+        "versions": versions("torch", "transformers", "accelerate", "peft", "triton"),
         "command": command_of(arguments, accelerator.num_processes, accelerator.mixed_precision),
     }
 
@@ -295,16 +291,6 @@ def command_of(arguments: TrainArguments, processes: int, mixed_precision: str =
                 *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values),
             ]
     return shlex.join(words)
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def save_model(folder: Path, source: Source, model: PreTrainedModel, arguments: TrainArguments, summary: dict) -> None:

@@ -26,6 +26,7 @@ from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
+from .task_options import has_option
 from .task_record import TIES, best_of, identity_of, read_record, read_tests, share
 from .task_run import train_run
 from .task_step import working_precision
@@ -83,7 +84,7 @@ def _train_grid(
     for name in chosen if arguments.test_lengths else ():
         summary["tests"][name] = _test(output / name, arguments, task, device)
         write_json(output / "summary.json", summary)
-    text = _shown(summary, tables.markdown)
+    text = f"{_trained_with(summary['identity'])}\n\n{_shown(summary, tables.markdown)}"
     write_text(output / "summary.md", f"# {task.name}, {arguments.map}, {arguments.position}\n\n{text}\n")
     print(_shown(summary, tables.plain))
     return summary
@@ -168,6 +169,15 @@ def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, devi
             found.append({**kept, **line, "span": span})
             write_json(file, found)
     return sorted((row for row in found if row["length"] in arguments.test_lengths), key=lambda row: row["length"])
+
+
+def _trained_with(identity: dict) -> str:
+    """What all runs of a folder have in common, beside what the heading says."""
+    values = [
+        f"{key} {value}" for key, value in identity.items()
+        if key not in ("task", "map", "position") and value not in (None, []) and has_option(identity, key)
+    ]  # fmt: skip
+    return f"Trained with: {', '.join(values)}."
 
 
 def _shown(summary: dict, table) -> str:

@@ -24,6 +24,7 @@ from ..models import set_alpha
 from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
 from ..tasks.streams import Layout, Stream, packed_layout
+from ..versions import versions
 from .recipe import rate_at
 from .task_arguments import TrainTaskArguments
 from .task_model import new_model
@@ -58,7 +59,7 @@ def train_run(
             return _validated_as_asked(folder, saved, arguments, task, device)
     model = new_model(arguments, task, seed).to(device)
     record["parameters"] = count_parameters(model)
-    record["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    record |= _computed_by(arguments, device)
     lengths, layout = arguments.training_lengths(), _layout(arguments, task)
     step = TaskStep(model, arguments, layout, device)
     start, spans = 0, []
@@ -138,6 +139,18 @@ def train_run(
         logger.warning("%s failed: %s", folder, failed)
     write_json(folder / "run.json", {**record, "finished": True})
     return {**record, "finished": True}
+
+
+def _computed_by(arguments: TrainTaskArguments, device: torch.device) -> dict:
+    """What decides the rounding and is no part of the run: a small model may end tens of points elsewhere by it."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "compile": arguments.compile,
+        "cuda_graph": arguments.cuda_graph,
+        "versions": versions("torch", "transformers", "triton"),
+    }
 
 
 def _layout(arguments: TrainTaskArguments, task: SyntheticTask) -> Layout:
