@@ -127,7 +127,7 @@ def test_published_numbers_stand_where_they_can_be_compared(tmp_path, capsys):
     file = tmp_path / "published.yaml"
     file.write_text("copy:\n  theirs: {64: 100, 72: 55, 4096: 85.5}\n")
     record(tmp_path / "same", 1e-3, 0, 0.5, test={64: 0.5})
-    assert "of the same training length, 64." in made(tmp_path / "same", published=str(file))[0]
+    assert "of the same longest training length, 64." in made(tmp_path / "same", published=str(file))[0]
     record(tmp_path / "short", 1e-3, 0, 0.5, test={8: 0.5}, lengths=[4, 8])
     text, (best, _) = made(tmp_path / "short", published=str(file))
     assert best[0][4:] == ["8 (1x)", "9 (1.125x)", "512 (64x)"] and best[-1][4:] == ["100.0", "55.0", "85.5"]
@@ -207,6 +207,32 @@ def test_the_precision_of_a_test_stands_in_its_row(tmp_path):
     other.write_text(file.read_text())
     text, (best, _) = made(tmp_path)
     assert ", computed in float32;" in text and "computed in" not in best[0]
+
+
+def test_the_lengths_of_validation_stand_in_its_row_where_they_differ(tmp_path):
+    """A mean over other lengths or of fewer samples is another number."""
+    numbers = tmp_path / "published.yaml"
+    numbers.write_text("copy: {theirs: {64: 50.0}}")
+    record(tmp_path / "a", 1e-3, 0, 0.5, test={64: 0.25}, map="softmax")
+    record(tmp_path / "b", 1e-3, 0, 0.6, map="entmax", failed="loss nan")
+    assert "validated" not in made(tmp_path)[0]
+    file = tmp_path / "a" / "rate-0.001-seed-0" / "run.json"
+    run = json.loads(file.read_text())
+    line = run["validation"][0]
+    for validation_of, cells in (
+        ([[64, 4096], 200], {"softmax": "64, 4,096", "entmax": "64"}),
+        ([[64], 50], {"softmax": "64 (50 each)", "entmax": "64 (200 each)"}),
+    ):
+        lines = [{**line, "length": length} for length in validation_of[0]]
+        file.write_text(json.dumps({**run, "validation": lines, "validation_of": validation_of}))
+        _, (best, every) = made(tmp_path, published=str(numbers))
+        for table in (best, every):
+            column = table[0].index("validated at")
+            assert table[0][column - 1] == "validation" and {len(row) for row in table} == {len(table[0])}
+            told = {row[0].strip("*"): row[column].strip("*") for row in table[2:]}
+            # A run that failed has not been validated and is nobody's best.
+            assert told == cells | ({"entmax": "-", "theirs": "-"} if table is best else {})
+        assert best[2][best[0].index("64 (1x)")] == "25.0 ±1.2" and best[-1][-1] == "50.0"
 
 
 def test_an_option_newer_than_a_run_is_not_taken_for_the_usual_one(tmp_path):
@@ -388,6 +414,15 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         saved = {name: value for name, value in run.items() if name != key}
         (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text(json.dumps(saved))
         with pytest.raises(OSError, match=f"run.json is damaged .*{key}"):
+            made(tmp_path, runs=[str(tmp_path / "a")])
+    identity, (line,) = run["identity"], run["validation"]
+    for changes, reason in (
+        ({"identity": {**identity, "map": "linear"}}, "map is 'linear'"),
+        ({"validation": []}, "no lines of validation"),
+        ({"validation": [{**line, "token_accuracy": math.nan}]}, "token_accuracy at length 64 is nan"),
+    ):
+        (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text(json.dumps({**run, **changes}))
+        with pytest.raises(OSError, match=f"run.json is damaged .*{reason}"):
             made(tmp_path, runs=[str(tmp_path / "a")])
     (tmp_path / "a" / "rate-0.001-seed-0" / "run.json").write_text("{}")
     with pytest.raises(OSError, match="run.json is damaged"):

@@ -21,7 +21,7 @@ from hf_sparse_attention.tasks.exact_match import generated, score, teacher_forc
 from hf_sparse_attention.tasks.samples import NO_TARGET, PAD
 from hf_sparse_attention.tasks.streams import Layout, Stream, packed_layout
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC, make_task
-from hf_sparse_attention.train import TrainTaskArguments, task_record, task_run, train_task
+from hf_sparse_attention.train import TrainTaskArguments, task_loop, task_record, task_run, train_task
 from hf_sparse_attention.train.recipe import rate_at
 from hf_sparse_attention.train.task_arguments import MAPS, check_task_arguments
 from hf_sparse_attention.train.task_loop import _side_by_side
@@ -485,6 +485,18 @@ def test_low_precision_and_the_command_line(tmp_path, capsys):
     assert cli.main([*words, "--overwrite"]) == 0
 
 
+def test_what_is_overwritten_has_no_summary_until_the_new_one(tmp_path, monkeypatch):
+    train_task(options(tmp_path, steps=2))
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(task_loop, "train_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_task(options(tmp_path, steps=4, overwrite=True))
+    assert not list(tmp_path.glob("summary.*"))
+
+
 def test_a_test_in_another_precision_is_another_test(tmp_path):
     changes = {"steps": 4, "precision": "bfloat16", "test_lengths": [6], "test_samples": 20, "resume": "auto"}
     found, output = [], tmp_path / "runs"
@@ -506,6 +518,7 @@ def test_a_test_in_another_precision_is_another_test(tmp_path):
         ({"task": "count"}, "task is 'count'"),
         ({"task_settings": ["symbols"]}, "write name=number"),
         ({"task_settings": ["symbols=many"]}, "write name=number"),
+        ({"task_settings": ["symbols=6.0"]}, "symbols of copy is 6.0; it must be a whole number"),
         ({"task_settings": ["symbols=6", "symbols=9"]}, "names symbols twice"),
         ({"task": "mqmtar", "task_settings": ["share=0.0004"]}, "share is 0.0004"),
         ({"task": "mqmtar", "task_settings": ["share=0.8004"]}, "share is 0.8004"),
@@ -528,7 +541,11 @@ def test_a_test_in_another_precision_is_another_test(tmp_path):
         ({"steps": 0}, "steps is 0"),
         ({"warmup_steps": 200, "steps": 200}, "warmup_steps is 200 and steps is 200.*--warmup_steps 10, or more"),
         ({"warmup_steps": 500, "steps": 10}, "such as --warmup_steps 0"),
-        ({"beta2": 1.5}, "beta2 is 1.5"),
+        ({"beta2": 1.0}, "beta2 is 1.0"),
+        ({"final_share": 1.1}, "final_share is 1.1"),
+        ({"clip": math.inf}, "clip is inf"),
+        ({"seeds": [2**63]}, "all from 0 to 9223372036854775807"),
+        ({"map": "adaptive_entmax", "alpha": 1.0}, "adaptive_entmax learns no other"),
         ({"learning_rates": []}, "learning_rates is"),
         ({"learning_rates": [0.0]}, "all above 0"),
         ({"seeds": []}, "seeds is"),

@@ -661,6 +661,7 @@ def test_a_gradient_that_is_not_finite(here, monkeypatch):
         ({"map": "entmax", "stage": "match"}, "the model's map has no parameters of its own"),
         ({"map": "none", "stage": "match"}, "stage is 'match', but map is 'none'"),
         ({"stage": "match", "map": "adaptive_entmax", "alpha_start": 1.0}, "learns nothing while alpha is 1"),
+        ({"map": "adaptive_entmax", "alpha": 1.0}, "it would be softmax to the end"),
         (
             {"stage": "pretrain", "map": "adaptive_entmax", "trained": "map"},
             "while alpha is 1: use --alpha_start 1.01",

@@ -60,8 +60,11 @@ def main() -> None:
         parser.error(f"--samples is {options.samples}; take at least 1")
     if not (options.run / "model").is_dir():
         parser.error(f"{options.run} has no model/; a run has one once it is trained")
-    task = trained_task(options.run / "model", str(options.run))
-    model = AutoModelForCausalLM.from_pretrained(options.run / "model").eval()
+    try:
+        task = trained_task(options.run / "model", str(options.run))
+        model = AutoModelForCausalLM.from_pretrained(options.run / "model").eval()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     try:

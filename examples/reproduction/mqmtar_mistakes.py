@@ -60,8 +60,10 @@ def mistakes(model: PreTrainedModel, task: MultiQueryRecall, length: int, count:
         share = 1.0
         for right, answer in zip(asked, answers, strict=True):
             begin_alike = values[values[:, 0] == right[0]]
-            share /= len(begin_alike)
-            if len(begin_alike) == 1:
+            # Several keys may have the same value, and each is then right.
+            same = (begin_alike == right).all(1)
+            share *= same.mean()
+            if same.all():
                 alone += 1
                 alone_wrong += bool((answer != right).any())
                 continue
@@ -91,7 +93,11 @@ def main() -> None:
         parser.error(f"--samples is {options.samples}; take at least 1")
     if not (options.run / "model").is_dir():
         parser.error(f"{options.run} has no model/; a run has one once it is trained")
-    task = trained_task(options.run / "model", str(options.run))
+    try:
+        task = trained_task(options.run / "model", str(options.run))
+        model = AutoModelForCausalLM.from_pretrained(options.run / "model").eval()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if task.name != MultiQueryRecall.name:
         parser.error(f"{options.run} is a run of {task.name}, this reads those of {MultiQueryRecall.name}")
     for length in options.lengths:
@@ -99,7 +105,6 @@ def main() -> None:
             task.check_lengths((length, length))
         except ValueError as error:
             parser.error(str(error))
-    model = AutoModelForCausalLM.from_pretrained(options.run / "model").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     rows = [mistakes(model, task, length, options.samples) for length in options.lengths]
     print(tables.markdown(COLUMNS, rows))

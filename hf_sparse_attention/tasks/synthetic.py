@@ -25,4 +25,8 @@ def make_task(name: str, settings: dict | None = None) -> SyntheticTask:
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"{name} has no {', '.join(unknown)}; it has {', '.join(known) or 'nothing to set'}")
+    for item in fields(kind):
+        # Annotations are texts (from __future__ import annotations).
+        if item.type == "int" and not isinstance(settings.get(item.name, 0), int):
+            raise ValueError(f"{item.name} of {name} is {settings[item.name]}; it must be a whole number")
     return kind(**settings)

@@ -201,16 +201,20 @@ def check_fit(source: Source, settings: SparseAttentionConfig | None, arguments:
         raise ValueError(
             f"lora_save is 'adapter', which cannot change {', '.join(rope)} of the model: convert with them first"
         )
+    if settings is not None and row.learned_alpha and settings.alpha == 1:
+        raise ValueError(
+            f"alpha is 1, from which {settings.map} learns nothing: it would be softmax to the end. Use a higher alpha"
+        )
     learned_alone = settings is not None and row.learned_alpha and row.scale is None and arguments.trained == "map"
     rises_from_1 = alpha_schedule_of(arguments, source, settings) != "none" and arguments.alpha_start in (None, 1)
-    if learned_alone and arguments.stage != "match" and (rises_from_1 or settings.alpha == 1):
+    if learned_alone and arguments.stage != "match" and rises_from_1:
         raise ValueError(
             f"trained is 'map', but {settings.map} learns nothing while alpha is 1: use --alpha_start 1.01, or "
             "--trained attention"
         )
     if arguments.stage != "match":
         return
-    if row.learned_alpha and 1 in (settings.alpha, arguments.alpha_start):
+    if row.learned_alpha and arguments.alpha_start == 1:
         raise ValueError(f"stage is 'match', but {settings.map} learns nothing while alpha is 1: use a higher alpha")
     if not source.is_untrained:
         raise ValueError(

@@ -21,6 +21,8 @@ LEARNED = tuple(name for name in SPECIFICATIONS if ROWS[name].has_parameters)
 OPTIMIZERS = ("adamw", "muon")
 # How ASEntmax's factor is treated while alpha is 1.
 FACTOR_WHILE_SOFTMAX = ("held", "learned")
+# torch's generators take no higher one.
+MOST_SEED = 2**63 - 1
 TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
 
@@ -33,7 +35,9 @@ class TrainTaskArguments:
     """Options of `train-task`: small models from scratch on a synthetic task, one run per learning rate and seed."""
 
     task: str = field(metadata=_help(f"what is learned: {', '.join(SYNTHETIC)}"))
-    output: str = field(metadata=_help("folder of the runs: one folder each, summary.json and summary.md of all"))
+    output: str = field(
+        metadata=_help("folder of the runs: one folder each, summary.json and summary.md of those of the last call")
+    )
     task_settings: list[str] = field(
         default_factory=list, metadata=_help("what differs from the task's own sizes, as name=number: symbols=64")
     )
@@ -95,7 +99,13 @@ class TrainTaskArguments:
     weight_decay: float = field(default=0.0, metadata=_help("of matrices; a map's own parameters have none"))
     beta1: float = field(default=0.9, metadata=_help("AdamW's first beta"))
     beta2: float = field(default=0.99, metadata=_help("AdamW's second beta"))
-    clip: float = field(default=1.0, metadata=_help("largest gradient norm; 0 does not clip"))
+    clip: float = field(
+        default=1.0,
+        metadata=_help(
+            "largest gradient norm, which what is held at its start (new_learning_rate_share 0, factor_while_softmax) "
+            "is part of; 0 does not clip"
+        ),
+    )
     precision: str = field(
         default="float32", metadata=_help("float32, or bfloat16: computed in it (autocast) with parameters in float32")
     )
@@ -202,9 +212,14 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
             f"warmup_steps is {arguments.warmup_steps} and steps is {arguments.steps}: the learning rate would rise "
             f"to the very end. Give fewer, such as --warmup_steps {arguments.steps // 20}, or more steps"
         )
-    for name in ("final_share", "beta1", "beta2"):
-        if not 0 <= (value := getattr(arguments, name)) <= 1:
-            raise ValueError(f"{name} is {value}; it must be from 0 to 1")
+    if not 0 <= arguments.final_share <= 1:
+        raise ValueError(f"final_share is {arguments.final_share}; it must be from 0 to 1")
+    for name in ("beta1", "beta2"):
+        if not 0 <= (value := getattr(arguments, name)) < 1:
+            raise ValueError(f"{name} is {value}; it must be from 0 to below 1")
+    for name in ("clip", "weight_decay", "new_learning_rate_share"):
+        if getattr(arguments, name) == math.inf:
+            raise ValueError(f"{name} is inf; give a number")
     choices = {
         "map": MAPS, "position": tuple(POSITIONS), "schedule": SCHEDULES, "precision": PRECISIONS,
         "scale_start": TASK_SCALE_STARTS, "resume": ("auto", "never"), "tested": TESTED,
@@ -215,8 +230,8 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(filter(None, allowed))}")
     if not arguments.learning_rates or not all(0 < rate < math.inf for rate in arguments.learning_rates):
         raise ValueError(f"learning_rates is {arguments.learning_rates}; give at least one, all above 0")
-    if not arguments.seeds or min(arguments.seeds) < 0:
-        raise ValueError(f"seeds is {arguments.seeds}; give at least one, all from 0")
+    if not arguments.seeds or min(arguments.seeds) < 0 or max(arguments.seeds) > MOST_SEED:
+        raise ValueError(f"seeds is {arguments.seeds}; give at least one, all from 0 to {MOST_SEED}")
     if arguments.hidden_size % arguments.heads:
         raise ValueError(f"hidden_size is {arguments.hidden_size}, which {arguments.heads} heads do not divide")
     if arguments.position == "rope" and arguments.hidden_size // arguments.heads % 2:
@@ -230,6 +245,11 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
         )
     if arguments.map == "softmax" and arguments.alpha is not None:
         raise ValueError(f"alpha is {arguments.alpha}, but softmax has none; entmax takes it")
+    if arguments.map != "softmax" and arguments.alpha == 1 and ROWS[arguments.map].learned_alpha:
+        raise ValueError(
+            f"alpha is 1, from which {arguments.map} learns no other: it would be softmax to the end. Give a higher "
+            "alpha, or --map softmax"
+        )
     if not 0 <= arguments.softmax_share < 1 or arguments.softmax_steps() == arguments.steps:
         raise ValueError(
             f"softmax_share is {arguments.softmax_share}; it must be from 0 to below 1, so that some of the "
@@ -246,8 +266,6 @@ def check_task_arguments(arguments: TrainTaskArguments) -> None:
             f"above 0; map is {arguments.map!r}, softmax_share {arguments.softmax_share}, new_learning_rate_share "
             f"{arguments.new_learning_rate_share}: leave it out"
         )
-    if arguments.new_learning_rate_share == math.inf:
-        raise ValueError("new_learning_rate_share is inf; give a number")
     if arguments.new_learning_rate_share != 1 and arguments.map not in LEARNED:
         raise ValueError(
             f"new_learning_rate_share is {arguments.new_learning_rate_share}, which maps with parameters of their own "

@@ -63,6 +63,10 @@ def _train_grid(
     """The runs of a grid [(rate, seed)] and their tests."""
     names = {place: f"rate-{place[0]!r}-seed-{place[1]}" for place in grid}
     _check_output(output, arguments, names)
+    if arguments.overwrite:
+        # Killed now, they would be of runs that are no more.
+        for name in ("summary.json", "summary.md"):
+            (output / name).unlink(missing_ok=True)
     with tqdm(
         total=len(grid) * arguments.steps, desc=task.name, unit="step", dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else 10,

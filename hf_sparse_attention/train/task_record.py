@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 from .. import tables
-from .task_arguments import TrainTaskArguments, may_learn_factor_while_softmax
+from .task_arguments import MAPS, TrainTaskArguments, may_learn_factor_while_softmax
 
 # Options that may differ between the runs of a folder, and when one goes on: they change what is looked at or how
 # fast it goes, not what is trained.
@@ -74,6 +75,10 @@ def read_record(folder: Path) -> dict:
         needed += ("name", "steps", "seconds", "failed", "validation") if saved["finished"] else ()
         if lost := [key for key in needed if key not in saved]:
             raise ValueError(f"it has no {', '.join(lost)}")
+        if saved["identity"]["map"] not in MAPS:
+            raise ValueError(f"map is {saved['identity']['map']!r}")
+        if saved["finished"] and not saved["failed"] and not saved["validation"]:
+            raise ValueError("it has no lines of validation")
         _check_lines(saved.get("validation", []))
         return whole_run(saved)
     except (ValueError, KeyError, TypeError) as error:
@@ -105,3 +110,6 @@ def _check_lines(lines: list[dict]) -> None:
     for line in lines:
         if "missing" not in line and not (0 <= line["exact_match"] <= 1 and 0 <= line["standard_error"] <= 1):
             raise ValueError(f"exact match at length {line['length']} is {line['exact_match']}")
+        for name in ("token_accuracy", "loss"):
+            if "missing" not in line and not math.isfinite(line.get(name, 0.0)):
+                raise ValueError(f"{name} at length {line['length']} is {line[name]}")

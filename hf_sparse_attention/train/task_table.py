@@ -6,6 +6,7 @@ hf-sparse-attention table --runs runs --published examples/reproduction/publishe
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,6 +153,21 @@ def _computed_in(groups: list[Group], run: dict | None) -> list[str]:
     return ["computed in" if run is None else " and ".join(_tested(run)) or tables.MISSING]
 
 
+def _validated_at(groups: list[Group], run: dict | None) -> list[str]:
+    """The cell with lengths and samples of a run's validation, where these differ; None makes its heading. Means over
+    other lengths, or fewer samples, are not to be compared."""
+    ways = {json.dumps(one["validation_of"]) for group in groups for one in group.runs if "validation_of" in one}
+    if len(ways) < 2:
+        return []
+    if run is None:
+        return ["validated at"]
+    if "validation_of" not in run:
+        return [tables.MISSING]
+    lengths, samples = run["validation_of"]
+    several = len({json.loads(way)[1] for way in ways}) > 1
+    return [", ".join(f"{length:,}" for length in lengths) + (f" ({samples:,} each)" if several else "")]
+
+
 def _beside(task: str, groups: list[Group], published: dict) -> tuple[dict, str]:
     """Published numbers at the lengths where they can stand beside the runs', and what to say of that.
 
@@ -172,7 +188,7 @@ def _beside(task: str, groups: list[Group], published: dict) -> tuple[dict, str]
         "" if len(comparable) == len(groups) else " They are of the task's own sizes, which some runs do not have."
     )
     if longest == theirs:
-        return published, f"Published numbers are of the same training length, {theirs:,}.{others}"
+        return published, f"Published numbers are of the same longest training length, {theirs:,}.{others}"
     moved = {
         name: {
             length * longest // theirs: value for length, value in numbers.items() if length * longest % theirs == 0
@@ -180,8 +196,8 @@ def _beside(task: str, groups: list[Group], published: dict) -> tuple[dict, str]
         for name, numbers in published.items()
     }
     return moved, (
-        f"Published numbers are of training length {theirs:,} and stand at the same multiple of it, not at the same "
-        f"length.{others}"
+        f"Published numbers are of longest training length {theirs:,} and stand at the same multiple of it, not at "
+        f"the same length.{others}"
     )
 
 
@@ -196,15 +212,18 @@ def _best_table(groups: list[Group], lengths: list[int], published: dict) -> tup
     """A row per group, its best run, and the published ones; the highest of a length in bold, if it is not that of
     all."""
     lengths = sorted({*lengths, *(length for numbers in published.values() for length in numbers)})
+    before = ["best run of", "rate", "seed", "validation", *_validated_at(groups, None)]
     rows = []
     for group in groups:
         if group.best is None:
-            rows.append([group.label, *[tables.MISSING] * (len(lengths) + 3 + len(_computed_in(groups, None)))])
+            missing = len(before) - 1 + len(lengths) + len(_computed_in(groups, None))
+            rows.append([group.label, *[tables.MISSING] * missing])
             continue
         tests = [share(group.best["tests"].get(length)) for length in lengths]
         first = [group.label, f"{group.best['learning_rate']:g}", str(group.best["seed"]), _mean(group.best)]
+        first += _validated_at(groups, group.best)
         rows.append([*first, *tests, *_computed_in(groups, group.best)])
-    for column, length in enumerate(lengths, 4):
+    for column, length in enumerate(lengths, len(before)):
         shares = [(group.best or {"tests": {}})["tests"].get(length, {}).get("exact_match", -1.0) for group in groups]
         measured = [value for value in shares if value >= 0]
         for row, value in zip(rows, shares, strict=True):
@@ -213,9 +232,9 @@ def _best_table(groups: list[Group], lengths: list[int], published: dict) -> tup
                 row[column] = f"**{row[column]}**"
     for name, numbers in published.items():
         found = [tables.number(numbers[length], 1) if length in numbers else tables.MISSING for length in lengths]
-        rows.append([name, *[tables.MISSING] * 3, *found, *[tables.MISSING] * len(_computed_in(groups, None))])
-    header = ["best run of", "rate", "seed", "validation", *_length_header(groups, lengths)]
-    return [*header, *_computed_in(groups, None)], rows
+        rows.append([name, *[tables.MISSING] * (len(before) - 1), *found])
+        rows[-1] += [tables.MISSING] * len(_computed_in(groups, None))
+    return [*before, *_length_header(groups, lengths), *_computed_in(groups, None)], rows
 
 
 def _every_run(groups: list[Group], lengths: list[int]) -> tuple[list[str], list[list[str]]]:
@@ -226,12 +245,13 @@ def _every_run(groups: list[Group], lengths: list[int]) -> tuple[list[str], list
             remark = "" if run["finished"] else "not finished"
             row = [group.label, f"{run['learning_rate']:g}", str(run["seed"])]
             row += [f"{run['steps']:,}", f"{run['seconds']:.0f}"] if run["finished"] else [tables.MISSING] * 2
-            row += [_mean(run), *(share(run["tests"].get(length)) for length in lengths), *_computed_in(groups, run)]
+            row += [_mean(run), *_validated_at(groups, run)]
+            row += [*(share(run["tests"].get(length)) for length in lengths), *_computed_in(groups, run)]
             if run is group.best:
                 row = [f"**{cell}**" for cell in row]
             rows.append([*row, run.get("failed") or remark])
-    header = ["run", "rate", "seed", "steps", "seconds", "validation", *_length_header(groups, lengths)]
-    return [*header, *_computed_in(groups, None), "remark"], rows
+    header = ["run", "rate", "seed", "steps", "seconds", "validation", *_validated_at(groups, None)]
+    return [*header, *_length_header(groups, lengths), *_computed_in(groups, None), "remark"], rows
 
 
 def _mean(run: dict) -> str:
