@@ -19,9 +19,9 @@ shift
 
 # Rates: with AdamW half, once, twice and four times the paper's own. Muon solves Sort, LocalCount and MQMTAR in a
 # fraction of AdamW's steps, and not Reverse; Copy was not searched with it. Steps: 20,000 take Copy's softmax to the
-# paper's number with an eighth of its steps, more lift ASEntmax. Reverse loses 4x after too many steps at a rate and is
-# the better the lower the rate and the more the steps; seeds differ by all of it. These let a row end in half an hour on
-# one card.
+# paper's number with an eighth of its steps, more lift ASEntmax. Reverse loses 4x after too many steps at a rate, and is
+# better at a lower one with more steps (from 1.6e-3 and 8,000 to these); one seed of three is not. So a row ends in half
+# an hour on one card.
 tested=all optimizer=adamw share=0 together=4 seeds=0
 case $task in
 copy) steps=20000 rates="5e-4 1e-3 2e-3 4e-3" ;;
