@@ -54,7 +54,7 @@ COMMANDS = {
         "TrainTaskArguments",
         "train_task",
         "a small model from scratch on a synthetic task (also: train --task)",
-        interrupted="run it again to go on",
+        interrupted="add --resume auto to go on from the last checkpoint",
     ),
     "table": Command("train", "TableArguments", "table_of_runs", "runs of train and train-task -> tables"),
     "evaluate": Command(

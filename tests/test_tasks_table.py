@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +18,7 @@ from hf_sparse_attention.arguments import parse_arguments
 from hf_sparse_attention.tasks import pictures
 from hf_sparse_attention.tasks.synthetic import SYNTHETIC
 from hf_sparse_attention.train import TableArguments, TrainArguments, TrainTaskArguments, table_of_runs, train_task
-from hf_sparse_attention.train.task_arguments import RISING, check_task_arguments
+from hf_sparse_attention.train.task_arguments import MAPS, RISING, check_task_arguments
 from hf_sparse_attention.train.task_record import identity_of
 from hf_sparse_attention.train.task_table import covered
 
@@ -332,6 +334,12 @@ def test_the_picture_shows_all_runs_the_training_length_and_each_map_in_its_colo
     assert [style["linestyle"] == "-" for style in found.values()] == [True, False, True]
     many = [{"label": str(number), "map": "asentmax"} for number in range(20)]
     assert len({(style["color"], style["linestyle"]) for style in pictures.styles(many).values()}) == 20
+    # Where colours are short a map's models share its own.
+    known = [{"label": name, "map": name} for name in MAPS]
+    found_of = pictures.styles([*known, *({"label": f"{name} rope", "map": name} for name in MAPS)])
+    for name in MAPS:
+        own, further = found_of[name], found_of[f"{name} rope"]
+        assert own["color"] == further["color"] and (own["linestyle"], further["linestyle"] == "-") == ("-", False)
     # The evaluation's pictures have the table's colours.
     assert found["a"]["color"] == pictures.styles([{"label": "softmax", "map": "softmax"}])["softmax"]["color"]
 
@@ -532,6 +540,28 @@ def test_the_script_says_what_it_takes_and_what_went_wrong(tmp_path):
     failed = called(tmp_path, "sort", "ssmax", FAST="")
     assert failed.returncode == 1 and failed.stdout.split()[1] == "train-task" and "table --" not in failed.stdout
     assert "Not every row was trained" in failed.stderr and "no NVIDIA GPU" not in failed.stderr
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_what_interrupts_the_script_ends_its_training(tmp_path, name):
+    """A row in the background would go on, and the next one begin."""
+    fake = tmp_path / "hf-sparse-attention"
+    fake.write_text('#!/bin/sh\necho "$*" >> called; echo $$ >> trained; exec sleep 60\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CARDS": "0 1", "FAST": ""}
+    words = ["sh", str(SCRIPT), "sort", "softmax", "ssmax", "entmax"]
+    with subprocess.Popen(words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as script:
+        trained = tmp_path / "trained"
+        while not trained.exists() or len(trained.read_text().split()) < 2:
+            assert script.poll() is None
+            time.sleep(0.02)
+        script.send_signal(getattr(signal, f"SIG{name}"))
+        _, said = script.communicate(timeout=30)
+    assert script.returncode == 130 and "the same command goes on" in said
+    assert len((tmp_path / "called").read_text().splitlines()) == 2
+    for process in trained.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
 
 
 def test_the_published_numbers_are_read(tmp_path):

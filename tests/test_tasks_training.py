@@ -574,6 +574,17 @@ def test_what_else_is_in_output_is_respected(tmp_path):
         train_task(options(tmp_path / "out" / "rate-0.01-seed-0" / "precious.txt"))
 
 
+def test_runs_of_an_output_differ_in_rate_and_seed_alone(tmp_path):
+    """A summary of runs that were trained otherwise would say one thing of all."""
+    train_task(options(tmp_path / "out", steps=2, learning_rates=[1e-2]))
+    before = sorted(tmp_path.rglob("*"))
+    for changes in ({}, {"resume": "auto"}, {"overwrite": True}):
+        with pytest.raises(ValueError, match=r"rate-0.01-seed-0 was trained otherwise \(steps 2 then, 3 now\)"):
+            train_task(options(tmp_path / "out", steps=3, learning_rates=[1e-3], **changes))
+    assert sorted(tmp_path.rglob("*")) == before
+    train_task(options(tmp_path / "out", steps=2, learning_rates=[1e-3]))
+
+
 def test_a_run_on_samples_of_an_earlier_version_is_another(tmp_path, monkeypatch):
     train_task(options(tmp_path / "out", steps=2))
     monkeypatch.setattr(SYNTHETIC["copy"], "version", 2)

@@ -92,7 +92,7 @@ def main() -> None:
     if options.samples < 1:
         parser.error(f"--samples is {options.samples}; take at least 1")
     if not (options.run / "model").is_dir():
-        parser.error(f"{options.run} has no model/; a run has one once it is trained")
+        parser.error(f"{options.run} has no model/; RUN is the folder that has it once it is trained")
     try:
         task = trained_task(options.run / "model", str(options.run))
         model = AutoModelForCausalLM.from_pretrained(options.run / "model").eval()

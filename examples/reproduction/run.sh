@@ -46,7 +46,14 @@ for name in "${@:-maps}"; do
     maps) rows="$rows softmax ssmax entmax asentmax adaptive_entmax" ;;
     rope) rows="$rows softmax-rope asentmax-rope" ;;
     ablations) rows="$rows asentmax-normal asentmax-logarithm asentmax-no-warmup asentmax-all-heads" ;;
-    *) rows="$rows $name" ;;
+    softmax | ssmax | entmax | asentmax | adaptive_entmax) rows="$rows $name" ;;
+    softmax-rope | ssmax-rope | entmax-rope | asentmax-rope | adaptive_entmax-rope) rows="$rows $name" ;;
+    asentmax-normal | asentmax-logarithm | asentmax-no-warmup | asentmax-all-heads) rows="$rows $name" ;;
+    *)
+        echo "row is '$name'; choose among softmax, ssmax, entmax, asentmax, adaptive_entmax, one of them with -rope," >&2
+        echo "asentmax-normal, asentmax-logarithm, asentmax-no-warmup, asentmax-all-heads, or maps, rope, ablations" >&2
+        exit 2
+        ;;
     esac
 done
 
@@ -64,7 +71,7 @@ row() {
     esac
     # All runs wait while one writes its checkpoint. Several words on purpose.
     # shellcheck disable=SC2086
-    hf-sparse-attention train-task --config "$here/$task.yaml" --steps "$steps" --warmup_steps $((steps / 20)) $what \
+    exec hf-sparse-attention train-task --config "$here/$task.yaml" --steps "$steps" --warmup_steps $((steps / 20)) $what \
         --optimizer "${OPTIMIZER:-$optimizer}" --learning_rates ${RATES:-$rates} --seeds ${SEEDS:-$seeds} --tested "${TESTED:-$tested}" \
         ${FAST---precision bfloat16 --compile --cuda_graph} --together "${TOGETHER:-$together}" --checkpoint_every $((steps / 4)) --output "${OUT:-runs}/$task/$1" ${OPTIONS:-}
 }
@@ -74,12 +81,30 @@ row() {
 # A background process a card, which takes every so-manieth row.
 cards=${CARDS:-${CUDA_VISIBLE_DEVICES:-0}} count=0 processes=
 for card in $cards; do count=$((count + 1)); done
+
+# What runs in the background does not hear of Ctrl-C, and would train the rows that are left.
+stop() {
+    trap '' INT TERM
+    for process in $processes; do kill "$process" 2>/dev/null || :; done
+    wait
+    echo "interrupted: the same command goes on" >&2
+    exit 130
+}
+trap stop INT TERM
+
 first=0
 for card in $cards; do
     (
-        number=0 failed=0
+        number=0 failed=0 training=
+        trap 'if [ "$training" ]; then kill "$training" 2>/dev/null; wait "$training"; fi; exit 143' TERM
+        export CUDA_VISIBLE_DEVICES="$card"
         for name in $rows; do
-            if [ $((number % count)) -eq "$first" ]; then CUDA_VISIBLE_DEVICES=$card row "$name" || failed=1; fi
+            if [ $((number % count)) -eq "$first" ]; then
+                row "$name" &
+                training=$!
+                wait "$training" || failed=1
+                training=
+            fi
             number=$((number + 1))
         done
         exit $failed

@@ -127,8 +127,8 @@ def by_depth(results: dict, cells: list[dict]) -> Figure:
 
 def styles(models: list[dict]) -> dict[str, dict]:
     """Colour, marker and dashes by label: the first model of a map has the map's colour, the others one that is free
-    and dashes; if they are more than the free ones, each another pair of any colour and dashes. A model of alpha 1 is
-    softmax."""
+    and dashes; if they are more than the free ones, each the colour of its map and dashes of its own while there are
+    any, then of any colour. A model of alpha 1 is softmax."""
     maps = {model["label"]: "softmax" if model.get("alpha") == 1 else model.get("map") for model in models}
     found = {}
     for label, name in maps.items():
@@ -136,11 +136,17 @@ def styles(models: list[dict]) -> dict[str, dict]:
             found[label] = _MAPS.index(name)
     others = [label for label in maps if label not in found]
     free = [index for index in range(len(COLOURS)) if index not in found.values()]
-    colours = free if len(others) <= len(free) else list(range(len(COLOURS)))
     dashes = {}
-    for number, label in enumerate(others):
-        found[label] = colours[number % len(colours)]
-        dashes[label] = _FURTHER_DASHES[number // len(colours) % len(_FURTHER_DASHES)]
+    if len(others) <= len(free):
+        found |= dict(zip(others, free, strict=False))
+        dashes = dict.fromkeys(others, _DASHES)
+    else:
+        pairs = [(colour, dash) for dash in _FURTHER_DASHES for colour in range(len(COLOURS))]
+        for number, label in enumerate(others):
+            taken = set(zip(map(found.get, dashes), dashes.values(), strict=True))
+            left = [pair for pair in pairs if pair not in taken] or [pairs[number % len(pairs)]]
+            own = [pair for pair in left if maps[label] in _MAPS and pair[0] == _MAPS.index(maps[label])]
+            found[label], dashes[label] = (own or left)[0]
     return {
         label: {
             "color": COLOURS[found[label]], "marker": MARKERS[index % len(MARKERS)],

@@ -46,7 +46,9 @@ class TrainTaskArguments:
         metadata=_help("shortest and longest training length (default: the task's, mostly 32 64)"),
     )
     map: str = field(default="asentmax", metadata=_help(f"attention map: {', '.join(MAPS)}"))
-    alpha: float | None = field(default=None, metadata=_help("alpha of the map (default: the map's own)"))
+    alpha: float | None = field(
+        default=None, metadata=_help("alpha of the map (default: its own; 1: softmax, with its factor)")
+    )
     position: str = field(default="nape", metadata=_help(f"position scheme: {', '.join(POSITIONS)}"))
     scale_start: str = field(
         default="neutral",

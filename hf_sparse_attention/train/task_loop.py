@@ -24,6 +24,7 @@ from ..files import write_json, write_text
 from ..lock import sole_writer
 from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
+from .run_record import is_training
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
 from .task_options import has_option
@@ -135,13 +136,25 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names: dict[tuple
         # The folder may have been renamed or copied.
         saved = {**known["identity"], "learning_rate": known.get("learning_rate"), "seed": known.get("seed")}
         identity = {**identity_of(arguments), "learning_rate": rate, "seed": seed}
-        different = [
-            f"{key} {saved.get(key)!r} then, {identity.get(key)!r} now"
-            for key in sorted({*saved, *identity})
-            if saved.get(key) != identity.get(key)
-        ]
-        if different:
-            raise ValueError(f"{output / name} was trained otherwise ({', '.join(different)}); name another output")
+        if different := _differences(saved, identity):
+            raise ValueError(f"{output / name} was trained otherwise ({different}); name another output")
+    for file in sorted(output.glob("rate-*-seed-*/run.json")):
+        if file.parent.name in names.values() or is_training(file):
+            continue
+        saved, identity = read_record(file.parent)["identity"], identity_of(arguments)
+        if saved != identity:
+            raise ValueError(
+                f"{file.parent} was trained otherwise ({_differences(saved, identity)}), and runs of one output "
+                "differ in rate and seed alone: name another output"
+            )
+
+
+def _differences(saved: dict, identity: dict) -> str:
+    return ", ".join(
+        f"{key} {saved.get(key)!r} then, {identity.get(key)!r} now"
+        for key in sorted({*saved, *identity})
+        if saved.get(key) != identity.get(key)
+    )
 
 
 def _test(folder: Path, arguments: TrainTaskArguments, task: SyntheticTask, device: torch.device) -> list[dict]:
