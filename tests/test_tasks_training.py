@@ -544,7 +544,7 @@ def test_a_test_in_another_precision_is_another_test(tmp_path):
         ({"beta2": 1.0}, "beta2 is 1.0"),
         ({"final_share": 1.1}, "final_share is 1.1"),
         ({"clip": math.inf}, "clip is inf"),
-        ({"seeds": [2**63]}, "all from 0 to 9223372036854775807"),
+        ({"seeds": [2**64]}, "all from 0 to 18446744073709551615"),
         ({"map": "adaptive_entmax", "alpha": 1.0}, "adaptive_entmax learns no other"),
         ({"learning_rates": []}, "learning_rates is"),
         ({"learning_rates": [0.0]}, "all above 0"),

@@ -9,9 +9,10 @@
 #   FAST=            without a GPU: leaves out --precision bfloat16 --compile --cuda_graph
 set -eu
 here=$(dirname "$0")
+tasks="copy, sort, reverse, mqmtar, 2back, flip_flop, local_count"
 if [ $# -eq 0 ]; then
     sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
-    echo "Tasks: copy, sort, reverse, mqmtar, 2back, flip_flop, local_count" >&2
+    echo "Tasks: $tasks" >&2
     exit 2
 fi
 task=$1
@@ -34,11 +35,28 @@ local_count) steps=8000 rates="1e-3 2e-3 4e-3" optimizer=muon ;;
 mqmtar) steps=90000 rates="1e-3 2e-3 4e-3" optimizer=muon share=0.5 tested=best together=1 ;;
 2back | flip_flop) steps=10000 rates="2e-4 4e-4 8e-4 1.6e-3" ;;
 *)
-    echo "task is '$task'; choose one of copy, sort, reverse, mqmtar, 2back, flip_flop, local_count" >&2
+    echo "task is '$task'; choose one of $tasks" >&2
     exit 2
     ;;
 esac
 steps=${STEPS:-$steps}
+
+# The options of a row's map; fails for what is no row.
+options_of() {
+    case $1 in
+    softmax | ssmax | entmax | asentmax | adaptive_entmax) echo "--map $1" ;;
+    softmax-rope | ssmax-rope | entmax-rope | asentmax-rope | adaptive_entmax-rope) echo "--map ${1%-rope} --position rope" ;;
+    asentmax-normal) echo "--map asentmax --scale_start normal" ;;
+    asentmax-logarithm) echo "--map asentmax --scale_start logarithm" ;;
+    asentmax-no-warmup) echo "--map asentmax --warmup_steps 0" ;;
+    asentmax-all-heads) echo "--map asentmax --position nape_scaled" ;;
+    *)
+        echo "row is '$1'; choose among softmax, ssmax, entmax, asentmax, adaptive_entmax, one of them with -rope," >&2
+        echo "asentmax-normal, asentmax-logarithm, asentmax-no-warmup, asentmax-all-heads, or maps, rope, ablations" >&2
+        return 1
+        ;;
+    esac
+}
 
 rows=
 for name in "${@:-maps}"; do
@@ -46,26 +64,15 @@ for name in "${@:-maps}"; do
     maps) rows="$rows softmax ssmax entmax asentmax adaptive_entmax" ;;
     rope) rows="$rows softmax-rope asentmax-rope" ;;
     ablations) rows="$rows asentmax-normal asentmax-logarithm asentmax-no-warmup asentmax-all-heads" ;;
-    softmax | ssmax | entmax | asentmax | adaptive_entmax) rows="$rows $name" ;;
-    softmax-rope | ssmax-rope | entmax-rope | asentmax-rope | adaptive_entmax-rope) rows="$rows $name" ;;
-    asentmax-normal | asentmax-logarithm | asentmax-no-warmup | asentmax-all-heads) rows="$rows $name" ;;
     *)
-        echo "row is '$name'; choose among softmax, ssmax, entmax, asentmax, adaptive_entmax, one of them with -rope," >&2
-        echo "asentmax-normal, asentmax-logarithm, asentmax-no-warmup, asentmax-all-heads, or maps, rope, ablations" >&2
-        exit 2
+        options_of "$name" >/dev/null || exit 2
+        rows="$rows $name"
         ;;
     esac
 done
 
 row() {
-    case $1 in
-    asentmax-normal) what="--map asentmax --scale_start normal" ;;
-    asentmax-logarithm) what="--map asentmax --scale_start logarithm" ;;
-    asentmax-no-warmup) what="--map asentmax --warmup_steps 0" ;;
-    asentmax-all-heads) what="--map asentmax --position nape_scaled" ;;
-    *-rope) what="--map ${1%-rope} --position rope" ;;
-    *) what="--map $1" ;;
-    esac
+    what=$(options_of "$1")
     case $what in
     *"--map entmax"* | *"--map asentmax"* | *"--map adaptive_entmax"*) what="$what --softmax_share ${SHARE:-$share}" ;;
     esac

@@ -141,12 +141,12 @@ def styles(models: list[dict]) -> dict[str, dict]:
         found |= dict(zip(others, free, strict=False))
         dashes = dict.fromkeys(others, _DASHES)
     else:
-        pairs = [(colour, dash) for dash in _FURTHER_DASHES for colour in range(len(COLOURS))]
-        for number, label in enumerate(others):
-            taken = set(zip(map(found.get, dashes), dashes.values(), strict=True))
-            left = [pair for pair in pairs if pair not in taken] or [pairs[number % len(pairs)]]
+        left = []
+        for label in others:
+            left = left or [(colour, dash) for dash in _FURTHER_DASHES for colour in range(len(COLOURS))]
             own = [pair for pair in left if maps[label] in _MAPS and pair[0] == _MAPS.index(maps[label])]
-            found[label], dashes[label] = (own or left)[0]
+            found[label], dashes[label] = pair = (own or left)[0]
+            left.remove(pair)
     return {
         label: {
             "color": COLOURS[found[label]], "marker": MARKERS[index % len(MARKERS)],

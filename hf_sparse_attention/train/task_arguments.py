@@ -22,7 +22,7 @@ OPTIMIZERS = ("adamw", "muon")
 # How ASEntmax's factor is treated while alpha is 1.
 FACTOR_WHILE_SOFTMAX = ("held", "learned")
 # torch's generators take no higher one.
-MOST_SEED = 2**63 - 1
+MOST_SEED = 2**64 - 1
 TASK_SCALE_STARTS = (*SCALE_STARTS, "logarithm")
 
 

@@ -24,7 +24,6 @@ from ..files import write_json, write_text
 from ..lock import sole_writer
 from ..tasks.exact_match import score
 from ..tasks.samples import SyntheticTask
-from .run_record import is_training
 from .task_arguments import TrainTaskArguments, check_task_arguments
 from .task_model import new_model
 from .task_options import has_option
@@ -117,7 +116,8 @@ def _side_by_side(runs: list[Generator[None, None, dict]], together: int) -> lis
 
 
 def _check_output(output: Path, arguments: TrainTaskArguments, names: dict[tuple[float, int], str]) -> None:
-    """Looks at the folders of a grid, {(rate, seed): name}."""
+    """Looks at the folders of a grid, {(rate, seed): name}, and at the other runs beside them."""
+    wanted = identity_of(arguments)
     for (rate, seed), name in names.items():
         record = output / name / "run.json"
         if not (output / name).exists():
@@ -135,17 +135,16 @@ def _check_output(output: Path, arguments: TrainTaskArguments, names: dict[tuple
         known = read_record(output / name)
         # The folder may have been renamed or copied.
         saved = {**known["identity"], "learning_rate": known.get("learning_rate"), "seed": known.get("seed")}
-        identity = {**identity_of(arguments), "learning_rate": rate, "seed": seed}
+        identity = {**wanted, "learning_rate": rate, "seed": seed}
         if different := _differences(saved, identity):
             raise ValueError(f"{output / name} was trained otherwise ({different}); name another output")
     for file in sorted(output.glob("rate-*-seed-*/run.json")):
-        if file.parent.name in names.values() or is_training(file):
+        if file.parent.name in names.values():
             continue
-        saved, identity = read_record(file.parent)["identity"], identity_of(arguments)
-        if saved != identity:
+        if different := _differences(read_record(file.parent)["identity"], wanted):
             raise ValueError(
-                f"{file.parent} was trained otherwise ({_differences(saved, identity)}), and runs of one output "
-                "differ in rate and seed alone: name another output"
+                f"{file.parent} was trained otherwise ({different}), and runs of one output differ in rate and seed "
+                "alone: name another output"
             )
 
 
